@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: megamoe generate | verify.
+
+Exit codes: 0 done · 1 a check of `verify` failed · 2 bad input, told in one line on standard error · 130 interrupted ·
+141 whoever read our output has gone. Errors of ours are not caught and show their traceback.
+
+Nothing heavy is imported before it is needed: a bad flag is refused, and `--help` shown, without loading torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import click
+
+import megamoe
+from megamoe.engine.sampling_params import SamplingParams
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 128 + 2  # SIGINT
+EXIT_BROKEN_PIPE = 128 + 13  # SIGPIPE
+
+
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(megamoe.__version__, prog_name="megamoe", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Run DeepSeek-V4 in NVFP4."""
+
+
+@cli.command()
+@click.option("--prompt", required=True, metavar="TEXT", help="Text to continue; - reads standard input as it is.")
+@click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR", help="Bundled model or checkpoint.")
+@click.option("--max-tokens", default=128, show_default=True, metavar="N", help="Most tokens to generate.")
+@click.option("--temperature", default=0.0, show_default=True, metavar="X", help="0 is greedy and reproducible.")
+@click.option("--top-p", default=1.0, show_default=True, metavar="X", help="Probability mass to sample from.")
+@click.option("--seed", type=int, metavar="N", help="Makes sampling reproducible.  [default: a fresh one]")
+@click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="exact, w4a16 or w4a4.")
+@click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu or cuda[:N].")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+def generate(
+    prompt: str,
+    model: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    recipe: str,
+    device: str,
+    as_json: bool,
+) -> int:
+    """Continue a text; then print tokens, tokens/s, recipe and device."""
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    text = _read_standard_input() if prompt == "-" else prompt
+    from megamoe.text.llm import LLM
+
+    llm = LLM(model, recipe=recipe, device=device)
+    prompt_ids = llm.encode(text)
+    pieces = []
+    token_times = [time.perf_counter()]
+    for piece in llm.stream(prompt_ids, params):
+        pieces.append(piece)
+        token_times.append(time.perf_counter())
+        if not as_json:
+            print(piece.text, end="", flush=True)
+    speed = _tokens_per_second(token_times)
+    completion = "".join(piece.text for piece in pieces)
+    if as_json:
+        result = {
+            "text": completion,
+            "token_ids": [piece.token_id for piece in pieces],
+            "prompt_tokens": len(prompt_ids),
+            "completion_tokens": len(pieces),
+            "tokens_per_second": round(speed, 2),
+            "recipe": llm.model.recipe.name,
+            "device": str(llm.model.device),
+            "model": llm.model.name,
+        }
+        print(json.dumps(result))
+    else:
+        print("" if completion.endswith("\n") else "\n", end="")
+        print(
+            f"[{len(pieces)} tokens, {speed:.1f} tokens/s, recipe {llm.model.recipe.name}, device {llm.model.device}]"
+        )
+    return 0
+
+
+@cli.command()
+@click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR", help="Bundled model or checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def verify(model: str, as_json: bool) -> int:
+    """Compare every quantized component with bf16 on real activations; exit code 1 if one is out of bounds."""
+    from megamoe.verify.tiny import run
+
+    return run(model, as_json=as_json)
+
+
+def _read_standard_input() -> str:
+    """Return standard input as text, exactly as it is."""
+    with open(0, "rb", closefd=False) as stream:  # not sys.stdin: its encoding is the locale's, and it may be closed
+        content = stream.read()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompt: standard input must be UTF-8; got byte 0x{content[error.start]:02x} at position {error.start}. "
+            "Convert it with iconv."
+        ) from error
+
+
+def _tokens_per_second(times: Sequence[float]) -> float:
+    """Return the decoding speed from the start time and the time of each token.
+
+    The first token waits for the prompt, so the speed is that of the tokens after it. One token alone is timed from
+    the start; without tokens the speed is 0.
+    """
+    if len(times) < 2:
+        return 0.0
+    first = 1 if len(times) > 2 else 0
+    return (len(times) - 1 - first) / (times[-1] - times[first])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _discard_unwritable_output()
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        message = error.format_message()
+    except OSError as error:
+        message = f"{error.strerror}: {error.filename}" if error.filename and error.strerror else str(error)
+        _discard_unwritable_output()
+    except (ValueError, NotImplementedError) as error:
+        message = str(error)
+    print(f"megamoe: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _dispatch(arguments: list[str]) -> int:
+    """Parse and run. `click.Command.main` is not used: it prints errors and ends the process in its own ways."""
+    try:
+        with cli.make_context("megamoe", arguments) as context:
+            status: int = cli.invoke(context)
+            return status
+    except click.exceptions.Exit as done:  # --help and --version
+        return done.exit_code
+
+
+def _discard_unwritable_output() -> None:
+    """Point standard output at nothing if it takes nothing any more, so that Python's flush at exit does not fail too."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The support table: which operation has a kernel on which architecture.
+
+`KERNELS[op][arch]` is the dotted name of the module whose `run` computes `op`. `arch` is `sm90`, `sm100` or `portable`
+(no architecture-specific instruction). The table is a literal: read it, grep it, print it. Only `ops/dispatch.py`
+reads it to run something, and imports a kernel module when it is first picked.
+"""
+
+KERNELS: dict[str, dict[str, str]] = {}

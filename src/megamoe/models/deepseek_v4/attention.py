@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one layer: window in all kinds, compressed entries in CSA and HCA (spec sections 7 to 10)."""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.cache.pools import LayerPools
+from megamoe.models.deepseek_v4.compressor import Compressor
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.indexer import Indexer
+from megamoe.models.deepseek_v4.linear import LinearInput, grouped
+from megamoe.models.deepseek_v4.plan import StepPlan
+from megamoe.models.deepseek_v4.weights import AttentionWeights
+from megamoe.models.recipe import Recipe
+from megamoe.ops.index_topk import entry_slots
+from megamoe.ops.rms_norm import rms_norm
+from megamoe.ops.rope import RopeTable, rope
+from megamoe.ops.sparse_attention import sparse_attention
+from megamoe.ops.write_cache import write_cache
+
+
+class Attention:
+    """Low-rank queries, one latent row per token as key and value, attention sink, grouped output projection."""
+
+    def __init__(
+        self,
+        weights: AttentionWeights,
+        config: ModelConfig,
+        recipe: Recipe,
+        *,
+        kind: LayerKind,
+        ratio: int,
+        table: RopeTable,
+    ) -> None:
+        """Bind weights and the rotary table that everything in this layer uses."""
+        self.weights = weights
+        self.recipe = recipe
+        self.kind = kind
+        self.table = table
+        self.eps = config.rms_norm_eps
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.num_groups = config.o_groups
+        self.scale = config.head_dim**-0.5
+        self.compressor: Compressor | None = None
+        self.indexer: Indexer | None = None
+        if weights.compressor is not None:
+            self.compressor = Compressor(
+                weights.compressor, ratio=ratio, overlap=kind is LayerKind.CSA, table=table, eps=self.eps
+            )
+        if weights.indexer is not None:
+            self.indexer = Indexer(weights.indexer, config, recipe, ratio=ratio, table=table)
+
+    def __call__(self, x: torch.Tensor, plan: StepPlan, pools: LayerPools) -> torch.Tensor:
+        """Return the attention output [T, D] in the dtype of x; writes this step's rows into the pools.
+
+        Args:
+            x: [T, D] normed layer input.
+            plan: slots and positions of this step.
+            pools: this layer's pools.
+        """
+        query_latent, q, kv = self.project(x, plan.positions)
+        write_cache(kv, pools.window, plan.window_slots)
+        selected = self.select_entries(x, query_latent, plan, pools)
+        return self.project_output(self.attend(q, plan, pools, selected))
+
+    def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[LinearInput, torch.Tensor, torch.Tensor]:
+        """Return (normed low-rank query [T, q_lora], queries [T, H, C], latent rows [T, C]), the latter two rotated."""
+        w = self.weights
+        source = LinearInput(x, self.recipe)
+        query_latent = LinearInput(rms_norm(source.times(w.wq_a), w.q_norm, eps=self.eps), self.recipe)
+        q = query_latent.times(w.wq_b).unflatten(-1, (self.num_heads, self.head_dim))  # [T, H, C]
+        q = rope(rms_norm(q, None, eps=self.eps), positions, self.table)
+        kv = rope(rms_norm(source.times(w.wkv), w.kv_norm, eps=self.eps), positions, self.table)  # [T, C]
+        return query_latent, q, kv
+
+    def attend(
+        self, q: torch.Tensor, plan: StepPlan, pools: LayerPools, selected: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return [T, H, C]: softmax over window and selected entries with sink, rotated back to relative positions."""
+        o = sparse_attention(
+            q,
+            pools.window,
+            plan.window_read_slots,
+            None if selected is None else pools.entries,
+            selected,
+            self.weights.sink,
+            scale=self.scale,
+        )
+        return rope(o, plan.positions, self.table, inverse=True)
+
+    def project_output(self, o: torch.Tensor) -> torch.Tensor:
+        """Return [T, D] from [T, H, C]: one low-rank projection per group of heads, then `wo_b`."""
+        w = self.weights
+        z = grouped(o.reshape(o.shape[0], self.num_groups, -1), w.wo_a, self.recipe)  # [T, G, o_lora]
+        return LinearInput(z.flatten(1), self.recipe).times(w.wo_b)
+
+    def select_entries(
+        self, x: torch.Tensor, query_latent: LinearInput, plan: StepPlan, pools: LayerPools
+    ) -> torch.Tensor | None:
+        """Compress this step's tokens; return the slots [T, J] of the entries each token attends to (None in SWA)."""
+        if self.compressor is None:
+            return None
+        assert pools.state is not None and pools.entries is not None
+        entry_plan = plan.entries[self.kind]
+        new_entries = self.compressor(x, plan.positions, entry_plan, pools.state)
+        write_cache(new_entries, pools.entries, entry_plan.entry_slots)
+        if self.indexer is None:
+            return entry_plan.visible_slots
+        assert pools.index_state is not None and pools.index_keys is not None
+        chosen = self.indexer(x, query_latent, plan, pools.index_state, pools.index_keys)
+        return entry_slots(chosen, entry_plan.block_tables, plan.query_starts, pools.entries.rows_per_block)

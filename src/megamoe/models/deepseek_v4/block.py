@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One transformer block: attention and mixture of experts, each inside its hyper-connection."""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.cache.pools import LayerPools
+from megamoe.models.deepseek_v4.attention import Attention
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.hyper_connection import wrap_sublayer
+from megamoe.models.deepseek_v4.moe import Moe
+from megamoe.models.deepseek_v4.plan import StepPlan
+from megamoe.models.deepseek_v4.weights import BlockWeights
+from megamoe.models.recipe import Recipe
+from megamoe.ops.rope import RopeTable
+
+
+class Block:
+    """A backbone layer or the block of a draft stage."""
+
+    def __init__(
+        self,
+        weights: BlockWeights,
+        config: ModelConfig,
+        recipe: Recipe,
+        *,
+        kind: LayerKind,
+        ratio: int,
+        table: RopeTable,
+    ) -> None:
+        """Build both sublayers from their weights."""
+        self.weights = weights
+        self.config = config
+        self.attention = Attention(weights.attention, config, recipe, kind=kind, ratio=ratio, table=table)
+        self.moe = Moe(weights.moe, config, recipe)
+
+    def __call__(self, streams: torch.Tensor, plan: StepPlan, pools: LayerPools) -> torch.Tensor:
+        """Return the streams [T, X, D] after this block."""
+        w = self.weights
+        streams = wrap_sublayer(
+            streams, w.hc_attn, w.attn_norm, lambda x: self.attention(x, plan, pools), self.config
+        )
+        return wrap_sublayer(streams, w.hc_ffn, w.ffn_norm, lambda x: self.moe(x, plan.token_ids), self.config)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-V4: embedding, streams, blocks, head; prefill, decode and any chunking through one function.
+
+`forward` is stateless: it takes a plan (token ids, positions, slots) and pools and works on any number of sequences.
+`step` is the single-sequence convenience around it that owns a `Cache` and advances it.
+
+Source     DeepSeek-V4 technical report (arXiv 2606.19348) and its inference code; docs/architecture.md
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import torch
+
+from megamoe.cache.pools import LayerPools
+from megamoe.models.deepseek_v4.block import Block
+from megamoe.models.deepseek_v4.cache import MAX_CHUNK, Cache
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.hyper_connection import collapse_streams
+from megamoe.models.deepseek_v4.mtp import MtpStage
+from megamoe.models.deepseek_v4.plan import StepPlan
+from megamoe.models.deepseek_v4.weights import ModelWeights
+from megamoe.models.recipe import Recipe
+from megamoe.ops.linear import linear
+from megamoe.ops.rms_norm import rms_norm
+from megamoe.ops.rope import rope_table
+
+
+class Model:
+    """A loaded DeepSeek-V4.
+
+    Attributes:
+        config: the checkpoint's configuration.
+        recipe: the numeric choices of every forward pass.
+        weights: frozen weights.
+        device: where weights, caches and logits live.
+        name: what the model was loaded as.
+        directory: the checkpoint's directory (tokenizer.json is there).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        name: str,
+        directory: pathlib.Path,
+    ) -> None:
+        """Build blocks over the weights; allocates rotary tables only."""
+        self.config = config
+        self.weights = weights
+        self.recipe = recipe
+        self.device = device
+        self.name = name
+        self.directory = directory
+        rope_dim = config.qk_rope_head_dim
+        window_table = rope_table(rope_dim, config.rope_theta, None, device)
+        compressed_table = rope_table(rope_dim, config.compress_rope_theta, config.yarn, device)
+        self.blocks = tuple(
+            Block(
+                block,
+                config,
+                recipe,
+                kind=kind,
+                ratio=ratio,
+                table=window_table if kind is LayerKind.SWA else compressed_table,
+            )
+            for block, kind, ratio in zip(weights.blocks, config.layer_kinds, config.ratios, strict=True)
+        )
+        self.mtp = tuple(MtpStage(stage, config, recipe, window_table) for stage in weights.mtp)
+
+    def new_cache(self, max_tokens: int) -> Cache:
+        """Return an empty cache for one sequence of at most `max_tokens` tokens.
+
+        Raises:
+            ValueError: max_tokens is not in 1 .. max_position_embeddings.
+        """
+        return Cache(
+            self.config, self.recipe, max_tokens=max_tokens, num_draft_stages=len(self.mtp), device=self.device
+        )
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Return fp32 logits [T, V] for every position of `ids` ([T] int64), computed from an empty cache.
+
+        Raises:
+            ValueError: an id is outside the vocabulary, or the sequence is longer than the model's context.
+        """
+        ids = self._check_ids(ids)
+        return self.step(ids, self.new_cache(max(1, ids.shape[0])))
+
+    @torch.inference_mode()
+    def step(self, ids: torch.Tensor | Sequence[int], cache: Cache) -> torch.Tensor:
+        """Append `ids` to the cached sequence and return fp32 logits [T, V] for them.
+
+        Any split of a sequence into steps gives the same numbers as one `logits` call. T may be 0. Work is done in
+        chunks of at most MAX_CHUNK tokens; the cache advances chunk by chunk, so that an interrupted step leaves a
+        valid cache at a chunk boundary.
+
+        Args:
+            ids: [T] int64.
+            cache: from `new_cache`; advanced by T.
+
+        Raises:
+            ValueError: an id is outside the vocabulary, or the cache is too small for T more tokens.
+        """
+        ids = self._check_ids(ids)
+        cache.check_room(ids.shape[0])
+        parts = [self.head(self.advance(chunk, cache)) for chunk in ids.split(MAX_CHUNK) if chunk.shape[0]]
+        if not parts:
+            return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=self.device)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def advance(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Run at most MAX_CHUNK tokens, advance the cache, and return the last block's streams [T, X, D]."""
+        streams = self.forward(cache.plan(ids), cache.layers)
+        cache.length += ids.shape[0]
+        return streams
+
+    def forward(self, plan: StepPlan, pools: Sequence[LayerPools]) -> torch.Tensor:
+        """Run all blocks over the tokens of `plan`; returns the streams [T, X, D] in the activation dtype."""
+        embedded = self.embed(plan.token_ids)  # [T, D]
+        streams = embedded[:, None, :].repeat(1, self.config.hc_mult, 1)  # [T, X, D]
+        for block, layer_pools in zip(self.blocks, pools, strict=True):
+            streams = block(streams, plan, layer_pools)
+        return streams
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return embeddings [T, D] in the activation dtype."""
+        return self.weights.embed[ids].to(self.recipe.activation_dtype)
+
+    def head(self, streams: torch.Tensor) -> torch.Tensor:
+        """Return fp32 logits [T, V] from the last block's streams [T, X, D]."""
+        h = collapse_streams(streams, self.weights.hc_head, self.config)
+        h = rms_norm(h, self.weights.norm, eps=self.config.rms_norm_eps)
+        return linear(h, self.weights.head, out_dtype=torch.float32)
+
+    def draft(
+        self, streams: torch.Tensor, next_ids: torch.Tensor, cache: Cache, stage: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one MTP stage over streams of consecutive positions; at most MAX_CHUNK of them.
+
+        Args:
+            streams: [T, X, D] at positions cache.draft_lengths[stage] onwards.
+            next_ids: [T] int64, the token after each of those positions.
+            cache: the sequence's cache; the stage's part advances by T.
+            stage: which MTP stage.
+
+        Returns:
+            (logits [T, V] fp32 for the token two after each position, the stage's streams [T, X, D]).
+
+        Raises:
+            ValueError: the model has no such stage.
+        """
+        if not 0 <= stage < len(self.mtp):
+            raise ValueError(f"draft: no MTP stage {stage}; this checkpoint has {len(self.mtp)}.")
+        plan = cache.draft_plan(next_ids, stage)
+        streams = self.mtp[stage](streams, self.embed(next_ids), plan, cache.draft_layers[stage])
+        cache.draft_lengths[stage] += next_ids.shape[0]
+        return self.mtp[stage].logits(streams, self.weights.head), streams
+
+    def _check_ids(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Return `ids` as int64 [T] on the model's device, refusing what is not a token of this vocabulary."""
+        if not isinstance(ids, torch.Tensor):
+            ids = torch.tensor(list(ids), dtype=torch.int64)
+        if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"token ids: expected int64 [T]; got {ids.dtype} {list(ids.shape)}.")
+        ids = ids.to(device=self.device, dtype=torch.int64)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size):
+            raise ValueError(
+                f"token ids: allowed are 0 to {self.config.vocab_size - 1}; "
+                f"got values from {int(ids.min())} to {int(ids.max())}. Encode with this model's tokenizer."
+            )
+        return ids

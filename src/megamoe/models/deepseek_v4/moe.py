@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture of experts of one layer: route, routed experts, shared expert (spec section 12)."""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.models.deepseek_v4.config import ModelConfig
+from megamoe.models.deepseek_v4.linear import LinearInput, experts_op
+from megamoe.models.deepseek_v4.weights import MoeWeights
+from megamoe.models.recipe import Recipe
+from megamoe.ops.route_experts import route_experts
+from megamoe.ops.swiglu import clamped_swiglu
+
+
+class Moe:
+    """Top-k routed experts plus one shared expert, clamped SwiGLU in both."""
+
+    def __init__(self, weights: MoeWeights, config: ModelConfig, recipe: Recipe) -> None:
+        """Bind the weights; the experts operation follows from their format and the recipe."""
+        self.weights = weights
+        self.top_k = config.num_experts_per_tok
+        self.routed_scaling = config.routed_scaling_factor
+        self.swiglu_limit = config.swiglu_limit
+        self.recipe = recipe
+        self._experts = experts_op(weights, recipe)
+
+    def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return [T, D] in the dtype of x.
+
+        Args:
+            x: [T, D] normed input of the layer.
+            token_ids: [T] int64; hash-routed layers choose their experts by them.
+        """
+        w = self.weights
+        route_weights, expert_ids = route_experts(
+            x,
+            w.gate,
+            top_k=self.top_k,
+            routed_scaling=self.routed_scaling,
+            bias=w.bias,
+            expert_table=w.expert_table,
+            token_ids=token_ids,
+        )
+        return self._experts(
+            x,
+            route_weights,
+            expert_ids,
+            w.w1,
+            w.w3,
+            w.w2,
+            shared_output=self.shared(x),
+            swiglu_limit=self.swiglu_limit,
+        )
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the shared expert's output [T, D]; the same clamp as the routed experts, weight 1."""
+        source = LinearInput(x, self.recipe)
+        gate, up = source.times(self.weights.shared_w1), source.times(self.weights.shared_w3)  # [T, F]
+        hidden = clamped_swiglu(gate, up, limit=self.swiglu_limit)
+        return LinearInput(hidden, self.recipe).times(self.weights.shared_w2)

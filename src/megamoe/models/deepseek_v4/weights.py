@@ -1,0 +1,700 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of a DeepSeek-V4, loaded from a checkpoint in any of its layouts.
+
+Loading has three steps, and each refuses everything it finds in one error: names, dtypes and shapes from the headers
+alone (before a large tensor is touched); scales; values. Nothing is dropped by a name filter: a tensor is used, listed
+in `ModelWeights.unused_draft`, or refused as unknown.
+
+Numerics   containers keep the stored codes and scales. MXFP4 becomes NVFP4 with codes copied, block by block equal, or
+           is refused; w1 and w3 of an expert get one tensor scale in common when both are MXFP4, and otherwise keep
+           their own. wo_a stored as FP8 becomes BF16 where that is exact, else FP32. With dequantize=True every weight
+           is a plain tensor holding the stored values.
+FP32       hyper-connection parameters, attn_sink, ape and gate.bias are FP32 whatever they are stored in.
+Draft      which draft there is, the tensors say. Classic MTP stages are loaded. DSpark stages (0731, 0813 releases)
+           are recognized and listed as unused, like the norms of a stage that lost all its linears.
+           num_nextn_predict_layers is not believed: re-saved checkpoints keep it after dropping the tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
+from megamoe.formats import fp8, mxfp4, nvfp4
+from megamoe.formats.fp8 import Fp8BlockTensor
+from megamoe.formats.mxfp4 import mxfp4_to_nvfp4, shared_top_exponent
+from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.stored import FLOATS, Format, StoredTensors
+
+LinearWeight = torch.Tensor | Fp8BlockTensor | NvFp4Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompressorWeights:
+    """A compressor: coff is 2 where windows overlap (CSA and the indexer), else 1.
+
+    Attributes:
+        wkv: [coff * C, D].
+        wgate: [coff * C, D].
+        ape: [ratio, coff * C] fp32.
+        norm: [C].
+    """
+
+    wkv: torch.Tensor
+    wgate: torch.Tensor
+    ape: torch.Tensor
+    norm: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IndexerWeights:
+    """An indexer.
+
+    Attributes:
+        wq_b: [index heads * index channels, q_lora].
+        weights_proj: [index heads, D].
+        compressor: makes the index keys.
+    """
+
+    wq_b: LinearWeight
+    weights_proj: torch.Tensor
+    compressor: CompressorWeights
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """Attention of one layer.
+
+    Attributes:
+        wq_a: [q_lora, D].
+        q_norm: [q_lora].
+        wq_b: [H * C, q_lora].
+        wkv: [C, D].
+        kv_norm: [C].
+        wo_a: [G, o_lora, H * C / G], never FP8.
+        wo_b: [D, G * o_lora].
+        sink: [H] fp32.
+        compressor: in CSA and HCA layers.
+        indexer: in CSA layers.
+    """
+
+    wq_a: LinearWeight
+    q_norm: torch.Tensor
+    wq_b: LinearWeight
+    wkv: LinearWeight
+    kv_norm: torch.Tensor
+    wo_a: torch.Tensor | NvFp4Tensor
+    wo_b: LinearWeight
+    sink: torch.Tensor
+    compressor: CompressorWeights | None
+    indexer: IndexerWeights | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MoeWeights:
+    """Mixture of experts of one layer; w1, w3 and w2 are of the same type.
+
+    Attributes:
+        gate: [E, D].
+        bias: [E] fp32, or None in hash-routed layers.
+        expert_table: [V, A] int64 in hash-routed layers, else None.
+        w1: [E, F, D], gate.
+        w3: [E, F, D], up.
+        w2: [E, D, F], down.
+        shared_w1: [F, D].
+        shared_w3: [F, D].
+        shared_w2: [D, F].
+    """
+
+    gate: torch.Tensor
+    bias: torch.Tensor | None
+    expert_table: torch.Tensor | None
+    w1: LinearWeight
+    w3: LinearWeight
+    w2: LinearWeight
+    shared_w1: LinearWeight
+    shared_w3: LinearWeight
+    shared_w2: LinearWeight
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HyperConnectionWeights:
+    """One set of hyper-connection parameters, all fp32: M = (2 + X) * X in a block, X at the head.
+
+    Attributes:
+        fn: [M, X * D].
+        base: [M].
+        scale: [3] in a block, [1] at the head.
+    """
+
+    fn: torch.Tensor
+    base: torch.Tensor
+    scale: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockWeights:
+    """One layer.
+
+    Attributes:
+        attn_norm: [D].
+        ffn_norm: [D].
+        hc_attn: streams around attention.
+        hc_ffn: streams around the experts.
+        attention: attention.
+        moe: experts.
+    """
+
+    attn_norm: torch.Tensor
+    ffn_norm: torch.Tensor
+    hc_attn: HyperConnectionWeights
+    hc_ffn: HyperConnectionWeights
+    attention: AttentionWeights
+    moe: MoeWeights
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MtpWeights:
+    """One classic multi-token-prediction stage.
+
+    Attributes:
+        block: a sliding-window layer.
+        enorm: [D], norm of the embedding.
+        hnorm: [D], norm of the streams.
+        norm: [D], before the head.
+        e_proj: [D, D].
+        h_proj: [D, D].
+        hc_head: collapses the streams.
+    """
+
+    block: BlockWeights
+    enorm: torch.Tensor
+    hnorm: torch.Tensor
+    norm: torch.Tensor
+    e_proj: LinearWeight
+    h_proj: LinearWeight
+    hc_head: HyperConnectionWeights
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelWeights:
+    """All weights.
+
+    Attributes:
+        embed: [V, D].
+        head: [V, D].
+        norm: [D].
+        hc_head: collapses the streams.
+        blocks: one per backbone layer.
+        mtp: classic draft stages; empty when the checkpoint has none.
+        unused_draft: native names of draft tensors that are recognized and not used: DSpark stages; what is left of
+            a classic stage whose linears were all stripped; a draft's copies of the embedding and the head (proved
+            equal to the originals).
+        input_scales: calibrated activation scales (amax / 2688, multiplies) by weight, as stored. Experts that
+            calibration never reached may carry values near zero.
+    """
+
+    embed: torch.Tensor
+    head: torch.Tensor
+    norm: torch.Tensor
+    hc_head: HyperConnectionWeights
+    blocks: tuple[BlockWeights, ...]
+    mtp: tuple[MtpWeights, ...]
+    unused_draft: tuple[str, ...]
+    input_scales: Mapping[str, float]
+
+
+class Role(enum.Enum):
+    """What a checkpoint entry is, and so which forms it may be stored in."""
+
+    LINEAR = "linear"  # a weight in any format
+    EXPERT = "expert"  # the same, one of a stack
+    PLAIN = "plain"  # BF16 or F32
+    FLOAT32 = "float32"  # BF16 or F32, used in FP32
+    TABLE = "table"  # I64 or I32
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One thing a checkpoint must hold.
+
+    Attributes:
+        name: native tensor name; for LINEAR and EXPERT without ".weight" and its companions.
+        shape: logical shape.
+        role: which forms it may be stored in.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+
+
+def inventory(config: ModelConfig, *, num_mtp: int) -> tuple[Entry, ...]:
+    """Return everything a checkpoint of this model holds.
+
+    Args:
+        config: sizes.
+        num_mtp: classic MTP stages.
+    """
+    return tuple(_inventory(config, num_mtp))
+
+
+def _inventory(config: ModelConfig, num_mtp: int) -> Iterator[Entry]:
+    hidden, vocab = config.hidden_size, config.vocab_size
+    yield Entry("embed.weight", (vocab, hidden), Role.PLAIN)
+    yield Entry("head.weight", (vocab, hidden), Role.PLAIN)
+    yield Entry("norm.weight", (hidden,), Role.PLAIN)
+    yield from _hyper_connection(config, "hc_head", config.hc_mult, 1)
+    layers = zip(config.layer_kinds, config.ratios, config.hash_routed, strict=True)
+    for layer, (kind, ratio, hash_routed) in enumerate(layers):
+        yield from _block(config, f"layers.{layer}", kind, ratio, hash_routed)
+    for stage in range(num_mtp):
+        yield from _mtp(config, f"mtp.{stage}")
+
+
+def _mtp(config: ModelConfig, prefix: str) -> Iterator[Entry]:
+    yield from _block(config, prefix, LayerKind.SWA, 0, False)
+    for name in ("enorm", "hnorm", "norm"):
+        yield Entry(f"{prefix}.{name}.weight", (config.hidden_size,), Role.PLAIN)
+    for name in ("e_proj", "h_proj"):
+        yield Entry(f"{prefix}.{name}", (config.hidden_size, config.hidden_size), Role.LINEAR)
+    yield from _hyper_connection(config, f"{prefix}.hc_head", config.hc_mult, 1)
+
+
+def _hyper_connection(config: ModelConfig, prefix: str, num_rows: int, num_scales: int) -> Iterator[Entry]:
+    yield Entry(f"{prefix}_fn", (num_rows, config.hc_mult * config.hidden_size), Role.FLOAT32)
+    yield Entry(f"{prefix}_base", (num_rows,), Role.FLOAT32)
+    yield Entry(f"{prefix}_scale", (num_scales,), Role.FLOAT32)
+
+
+def _compressor(config: ModelConfig, prefix: str, ratio: int, channels: int, overlap: bool) -> Iterator[Entry]:
+    width = channels * (2 if overlap else 1)
+    yield Entry(f"{prefix}.wkv.weight", (width, config.hidden_size), Role.PLAIN)
+    yield Entry(f"{prefix}.wgate.weight", (width, config.hidden_size), Role.PLAIN)
+    yield Entry(f"{prefix}.ape", (ratio, width), Role.FLOAT32)
+    yield Entry(f"{prefix}.norm.weight", (channels,), Role.PLAIN)
+
+
+def _attention(config: ModelConfig, prefix: str, kind: LayerKind, ratio: int) -> Iterator[Entry]:
+    hidden, latent = config.hidden_size, config.q_lora_rank
+    all_heads = config.num_attention_heads * config.head_dim
+    low_rank = config.o_groups * config.o_lora_rank
+    yield Entry(f"{prefix}.wq_a", (latent, hidden), Role.LINEAR)
+    yield Entry(f"{prefix}.q_norm.weight", (latent,), Role.PLAIN)
+    yield Entry(f"{prefix}.wq_b", (all_heads, latent), Role.LINEAR)
+    yield Entry(f"{prefix}.wkv", (config.head_dim, hidden), Role.LINEAR)
+    yield Entry(f"{prefix}.kv_norm.weight", (config.head_dim,), Role.PLAIN)
+    yield Entry(f"{prefix}.wo_a", (low_rank, all_heads // config.o_groups), Role.LINEAR)
+    yield Entry(f"{prefix}.wo_b", (hidden, low_rank), Role.LINEAR)
+    yield Entry(f"{prefix}.attn_sink", (config.num_attention_heads,), Role.FLOAT32)
+    if kind is not LayerKind.SWA:
+        yield from _compressor(config, f"{prefix}.compressor", ratio, config.head_dim, kind is LayerKind.CSA)
+    if kind is LayerKind.CSA:
+        yield Entry(f"{prefix}.indexer.wq_b", (config.index_n_heads * config.index_head_dim, latent), Role.LINEAR)
+        yield Entry(f"{prefix}.indexer.weights_proj.weight", (config.index_n_heads, hidden), Role.PLAIN)
+        yield from _compressor(config, f"{prefix}.indexer.compressor", ratio, config.index_head_dim, True)
+
+
+def _block(config: ModelConfig, prefix: str, kind: LayerKind, ratio: int, hash_routed: bool) -> Iterator[Entry]:
+    hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    yield Entry(f"{prefix}.attn_norm.weight", (hidden,), Role.PLAIN)
+    yield Entry(f"{prefix}.ffn_norm.weight", (hidden,), Role.PLAIN)
+    for name in ("hc_attn", "hc_ffn"):
+        yield from _hyper_connection(config, f"{prefix}.{name}", (2 + config.hc_mult) * config.hc_mult, 3)
+    yield from _attention(config, f"{prefix}.attn", kind, ratio)
+    yield Entry(f"{prefix}.ffn.gate.weight", (num_experts, hidden), Role.PLAIN)
+    if hash_routed:
+        yield Entry(f"{prefix}.ffn.gate.tid2eid", (config.vocab_size, config.num_experts_per_tok), Role.TABLE)
+    else:
+        yield Entry(f"{prefix}.ffn.gate.bias", (num_experts,), Role.FLOAT32)
+    projections = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
+    for name, shape in projections.items():
+        yield Entry(f"{prefix}.ffn.shared_experts.{name}", shape, Role.LINEAR)
+    for expert in range(num_experts):
+        for name, shape in projections.items():
+            yield Entry(f"{prefix}.ffn.experts.{expert}.{name}", shape, Role.EXPERT)
+
+
+def load_weights(
+    reader: CheckpointReader,
+    config: ModelConfig,
+    *,
+    dequantize: bool,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> ModelWeights:
+    """Load all weights.
+
+    Args:
+        reader: open checkpoint; may be closed afterwards, nothing refers to its files.
+        config: from the same checkpoint.
+        dequantize: True: every weight becomes a plain tensor of `dtype` with the stored values (rounded once when
+            `dtype` is narrower). False: quantized weights stay in their containers and plain ones in their stored
+            dtype, and `dtype` says nothing.
+        dtype: fp32 or bf16.
+        device: where the weights go.
+
+    Returns:
+        The weights, contiguous, block scales row-major.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, stored twice, misshapen, of the wrong dtype or damaged, or an
+            MXFP4 weight has no equal in NVFP4. All offenders of the step that failed are listed.
+        ValueError: dtype is not as above.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"load_weights: dtype must be torch.float32 or torch.bfloat16; got {dtype}.")
+    loader = _Loader(StoredTensors(reader, config.n_routed_experts), config, dtype if dequantize else None, device)
+    return loader.load()
+
+
+_MTP_MODULE = re.compile(r"mtp\.\d+\.(attn|ffn|e_proj|h_proj)\..+")
+_DSPARK_MODULE = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\..+")
+_STAGE = re.compile(r"mtp\.(\d+)\..+")
+_COMPANIONS = ("weight", "scale", "weight_scale", "weight_scale_2", "input_scale")
+
+
+class _Loader:
+    """Checks, then builds; `dtype` is None where containers are kept."""
+
+    def __init__(
+        self, stored: StoredTensors, config: ModelConfig, dtype: torch.dtype | None, device: torch.device | str
+    ) -> None:
+        self.stored = stored
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.formats: dict[str, Format] = {}
+        self.unused_draft: list[str] = []
+        self.input_scales: dict[str, float] = {}
+
+    def load(self) -> ModelWeights:
+        num_mtp = self.claim_draft()
+        entries = inventory(self.config, num_mtp=num_mtp)
+        self.check_entries(entries)
+        self.stop_if_refused()
+        self.check_scales(entries)
+        self.stop_if_refused()
+        weights = self.build(num_mtp)
+        self.stop_if_refused()
+        return weights
+
+    def stop_if_refused(self) -> None:
+        if self.stored.problems:
+            raise CheckpointError.listing(f"weights in {self.stored.reader.directory}", self.stored.problems)
+
+    # Step 1: headers.
+
+    def claim_draft(self) -> int:
+        """Claim draft tensors that are not loaded; return the number of classic MTP stages to load."""
+        draft = [name for name in self.stored.names if _STAGE.fullmatch(name)]
+        is_dspark = self.config.dspark is not None or any(_DSPARK_MODULE.fullmatch(name) for name in draft)
+        stages = {int(name.split(".")[1]) for name in draft}
+        loaded: set[int] = set()
+        if not is_dspark:
+            loaded = {int(name.split(".")[1]) for name in draft if _MTP_MODULE.fullmatch(name)}
+        unused = {name for stage in stages - loaded for name in _draft_names(self.config, f"mtp.{stage}")}
+        for name in draft:
+            copied = re.sub(r"mtp\.\d+\.", "", name)
+            if copied in ("embed.weight", "head.weight"):
+                self.claim_copy(name, copied)
+            elif name in unused:
+                self.stored.claim(name)
+                self.unused_draft.append(name)
+        return next(stage for stage in range(len(loaded) + 1) if stage not in loaded)
+
+    def claim_copy(self, name: str, original: str) -> None:
+        """Claim a draft's copy of the embedding or the head, which must be the same tensor."""
+        self.stored.claim(name)
+        self.unused_draft.append(name)
+        if original in self.stored:
+            copy, first = self.stored.read(name), self.stored.read(original)
+            if copy.dtype != first.dtype or not torch.equal(copy, first):
+                self.stored.problem(
+                    f"{self.stored.label(name)}: differs from {original}. A draft shares embedding and head."
+                )
+
+    def check_entries(self, entries: tuple[Entry, ...]) -> None:
+        for entry in entries:
+            if entry.role in (Role.LINEAR, Role.EXPERT):
+                num_rows, num_columns = entry.shape
+                found = self.stored.detect(entry.name, (num_rows, num_columns))
+                if found is not None:
+                    self.formats[entry.name] = found
+            else:
+                dtypes = ("I64", "I32") if entry.role is Role.TABLE else FLOATS
+                self.stored.expect(entry.name, dtypes, entry.shape)
+        self.stored.refuse_unclaimed()
+        stacks: dict[str, list[str]] = {}
+        for entry in entries:
+            if entry.role is Role.EXPERT:
+                stacks.setdefault(entry.name.rsplit(".", 2)[0], []).append(entry.name)
+        for prefix, modules in stacks.items():
+            self.check_stack(prefix, [module for module in modules if module in self.formats])
+
+    def check_stack(self, prefix: str, modules: list[str]) -> None:
+        """Refuse experts of one layer whose formats cannot be stacked; FP4 formats can."""
+        if self.dtype is not None:
+            return
+        kinds: dict[str, str] = {}
+        for module in modules:
+            found = self.formats[module]
+            if found is Format.PLAIN:
+                kind = self.stored.dtype(f"{module}.weight")
+            elif found is Format.FP8:
+                kind = f"FP8 with {'F32' if self.stored.dtype(f'{module}.scale') == 'F32' else 'E8M0'} scales"
+            else:
+                kind = "FP4"
+            kinds.setdefault(kind, module)
+        if len(kinds) > 1:
+            said = ", ".join(f"{module} is {kind}" for kind, module in kinds.items())
+            self.stored.problem(f"{prefix}: experts of one layer must share a format: {said}. Convert them alike.")
+
+    # Step 2: scales and tables.
+
+    def check_scales(self, entries: tuple[Entry, ...]) -> None:
+        for entry in entries:
+            if entry.name in self.formats:
+                self.stored.check_scales(entry.name, self.formats[entry.name])
+                if f"{entry.name}.input_scale" in self.stored:
+                    self.input_scales[entry.name] = self.stored.scalar(f"{entry.name}.input_scale")
+            elif entry.role is Role.TABLE:
+                self.check_table(entry.name)
+
+    def check_table(self, name: str) -> None:
+        table = self.stored.read(name)
+        bad = (table < 0) | (table >= self.config.n_routed_experts)
+        if bool(bad.any()):
+            token, slot = (int(index) for index in bad.nonzero()[0])
+            self.stored.problem(
+                f"{self.stored.label(name)}: expert {int(table[token, slot])} at [{token}, {slot}] "
+                f"({int(bad.sum())} such entries); experts are 0 to {self.config.n_routed_experts - 1}. "
+                "Use the config.json that belongs to the weights."
+            )
+
+    # Step 3: values.
+
+    def build(self, num_mtp: int) -> ModelWeights:
+        return ModelWeights(
+            embed=self.plain("embed.weight"),
+            head=self.plain("head.weight"),
+            norm=self.plain("norm.weight"),
+            hc_head=self.hyper_connection("hc_head"),
+            blocks=tuple(
+                self.block(f"layers.{layer}", kind, hash_routed)
+                for layer, (kind, hash_routed) in enumerate(
+                    zip(self.config.layer_kinds, self.config.hash_routed, strict=True)
+                )
+            ),
+            mtp=tuple(self.mtp(f"mtp.{stage}") for stage in range(num_mtp)),
+            unused_draft=tuple(sorted(self.unused_draft)),
+            input_scales=types.MappingProxyType(self.input_scales),
+        )
+
+    def mtp(self, prefix: str) -> MtpWeights:
+        return MtpWeights(
+            block=self.block(prefix, LayerKind.SWA, False),
+            enorm=self.plain(f"{prefix}.enorm.weight"),
+            hnorm=self.plain(f"{prefix}.hnorm.weight"),
+            norm=self.plain(f"{prefix}.norm.weight"),
+            e_proj=self.linear(f"{prefix}.e_proj"),
+            h_proj=self.linear(f"{prefix}.h_proj"),
+            hc_head=self.hyper_connection(f"{prefix}.hc_head"),
+        )
+
+    def block(self, prefix: str, kind: LayerKind, hash_routed: bool) -> BlockWeights:
+        return BlockWeights(
+            attn_norm=self.plain(f"{prefix}.attn_norm.weight"),
+            ffn_norm=self.plain(f"{prefix}.ffn_norm.weight"),
+            hc_attn=self.hyper_connection(f"{prefix}.hc_attn"),
+            hc_ffn=self.hyper_connection(f"{prefix}.hc_ffn"),
+            attention=self.attention(f"{prefix}.attn", kind),
+            moe=self.moe(f"{prefix}.ffn", hash_routed),
+        )
+
+    def attention(self, prefix: str, kind: LayerKind) -> AttentionWeights:
+        indexer = None
+        if kind is LayerKind.CSA:
+            indexer = IndexerWeights(
+                wq_b=self.linear(f"{prefix}.indexer.wq_b"),
+                weights_proj=self.plain(f"{prefix}.indexer.weights_proj.weight"),
+                compressor=self.compressor(f"{prefix}.indexer.compressor"),
+            )
+        return AttentionWeights(
+            wq_a=self.linear(f"{prefix}.wq_a"),
+            q_norm=self.plain(f"{prefix}.q_norm.weight"),
+            wq_b=self.linear(f"{prefix}.wq_b"),
+            wkv=self.linear(f"{prefix}.wkv"),
+            kv_norm=self.plain(f"{prefix}.kv_norm.weight"),
+            wo_a=self.grouped(f"{prefix}.wo_a"),
+            wo_b=self.linear(f"{prefix}.wo_b"),
+            sink=self.plain(f"{prefix}.attn_sink", torch.float32),
+            compressor=None if kind is LayerKind.SWA else self.compressor(f"{prefix}.compressor"),
+            indexer=indexer,
+        )
+
+    def compressor(self, prefix: str) -> CompressorWeights:
+        return CompressorWeights(
+            wkv=self.plain(f"{prefix}.wkv.weight"),
+            wgate=self.plain(f"{prefix}.wgate.weight"),
+            ape=self.plain(f"{prefix}.ape", torch.float32),
+            norm=self.plain(f"{prefix}.norm.weight"),
+        )
+
+    def hyper_connection(self, prefix: str) -> HyperConnectionWeights:
+        fn, base, scale = (self.plain(f"{prefix}_{part}", torch.float32) for part in ("fn", "base", "scale"))
+        return HyperConnectionWeights(fn, base, scale)
+
+    def moe(self, prefix: str, hash_routed: bool) -> MoeWeights:
+        w1, w3, w2 = self.experts(f"{prefix}.experts")
+        return MoeWeights(
+            gate=self.plain(f"{prefix}.gate.weight"),
+            bias=None if hash_routed else self.plain(f"{prefix}.gate.bias", torch.float32),
+            expert_table=self.table(f"{prefix}.gate.tid2eid") if hash_routed else None,
+            w1=w1,
+            w3=w3,
+            w2=w2,
+            shared_w1=self.linear(f"{prefix}.shared_experts.w1"),
+            shared_w3=self.linear(f"{prefix}.shared_experts.w3"),
+            shared_w2=self.linear(f"{prefix}.shared_experts.w2"),
+        )
+
+    def own(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a contiguous copy that no longer refers to the file, on the device."""
+        copy = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=self.device)
+        copy.copy_(tensor)
+        return copy
+
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a plain tensor in `dtype`, else in the asked dtype when dequantizing, else as stored."""
+        self.stored.finite(name)
+        return self.own(self.stored.read(name), dtype or self.dtype)
+
+    def table(self, name: str) -> torch.Tensor:
+        return self.own(self.stored.read(name), torch.int64)
+
+    def linear(self, module: str) -> LinearWeight:
+        if self.dtype is not None:
+            return self.own(self.values(module, self.dtype))
+        found = self.formats[module]
+        if found is Format.FP8:
+            self.stored.finite(f"{module}.weight")
+            weight = self.stored.fp8(module)
+            return Fp8BlockTensor(self.own(weight.codes), self.own(weight.scales))
+        if found is Format.PLAIN:
+            return self.plain(f"{module}.weight")
+        return self.own_nvfp4(self.fp4(module))
+
+    def values(self, module: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return the stored values of a weight as a plain tensor."""
+        found = self.formats[module]
+        if found is Format.NVFP4:
+            return nvfp4.dequantize(self.stored.nvfp4(module), dtype)
+        if found is Format.MXFP4:
+            return mxfp4.dequantize(self.stored.mxfp4(module), dtype)
+        if not self.stored.finite(f"{module}.weight"):
+            return torch.zeros(self.stored.read(f"{module}.weight").shape)  # refused when the step ends
+        if found is Format.FP8:
+            return fp8.dequantize(self.stored.fp8(module), dtype)
+        return self.stored.read(f"{module}.weight").to(dtype)
+
+    def grouped(self, module: str) -> torch.Tensor | NvFp4Tensor:
+        """Return [G * N, K] as [G, N, K]."""
+        num_groups, found = self.config.o_groups, self.formats[module]
+        if self.dtype is None and found in (Format.NVFP4, Format.MXFP4):
+            weight = self.own_nvfp4(self.fp4(module))
+            codes, scales = weight.codes, weight.scales
+            return NvFp4Tensor(
+                codes.view(num_groups, -1, codes.shape[-1]),
+                scales.view(num_groups, -1, scales.shape[-1]),
+                weight.tensor_scale.repeat(num_groups),
+            )
+        dtype = self.dtype
+        if dtype is None:
+            dtype = torch.float32 if found is Format.FP8 else self.stored.read(f"{module}.weight").dtype
+        values = self.values(module, dtype)
+        if self.dtype is None and found is Format.FP8:
+            narrow = values.to(torch.bfloat16)
+            values = narrow if torch.equal(narrow.float(), values) else values
+        return self.own(values).view(num_groups, -1, values.shape[-1])
+
+    def fp4(self, module: str, partner: str | None = None) -> NvFp4Tensor:
+        """Return an FP4 weight as NVFP4; MXFP4 keeps its codes and shares the tensor scale of an MXFP4 partner."""
+        if self.formats[module] is Format.NVFP4:
+            return self.stored.nvfp4(module)
+        weight = self.stored.mxfp4(module)
+        is_pair = partner is not None and self.formats[partner] is Format.MXFP4
+        top = shared_top_exponent(weight, self.stored.mxfp4(partner)) if partner and is_pair else None
+        converted, exact = mxfp4_to_nvfp4(weight, top_exponent=top)
+        if not bool(exact.all()):
+            first = [int(index) for index in (~exact).nonzero()[0]]
+            self.stored.problem(
+                f"{self.stored.label(f'{module}.weight')}: MXFP4 block {first} has no equal in NVFP4 "
+                f"({int((~exact).sum())} of {exact.numel()} blocks): scales"
+                f"{f' of it and of {partner}' if is_pair else ''} span more than 2^17. "
+                "Load with dequantize=True (recipe 'exact')."
+            )
+        return converted
+
+    def own_nvfp4(self, weight: NvFp4Tensor) -> NvFp4Tensor:
+        return NvFp4Tensor(self.own(weight.codes), self.own(weight.scales), self.own(weight.tensor_scale))
+
+    def experts(self, prefix: str) -> tuple[LinearWeight, LinearWeight, LinearWeight]:
+        """Return w1, w3, w2 of all experts, stacked."""
+        w1, w3, w2 = (
+            self.stack(
+                [f"{prefix}.{expert}.{name}" for expert in range(self.config.n_routed_experts)],
+                {"w1": "w3", "w3": "w1"}.get(name),
+            )
+            for name in ("w1", "w3", "w2")
+        )
+        return w1, w3, w2
+
+    def stack(self, modules: list[str], partner: str | None) -> LinearWeight:
+        formats = {self.formats[module] for module in modules}
+        if self.dtype is not None or formats == {Format.PLAIN}:
+            dtype = self.dtype or self.stored.read(f"{modules[0]}.weight").dtype
+            return self.stacked((self.values(module, dtype) for module in modules), len(modules))
+        if formats == {Format.FP8}:
+            for module in modules:
+                self.stored.finite(f"{module}.weight")
+            blocks = [self.stored.fp8(module) for module in modules]
+            return Fp8BlockTensor(
+                self.stacked((block.codes for block in blocks), len(blocks)),
+                self.stacked((block.scales for block in blocks), len(blocks)),
+            )
+        parts = [self.fp4(module, partner and f"{module.rsplit('.', 1)[0]}.{partner}") for module in modules]
+        return NvFp4Tensor(
+            self.stacked((part.codes for part in parts), len(parts)),
+            self.stacked((part.scales for part in parts), len(parts)),
+            self.stacked((part.tensor_scale for part in parts), len(parts)),
+        )
+
+    def stacked(self, parts: Iterable[torch.Tensor], count: int) -> torch.Tensor:
+        """Return tensors of one shape and dtype stacked on the device, holding one at a time besides the stack."""
+        stack: torch.Tensor | None = None
+        for index, part in enumerate(parts):
+            if stack is None:
+                stack = torch.empty((count, *part.shape), dtype=part.dtype, device=self.device)
+            stack[index].copy_(part)
+        assert stack is not None
+        return stack
+
+
+def _draft_names(config: ModelConfig, prefix: str) -> Iterator[str]:
+    """Yield every tensor name a classic or DSpark stage may have, in any format."""
+    for entry in _mtp(config, prefix):
+        if entry.role in (Role.LINEAR, Role.EXPERT):
+            yield from (f"{entry.name}.{companion}" for companion in _COMPANIONS)
+        else:
+            yield entry.name
+    yield from (f"{prefix}.main_proj.{companion}" for companion in _COMPANIONS)
+    for name in ("main_norm", "markov_head.markov_w1", "markov_head.markov_w2", "confidence_head.proj"):
+        yield f"{prefix}.{name}.weight"

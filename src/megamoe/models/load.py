@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""megamoe.load: a checkpoint directory (or the bundled model) and a recipe become a model, or one clear refusal."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import torch
+
+from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
+from megamoe.formats.cache_rows import RowFormat
+from megamoe.models import architecture_of
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig, load_config
+from megamoe.models.deepseek_v4.model import Model
+from megamoe.models.deepseek_v4.weights import load_weights
+from megamoe.models.recipe import Recipe, get_recipe
+
+BUNDLED = {"tiny": pathlib.Path(__file__).parent / "deepseek_v4" / "tiny"}
+
+
+def load(
+    model: str | os.PathLike[str],
+    recipe: str = "w4a16",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """Load a model.
+
+    Args:
+        model: "tiny" (bundled) or a checkpoint directory with config.json and safetensors.
+        recipe: "exact", "w4a16" or "w4a4"; fixes every numeric choice, see megamoe.models.recipe.
+        device: "cpu" or a CUDA device.
+        dtype: only torch.float32, and only with recipe "exact" (where it is the default).
+
+    Returns:
+        The model: `logits`, `new_cache`, `step`.
+
+    Raises:
+        ValueError: unknown model, recipe, device or dtype; CheckpointError (a ValueError) when the checkpoint is
+            damaged, incomplete or not DeepSeek-V4, naming the tensors.
+    """
+    chosen = get_recipe(recipe)
+    if dtype is not None and (chosen.name != "exact" or dtype is not torch.float32):
+        raise ValueError(
+            f"load: dtype may only be torch.float32 with recipe 'exact'; got {dtype} with {chosen.name!r}. "
+            "A recipe fixes its own dtypes: leave dtype out."
+        )
+    where = _check_device(device)
+    directory = _find(model)
+    config = load_config(directory)
+    architecture_of(config.architecture)
+    _check_recipe(chosen, config)
+    with CheckpointReader(directory) as reader:
+        weights = load_weights(
+            reader, config, dequantize=chosen.dequantize_weights, dtype=chosen.activation_dtype, device=where
+        )
+    return Model(config, weights, chosen, where, name=str(model), directory=directory)
+
+
+def _find(model: str | os.PathLike[str]) -> pathlib.Path:
+    """Return the checkpoint directory a name stands for."""
+    if isinstance(model, str) and model in BUNDLED:
+        return BUNDLED[model]
+    directory = pathlib.Path(model)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"load: no model {str(model)!r}: neither a bundled model ({', '.join(BUNDLED)}) nor a directory. "
+            "Pass a directory with config.json and safetensors files."
+        )
+    return directory
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    """Return the device, refusing what this machine does not have."""
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"load: unknown device {str(device)!r}; allowed are 'cpu' and 'cuda[:N]'.") from error
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"load: device {str(device)!r} is not supported; allowed are 'cpu' and 'cuda[:N]'.")
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"load: device {str(device)!r} asked for, but torch sees no CUDA device. Use device='cpu'.")
+    return where
+
+
+def _check_recipe(recipe: Recipe, config: ModelConfig) -> None:
+    """Refuse a recipe whose cache formats cannot hold this model's rows."""
+    problems = []
+    nope = config.head_dim - config.qk_rope_head_dim
+    if recipe.kv_row_format is RowFormat.FP8_ROPE_BF16 and (config.qk_rope_head_dim != 64 or nope % 64):
+        problems.append(
+            f"FP8 KV rows need 64 rotary dims and a multiple of 64 others; got head_dim {config.head_dim} "
+            f"with {config.qk_rope_head_dim} rotary dims"
+        )
+    has_index = LayerKind.CSA in config.layer_kinds
+    if has_index and recipe.index_key_format is RowFormat.INDEX_FP4 and config.index_head_dim != 128:
+        problems.append(f"FP4 index keys need index_head_dim 128; got {config.index_head_dim}")
+    if problems:
+        raise ValueError(f"load: recipe {recipe.name!r} does not fit this model: {'; '.join(problems)}. Use 'exact'.")

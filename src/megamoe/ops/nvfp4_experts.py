@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nvfp4_experts: the routed experts of a layer with NVFP4 weights and NVFP4 activations (W4A4).
+
+Math       ops/expert_common.py, over the dequantized weights and activations
+Numerics   ops/expert_common.py. x and h are rounded to NVFP4 with one dynamic tensor scale per token (h straight from
+           fp32, after the route weight). Values are code * block scale * tensor scale in fp32; products and sums fp32.
+Tolerance  verify/tolerance.py, "nvfp4_experts"
+Kernels    none yet. Weight-only W4A16 is a different operation: nvfp4_weight_only_experts.
+Source     docs/numerics.md, sections "NVFP4" and "Operations"
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.formats import nvfp4
+from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.ops import swiglu
+from megamoe.ops.dequant_cache import dequantized
+from megamoe.ops.dispatch import pick
+from megamoe.ops.expert_common import check_experts, sum_of_experts
+from megamoe.ops.matmul import row_invariant_matmul
+
+
+def nvfp4_experts(
+    x: torch.Tensor,
+    route_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    w1: NvFp4Tensor,
+    w3: NvFp4Tensor,
+    w2: NvFp4Tensor,
+    *,
+    shared_output: torch.Tensor | None = None,
+    swiglu_limit: float | None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Quantize tokens, send them through their experts and add the results.
+
+    Args:
+        x: [T, D] bf16 or fp32, not quantized yet. T may be 0.
+        route_weights: [T, A] fp32, of route_experts.
+        expert_ids: [T, A] int64, of route_experts.
+        w1: [E, F, D] NVFP4, gate.
+        w3: [E, F, D] NVFP4, up; its tensor scales may differ from those of w1.
+        w2: [E, D, F] NVFP4, down.
+        shared_output: [T, D] bf16 or fp32, added to the sum; None for nothing.
+        swiglu_limit: the clamp of gate and up, positive; None for no clamp.
+        out_dtype: bf16 or fp32; None for the dtype of x.
+
+    Returns:
+        [T, D] out_dtype, newly allocated.
+
+    Raises:
+        TypeError: a dtype or container is not as above.
+        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is out of range or
+            x is not finite.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    op = "nvfp4_experts"
+    check_experts(
+        op, x, route_weights, expert_ids, (w1, w3, w2), (NvFp4Tensor,), shared_output, swiglu_limit, out_dtype
+    )
+    run = pick(op, x.device, reference)
+    return run(  # type: ignore[no-any-return]
+        x, route_weights, expert_ids, w1, w3, w2, shared_output, swiglu_limit, out_dtype or x.dtype
+    )
+
+
+def reference(
+    x: torch.Tensor,
+    route_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    w1: NvFp4Tensor,
+    w3: NvFp4Tensor,
+    w2: NvFp4Tensor,
+    shared_output: torch.Tensor | None,
+    swiglu_limit: float | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Compute nvfp4_experts in plain torch."""
+    values = nvfp4.dequantize(nvfp4.quantize(x, scale_per="row"))  # [T, D] fp32
+
+    def expert(which: int, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        inputs = values[rows]
+        gate = row_invariant_matmul(inputs, dequantized(w1, which))  # [n, F]
+        up = row_invariant_matmul(inputs, dequantized(w3, which))  # [n, F]
+        hidden = swiglu.reference(gate, up, swiglu_limit, weight, torch.float32)
+        return row_invariant_matmul(nvfp4.dequantize(nvfp4.quantize(hidden, scale_per="row")), dequantized(w2, which))
+
+    op = "nvfp4_experts"
+    return sum_of_experts(op, x, route_weights, expert_ids, w1.shape[0], expert, shared_output, out_dtype)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nvfp4_weight_only_experts: the routed experts of a layer with NVFP4 weights and plain activations (W4A16).
+
+Math       ops/expert_common.py, over the dequantized weights
+Numerics   ops/expert_common.py; h is rounded to the dtype of x before w2. Weights are code * block scale * tensor scale
+           in fp32; products and sums fp32.
+Tolerance  verify/tolerance.py, "nvfp4_weight_only_experts"
+Kernels    none yet. With NVFP4 activations it is a different operation: nvfp4_experts.
+Source     docs/numerics.md, sections "NVFP4" and "Operations"
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.ops import experts
+from megamoe.ops.dispatch import pick
+from megamoe.ops.expert_common import check_experts
+
+
+def nvfp4_weight_only_experts(
+    x: torch.Tensor,
+    route_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    w1: NvFp4Tensor,
+    w3: NvFp4Tensor,
+    w2: NvFp4Tensor,
+    *,
+    shared_output: torch.Tensor | None = None,
+    swiglu_limit: float | None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Send tokens through their experts and add the results.
+
+    Args:
+        x: [T, D] bf16 or fp32. T may be 0.
+        route_weights: [T, A] fp32, of route_experts.
+        expert_ids: [T, A] int64, of route_experts.
+        w1: [E, F, D] NVFP4, gate.
+        w3: [E, F, D] NVFP4, up; its tensor scales may differ from those of w1.
+        w2: [E, D, F] NVFP4, down.
+        shared_output: [T, D] bf16 or fp32, added to the sum; None for nothing.
+        swiglu_limit: the clamp of gate and up, positive; None for no clamp.
+        out_dtype: bf16 or fp32; None for the dtype of x.
+
+    Returns:
+        [T, D] out_dtype, newly allocated.
+
+    Raises:
+        TypeError: a dtype or container is not as above.
+        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is out of range.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    op = "nvfp4_weight_only_experts"
+    check_experts(
+        op, x, route_weights, expert_ids, (w1, w3, w2), (NvFp4Tensor,), shared_output, swiglu_limit, out_dtype
+    )
+    run = pick(op, x.device, reference)
+    return run(  # type: ignore[no-any-return]
+        x, route_weights, expert_ids, w1, w3, w2, shared_output, swiglu_limit, out_dtype or x.dtype
+    )
+
+
+def reference(
+    x: torch.Tensor,
+    route_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    w1: NvFp4Tensor,
+    w3: NvFp4Tensor,
+    w2: NvFp4Tensor,
+    shared_output: torch.Tensor | None,
+    swiglu_limit: float | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Compute nvfp4_weight_only_experts in plain torch: experts over the dequantized weights."""
+    op = "nvfp4_weight_only_experts"
+    return experts.reference(x, route_weights, expert_ids, w1, w3, w2, shared_output, swiglu_limit, out_dtype, op)

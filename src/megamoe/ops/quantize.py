@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quantize: round activations to a 4 or 8 bit format, each token by its own scale unless a scale is given.
+
+Math       the rules of formats/nvfp4.py, formats/fp8.py and formats/mxfp4.py
+Numerics   fp32 inside; bit-exact on every device. Row-invariant: with dynamic scales a token's codes depend on nothing
+           but its own values.
+Polarity   a tensor scale MULTIPLIES codes. A checkpoint's `input_scale` (amax / 2688) is passed as it is stored; its
+           reciprocal is never used anywhere.
+Tolerance  verify/tolerance.py, "quantize_nvfp4", "quantize_fp8_rows", "quantize_mxfp4": exact
+Kernels    none yet
+Source     docs/numerics.md, sections "NVFP4", "FP8" and "MXFP4"
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.formats import fp8, mxfp4, nvfp4
+from megamoe.formats.fp8 import Fp8RowTensor
+from megamoe.formats.mxfp4 import MxFp4Tensor
+from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.ops.check import FLOAT32, FLOATS, check
+from megamoe.ops.dispatch import pick
+
+
+def quantize_nvfp4(x: torch.Tensor, *, tensor_scale: torch.Tensor | None = None) -> NvFp4Tensor:
+    """Round activations to NVFP4.
+
+    Args:
+        x: [..., T, K] bf16 or fp32, finite; K a positive multiple of 16; T may be 0.
+        tensor_scale: [] fp32, a checkpoint's calibrated `input_scale`, used for all tokens: values beyond
+            2688 * tensor_scale saturate. None: every token gets max(amax, 1e-12) / 2688 of its own.
+
+    Returns:
+        [..., T, K] NVFP4, row-major scales; scale_per "row" if tensor_scale is None, else "tensor".
+
+    Raises:
+        TypeError: x is not bf16 or fp32, or tensor_scale is not fp32.
+        ValueError: K is not a multiple of 16, x holds NaN or infinity, or tensor_scale is not a positive scalar.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    check("quantize_nvfp4", x=(x, "... T K", FLOATS), tensor_scale=(tensor_scale, "?", FLOAT32))
+    run = pick("quantize_nvfp4", x.device, reference_nvfp4)
+    return run(x, tensor_scale)  # type: ignore[no-any-return]
+
+
+def quantize_fp8_rows(x: torch.Tensor, *, group: int = 128) -> Fp8RowTensor:
+    """Round activations to E4M3 with one power-of-two scale per group of a row.
+
+    Args:
+        x: [..., T, K] bf16 or fp32, finite; T may be 0.
+        group: values that share a scale along K.
+
+    Returns:
+        [..., T, K] FP8 rows with E8M0 scales.
+
+    Raises:
+        TypeError: x is not bf16 or fp32.
+        ValueError: x has fewer than two dimensions or holds NaN or infinity, or group is not positive.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    check("quantize_fp8_rows", x=(x, "... T K", FLOATS))
+    run = pick("quantize_fp8_rows", x.device, reference_fp8_rows)
+    return run(x, group)  # type: ignore[no-any-return]
+
+
+def quantize_mxfp4(x: torch.Tensor) -> MxFp4Tensor:
+    """Round activations to MXFP4: E2M1 codes with one power-of-two scale per 32.
+
+    Args:
+        x: [..., T, K] bf16 or fp32, finite; K a positive multiple of 32; T may be 0.
+
+    Returns:
+        [..., T, K] MXFP4.
+
+    Raises:
+        TypeError: x is not bf16 or fp32.
+        ValueError: K is not a multiple of 32, or x holds NaN or infinity.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    check("quantize_mxfp4", x=(x, "... T K", FLOATS))
+    run = pick("quantize_mxfp4", x.device, reference_mxfp4)
+    return run(x)  # type: ignore[no-any-return]
+
+
+def reference_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | None) -> NvFp4Tensor:
+    """Compute quantize_nvfp4 in plain torch."""
+    if tensor_scale is None:
+        return nvfp4.quantize(x, scale_per="row")
+    return nvfp4.quantize(x, tensor_scale=tensor_scale, scale_per="tensor")
+
+
+def reference_fp8_rows(x: torch.Tensor, group: int) -> Fp8RowTensor:
+    """Compute quantize_fp8_rows in plain torch."""
+    return fp8.quantize_rows(x, group=group)
+
+
+def reference_mxfp4(x: torch.Tensor) -> MxFp4Tensor:
+    """Compute quantize_mxfp4 in plain torch."""
+    return mxfp4.quantize(x)

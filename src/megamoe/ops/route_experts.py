@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""route_experts: which experts a token goes to, and with which weights.
+
+Math       s = sqrt(softplus(x @ gate.T))                                [T, E]
+           ids = the top_k of s + bias, best first, or expert_table[token_ids]
+           weights = s[ids] / sum(s[ids]) * routed_scaling
+Numerics   everything fp32, the product included (the gate is stored in bf16 and never quantized). The bias only
+           selects; the weights are the unbiased scores, of experts chosen by table, too. Equal scores go to the lowest
+           expert. Nothing is added to the sum that normalizes. Row-invariant.
+Tolerance  verify/tolerance.py, "route_experts"
+Kernels    none yet
+Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.ops.check import FLOAT32, FLOATS, INT64, check
+from megamoe.ops.dequant_cache import dequantized
+from megamoe.ops.dispatch import pick
+from megamoe.ops.matmul import row_invariant_matmul
+from megamoe.ops.row_math import row_sum, softplus
+
+
+def route_experts(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    *,
+    top_k: int,
+    routed_scaling: float,
+    bias: torch.Tensor | None = None,
+    expert_table: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose experts by score, or by token id in layers that have a table.
+
+    Args:
+        x: [T, D] bf16 or fp32. T may be 0.
+        gate: [E, D] bf16 or fp32.
+        top_k: A, experts per token, 1 to E.
+        routed_scaling: the weights of a token sum to it.
+        bias: [E] fp32, added to the scores to select; None for none. Not together with expert_table.
+        expert_table: [V, A] int64 or int32, the experts of every token id; None to select by score.
+        token_ids: [T] int64; needed with expert_table, otherwise ignored.
+
+    Returns:
+        weights [T, A] fp32 and expert ids [T, A] int64, newly allocated.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape is not as above, top_k is out of range, bias and expert_table are both given, token_ids are
+            missing, or (on the CPU) a token id is not in the table or the table names an expert that does not exist.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    dims = check(
+        "route_experts",
+        x=(x, "T D", FLOATS),
+        gate=(gate, "E D", FLOATS),
+        bias=(bias, "?E", FLOAT32),
+        expert_table=(expert_table, "?V A", (torch.int64, torch.int32)),
+        token_ids=(token_ids, "?T", INT64),
+    )
+    if not 1 <= top_k <= dims["E"]:
+        raise ValueError(f"route_experts: top_k must be 1 to {dims['E']} (the experts of gate); got {top_k}.")
+    if expert_table is not None:
+        _check_table(dims, top_k, bias, token_ids)
+    run = pick("route_experts", x.device, reference)
+    return run(x, gate, top_k, routed_scaling, bias, expert_table, token_ids)  # type: ignore[no-any-return]
+
+
+def _check_table(dims: dict[str, int], top_k: int, bias: torch.Tensor | None, token_ids: torch.Tensor | None) -> None:
+    if dims["A"] != top_k:
+        raise ValueError(
+            f"route_experts: expert_table must be [V, {top_k}], one column per slot; got {dims['A']} columns."
+        )
+    if bias is not None:
+        raise ValueError(
+            "route_experts: bias only selects experts by score; got bias and expert_table, which selects without "
+            "scores. Pass one of them."
+        )
+    if token_ids is None:
+        raise ValueError("route_experts: expert_table needs token_ids [T]; got None. Pass the ids of the tokens of x.")
+
+
+def reference(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    top_k: int,
+    routed_scaling: float,
+    bias: torch.Tensor | None,
+    expert_table: torch.Tensor | None,
+    token_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute route_experts in plain torch."""
+    scores = softplus(row_invariant_matmul(x.float(), dequantized(gate))).sqrt_()  # [T, E]
+    if expert_table is not None and token_ids is not None:
+        _refuse_outside("token_ids", token_ids, expert_table.shape[0], "rows of expert_table")
+        expert_ids = expert_table[token_ids].long()  # [T, A]
+        _refuse_outside("expert_table", expert_ids, gate.shape[0], "experts of gate")
+    else:
+        selection = scores if bias is None else scores + bias
+        expert_ids = selection.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()  # [T, A]
+    chosen = scores.gather(1, expert_ids)
+    return chosen.div_(row_sum(chosen)).mul_(routed_scaling), expert_ids
+
+
+def _refuse_outside(name: str, ids: torch.Tensor, limit: int, what: str) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= limit:
+        got = low if low < 0 else high
+        raise ValueError(
+            f"route_experts: {name} must be 0 to {limit - 1}, the {what}; got {got}. Check the vocabulary."
+        )

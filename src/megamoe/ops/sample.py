@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sample: draw one token id per row from logits.
+
+Math       temperature 0: the lowest index among the largest logits.
+           Otherwise sort logits from high to low, equal ones by index; keep the first top_k (0 keeps all); weigh them
+           by exp((logit - max) / temperature); keep a token while the mass before it is below top_p of the kept mass;
+           take the first token at which the running mass exceeds uniform * kept mass.
+Numerics   weights and running sums in fp64, so that a vocabulary of a hundred thousand loses nothing; the random number
+           comes in as an argument. Row-invariant.
+Tolerance  verify/tolerance.py, "sample": exact
+Kernels    none yet
+Source     docs/numerics.md, section "Operations"
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.ops.check import FLOAT32, INT64, check
+from megamoe.ops.dispatch import pick
+
+
+def sample(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """Draw one token id per row.
+
+    Args:
+        logits: [T, V] fp32; -inf marks tokens that must not be drawn. T may be 0, V not.
+        temperature: [T] fp32, at least 0; 0 takes the best token.
+        top_k: [T] int64, at least 0; 0 keeps all tokens.
+        top_p: [T] fp32, above 0 and at most 1.
+        uniform: [T] fp32 in [0, 1), one random number per row.
+
+    Returns:
+        [T] int64 token ids, newly allocated.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape is not as above, or (on the CPU) a parameter is out of range or a row of logits has a NaN,
+            +inf, or nothing above -inf.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    dims = check(
+        "sample",
+        logits=(logits, "T V", FLOAT32),
+        temperature=(temperature, "T", FLOAT32),
+        top_k=(top_k, "T", INT64),
+        top_p=(top_p, "T", FLOAT32),
+        uniform=(uniform, "T", FLOAT32),
+    )
+    if dims["V"] == 0:
+        raise ValueError("sample: logits must have at least one column; got [T, 0].")
+    run = pick("sample", logits.device, reference)
+    return run(logits, temperature, top_k, top_p, uniform)  # type: ignore[no-any-return]
+
+
+def reference(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
+) -> torch.Tensor:
+    """Compute sample in plain torch."""
+    best, ids = logits.max(dim=-1)  # the first of equal logits
+    _refuse_rows("logits", best, best.isfinite(), "have a finite maximum and no NaN")
+    _refuse_rows("temperature", temperature, (temperature >= 0.0) & temperature.isfinite(), "be finite and at least 0")
+    _refuse_rows("top_k", top_k, top_k >= 0, "be at least 0; 0 keeps all tokens")
+    _refuse_rows("top_p", top_p, (top_p > 0.0) & (top_p <= 1.0), "be above 0 and at most 1")
+    _refuse_rows("uniform", uniform, (uniform >= 0.0) & (uniform < 1.0), "be in [0, 1)")
+    rows = (temperature > 0.0).nonzero()[:, 0]
+    if rows.numel():
+        ids[rows] = _draw(logits[rows], temperature[rows], top_k[rows], top_p[rows], uniform[rows])
+    return ids
+
+
+def _draw(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
+) -> torch.Tensor:
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # [T, V]
+    ordered = ordered.double()
+    mass = ((ordered - ordered[:, :1]) / temperature.double()[:, None]).exp_()
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    mass.masked_fill_((rank >= top_k[:, None]) & (top_k[:, None] > 0), 0.0)
+    running = mass.cumsum(-1)
+    before = running - mass
+    mass.masked_fill_(before >= top_p.double()[:, None] * running[:, -1:], 0.0)
+    running = mass.cumsum(-1)
+    target = uniform.double()[:, None] * running[:, -1:]
+    picked = torch.searchsorted(running, target, right=True)  # [T, 1], the first with running > target
+    return order.gather(1, picked)[:, 0]
+
+
+def _refuse_rows(name: str, values: torch.Tensor, good: torch.Tensor, rule: str) -> None:
+    if not bool(good.all()):
+        row = int((~good).nonzero()[0, 0])
+        raise ValueError(f"sample: {name} must {rule}; got {values[row].item()} in row {row}.")

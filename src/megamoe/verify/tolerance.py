@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far an implementation of an operation may be from its reference, and why.
+
+A bound is a relative L2 distance. It holds for the whole output and for every row (last dimension) on its own, where a
+row counts as at least as long as the root mean square of the rows: a wrong row, or a wrong element of a short row,
+cannot hide in a large tensor. A bf16 output may differ by its rounding on top. A bound of 0 means equal bits.
+
+The bounds are for two implementations over the SAME inputs, quantized inputs included: they leave room for another
+order of fp32 additions and for another exp, and for nothing else. None is a statement about quantization error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """A bound and where it comes from.
+
+    Attributes:
+        relative_l2: largest allowed |got - want| / |want| before output rounding; 0 asks for equal bits.
+        reason: why this number.
+    """
+
+    relative_l2: float
+    reason: str
+
+
+_EXACT = "a copy, a cast or a selection: every bit is defined"
+_PRODUCT = "fp32 sums of K <= 32768 terms in any order: sqrt(K) * 2^-24 is 1.1e-5; a factor of 2 is left"
+_REQUANTIZED = (
+    "fp32 sums in another order can move h across a rounding step before w2: by 2^-8 of an element in bf16, 2^-4 in FP8, "
+    "up to a half in NVFP4, but only the few elements that lie within 1e-5 of a step"
+)
+
+TOLERANCES: dict[str, Tolerance] = {
+    "rms_norm": Tolerance(1e-5, "one fp32 sum of K squares in any order, and an approximate rsqrt"),
+    "rope": Tolerance(1e-6, "fp32 cos and sin of the same fp32 angle, four products; a different angle is a fault"),
+    "hyper_connection_pre": Tolerance(3e-5, "an fp32 product over X * D, then 39 normalizations that do not amplify"),
+    "hyper_connection_post": Tolerance(1e-6, "X + 1 fp32 products a channel"),
+    "hyper_connection_head": Tolerance(3e-5, "an fp32 product over X * D, then X products a channel"),
+    "quantize_nvfp4": Tolerance(0.0, _EXACT),
+    "quantize_fp8_rows": Tolerance(0.0, _EXACT),
+    "quantize_mxfp4": Tolerance(0.0, _EXACT),
+    "linear": Tolerance(2e-5, _PRODUCT),
+    "fp8_linear": Tolerance(2e-5, _PRODUCT),
+    "nvfp4_linear": Tolerance(2e-5, _PRODUCT),
+    "nvfp4_weight_only_linear": Tolerance(2e-5, _PRODUCT),
+    "grouped_linear": Tolerance(2e-5, _PRODUCT),
+    "nvfp4_grouped_linear": Tolerance(2e-5, _PRODUCT),
+    "nvfp4_weight_only_grouped_linear": Tolerance(2e-5, _PRODUCT),
+    "clamped_swiglu": Tolerance(2e-6, "one fp32 exp of about 2 units in the last place and three products"),
+    "route_experts": Tolerance(3e-5, _PRODUCT + ", then softplus, square root and a division; the ids must be equal"),
+    "experts": Tolerance(4e-3, _REQUANTIZED),
+    "fp8_experts": Tolerance(1e-2, _REQUANTIZED),
+    "nvfp4_experts": Tolerance(2e-2, _REQUANTIZED),
+    "nvfp4_weight_only_experts": Tolerance(4e-3, _REQUANTIZED),
+    "sample": Tolerance(0.0, _EXACT),
+    "hadamard": Tolerance(1e-6, "log2(n) fp32 additions an element"),
+    "write_cache": Tolerance(0.0, _EXACT),
+    "read_cache": Tolerance(0.0, _EXACT),
+    "compress_kv": Tolerance(1e-5, "an fp32 softmax over at most 256 rows, an fp32 norm, one rotation"),
+    "index_scores": Tolerance(2e-5, _PRODUCT),
+    "index_topk": Tolerance(0.0, _EXACT),
+    "sparse_attention": Tolerance(2e-5, "fp32 sums of at most 8320 terms in any order, and a 2 ulp exp"),
+}
+"""Operation → bound."""
+
+OUTPUT_ROUNDING: dict[torch.dtype, float] = {
+    torch.float32: 0.0,
+    torch.bfloat16: 2.0**-8,  # both sides round by up to 2^-9 of an element
+}
+"""Added to a bound by the dtype of the output."""
+
+
+def assert_within(op: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Compare an output with the reference's and fail with the first wrong coordinate.
+
+    NaN fails on either side. Infinities must be equal and stand at the same places.
+
+    Args:
+        op: key of TOLERANCES.
+        got: what the implementation returned.
+        want: what the reference returned, same shape and dtype.
+
+    Raises:
+        KeyError: the operation has no bound.
+        AssertionError: got is not within the bound of want.
+    """
+    tolerance = TOLERANCES[op]
+    if got.shape != want.shape or got.dtype != want.dtype:
+        raise AssertionError(f"{op}: got {got.dtype} {list(got.shape)}, want {want.dtype} {list(want.shape)}")
+    got, want = got.detach().cpu(), want.detach().cpu()
+    if tolerance.relative_l2 == 0.0 or not want.is_floating_point():
+        _assert_equal_bits(op, got, want)
+        return
+    if want.numel() == 0:
+        return
+    bound = tolerance.relative_l2 + OUTPUT_ROUNDING[want.dtype]
+    got_values, want_values = got.double(), want.double()
+    _fail_at(op, got_values.isnan() | want_values.isnan(), got, want, "is NaN")
+    infinite = got_values.isinf() | want_values.isinf()
+    _fail_at(op, infinite & (got_values != want_values), got, want, "is infinite on one side")
+    # Errors are measured row by row; a scalar output is one row.
+    error = (got_values - want_values).masked_fill(infinite, 0.0)
+    size = want_values.masked_fill(infinite, 0.0)
+    if want.dim() == 0:
+        error, size = error[None], size[None]
+    row_error, row_size = error.norm(dim=-1), size.norm(dim=-1)
+    typical = math.sqrt(float(row_size.square().mean()))
+    row_limit = bound * row_size.clamp(min=typical)
+    overall = float(error.norm()) / max(float(size.norm()), torch.finfo(torch.float64).tiny)
+    if bool((row_error <= row_limit).all()) and overall <= bound:
+        return
+    # A row beyond its limit has an element beyond its share of the limit; so has the whole tensor.
+    share = row_limit[..., None] / math.sqrt(error.shape[-1])
+    raise AssertionError(
+        _describe(op, (error.abs() > share).reshape(want.shape), got, want)
+        + f"; relative L2 {overall:.3g}, worst row {float((row_error / row_limit).max()) * bound:.3g}, "
+        f"bound {bound:.3g} ({tolerance.reason})"
+    )
+
+
+def _assert_equal_bits(op: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    if got.is_floating_point():
+        nan = got.float().isnan() | want.float().isnan()
+        _fail_at(op, nan, got, want, "is NaN")
+    as_bytes_got = got.contiguous().reshape(-1).view(torch.uint8).view(got.numel(), got.element_size())
+    as_bytes_want = want.contiguous().reshape(-1).view(torch.uint8).view(want.numel(), want.element_size())
+    _fail_at(op, (as_bytes_got != as_bytes_want).any(-1).view(want.shape), got, want, "must have equal bits")
+
+
+def _fail_at(op: str, wrong: torch.Tensor, got: torch.Tensor, want: torch.Tensor, why: str) -> None:
+    if bool(wrong.any()):
+        raise AssertionError(f"{_describe(op, wrong, got, want)}; {why}")
+
+
+def _describe(op: str, wrong: torch.Tensor, got: torch.Tensor, want: torch.Tensor) -> str:
+    places = wrong.nonzero()
+    first = tuple(places[0].tolist())
+    return (
+        f"{op}: {len(places)} of {want.numel()} elements differ, first at {list(first)}: "
+        f"got {got[first].item()!r}, want {want[first].item()!r}"
+    )
