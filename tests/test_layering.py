@@ -50,7 +50,7 @@ def imports_of(root: pathlib.Path) -> Iterator[Import]:
         importer = ".".join(package if parts[-1] == "__init__" and len(parts) > 2 else parts)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for module in _modules(node, package):
-                yield Import(importer, module, f"{path.relative_to(root.parent)}:{node.lineno}")
+                yield Import(importer, module, f"{path.relative_to(root.parent)}:{getattr(node, 'lineno', 0)}")
 
 
 def _modules(node: ast.AST, package: tuple[str, ...]) -> list[str]:

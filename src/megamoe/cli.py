@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -90,12 +91,18 @@ def generate(
 
 @cli.command()
 @click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR", help="Bundled model or checkpoint.")
+@click.option(
+    "--originals",
+    type=click.Path(path_type=pathlib.Path),
+    metavar="DIR",
+    help="Original weights of what is quantized.  [default for tiny: the source tree's]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def verify(model: str, as_json: bool) -> int:
+def verify(model: str, originals: pathlib.Path | None, as_json: bool) -> int:
     """Compare every quantized component with bf16 on real activations; exit code 1 if one is out of bounds."""
-    from megamoe.verify.tiny import run
+    from megamoe.verify.components import run
 
-    return run(model, as_json=as_json)
+    return run(model, originals=originals, as_json=as_json)
 
 
 def _read_standard_input() -> str:
@@ -159,7 +166,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _discard_unwritable_output() -> None:
-    """Point standard output at nothing if it takes nothing any more, so that Python's flush at exit does not fail too."""
+    """Point standard output at nothing if it takes nothing any more: the flush at exit would fail again."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

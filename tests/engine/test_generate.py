@@ -24,9 +24,7 @@ def greedy(prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def ids_and_reasons(
-    model: FakeModel, prompt: list[int], params: SamplingParams
-) -> tuple[list[int], list[str | None]]:
+def ids_and_reasons(model: FakeModel, prompt: list[int], params: SamplingParams) -> tuple[list[int], list[str | None]]:
     tokens = list(generate_tokens(model, prompt, params))
     return [token.token_id for token in tokens], [token.finish_reason for token in tokens]
 

@@ -125,13 +125,16 @@ def test_strided_input_and_input_left_alone(seed):
     assert torch.equal(e2m1.encode_e2m1(x.T), e2m1.encode_e2m1(x).T)
     codes = e2m1.encode_e2m1(x)
     assert torch.equal(e2m1.pack(codes.T.contiguous().T), e2m1.pack(codes))
+    assert torch.equal(e2m1.pack(codes.flatten()[1:33]), e2m1.pack(codes.flatten()[1:33].clone()))  # an odd address
     assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda x: e2m1.round_to_e2m1(torch.nextafter(x, torch.full_like(x, torch.inf).copysign(x))),  # ties away from zero
+        lambda x: e2m1.round_to_e2m1(
+            torch.nextafter(x, torch.full_like(x, torch.inf).copysign(x))
+        ),  # ties away from zero
         lambda x: e2m1.round_to_e2m1(x.bfloat16().float()),  # rounded twice
         lambda x: e2m1.round_to_e2m1(x + 0.0),  # -0 lost
         lambda x: torch.where(e2m1.round_to_e2m1(x) == 8, 0, e2m1.round_to_e2m1(x)),  # small negatives lose their sign

@@ -287,22 +287,15 @@ def test_the_check_catches(fault, seed):
         check_dequantize(lambda t: nvfp4.dequantize(NvFp4Tensor(codes, scales, t.tensor_scale)), t)
 
 
-def test_the_check_catches_a_reciprocal_multiply(seed, monkeypatch):
+def test_the_check_catches_a_reciprocal_multiply(monkeypatch):
     """Division is the contract: x * (1 / step) rounds twice and moves ties."""
-
-    class Faulty(torch.Tensor):
-        pass
-
-    divide = torch.Tensor.div
-
-    def multiply(x, other):
-        return x * divide(torch.ones(()), other)
-
-    x = (torch.arange(-512, 512) * 0.7).view(-1, 32).float()
-    check_quantize(nvfp4.quantize, x, torch.tensor(1 / 3))
-    monkeypatch.setattr(torch.Tensor, "__truediv__", multiply)
+    steps = torch.arange(1.0, 200.0, 2.0)
+    multiples = torch.tensor([6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0] * 2)
+    x = steps[:, None] * multiples  # every tie, exactly, under block scales of 1
+    check_quantize(nvfp4.quantize, x, steps, "row")
+    monkeypatch.setattr(torch.Tensor, "__truediv__", lambda x, other: x * torch.reciprocal(torch.as_tensor(other)))
     with pytest.raises(AssertionError):
-        check_quantize(nvfp4.quantize, x, torch.tensor(0.3))
+        check_quantize(nvfp4.quantize, x, steps, "row")
 
 
 # Refusals
@@ -398,9 +391,7 @@ def test_other_scale_shapes_are_refused():
 @pytest.mark.parametrize("shape", [(8,), (2, 0), (2, 7)], ids=str)
 def test_other_code_shapes_are_refused(shape):
     with pytest.raises(ValueError, match="NvFp4Tensor: codes must be"):
-        NvFp4Tensor(
-            torch.zeros(shape, dtype=torch.uint8), torch.zeros(2, 1).to(torch.float8_e4m3fn), torch.ones(())
-        )
+        NvFp4Tensor(torch.zeros(shape, dtype=torch.uint8), torch.zeros(2, 1).to(torch.float8_e4m3fn), torch.ones(()))
 
 
 def test_tensor_scale_shape_is_refused():

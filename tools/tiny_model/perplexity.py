@@ -78,8 +78,13 @@ def main() -> None:
             started = time.perf_counter()
             loss, count = mean_loss(megamoe.load(directory, recipe=recipe), parts)
             rows.append(
-                {"weights": name, "loss": loss, "perplexity": math.exp(loss), "tokens": count,
-                 "seconds": time.perf_counter() - started}
+                {
+                    "weights": name,
+                    "loss": loss,
+                    "perplexity": math.exp(loss),
+                    "tokens": count,
+                    "seconds": time.perf_counter() - started,
+                }
             )
     for row in rows:
         row["over_bf16_percent"] = 100 * (row["perplexity"] / rows[0]["perplexity"] - 1)

@@ -10,15 +10,16 @@ The schedule follows elapsed time, not steps, so a run ends when it should on an
 
     python train.py --data <work folder of data.py> --out <run folder> --hours 1.5
 
-A run continues from <run folder>/last.pt if that file exists. `--start-phase C --init <ckpt.pt>` starts a later phase
-from an earlier checkpoint. Phase ends are kept as phase_a.pt, phase_b.pt, phase_c.pt, each with an export_<phase> folder,
-and `export/` always holds the newest export.
+A run continues from <run folder>/last.pt if that file exists; SIGTERM writes that file and ends the run.
+`--start-phase C --init <ckpt.pt>` starts a later phase from an earlier checkpoint. Phase ends are kept as phase_a.pt,
+phase_b.pt, phase_c.pt, each with an export_<phase> folder, and `export/` always holds the newest export.
 """
 
 import argparse
 import json
 import math
 import os
+import signal
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ CONTEXT = {"A": 512, "B": 2048, "C": 2048}
 INDEX_WARMUP = 0.35  # share of phase B during which the model still attends densely
 INDEX_QUERIES = 256
 MTP_WEIGHT = 0.3
+EARLY_BATCH_END = 0.35  # fraction of the schedule up to which --early-batch-tokens holds
 BIAS_STEP, BIAS_STEP_EARLY, BIAS_EARLY_STEPS = 5e-3, 2e-2, 300
 EVAL_TOKENS = 16_384
 BOS_ID = 0
@@ -145,13 +147,12 @@ class Run:
             {"params": rest["small"], "lr": args.lr_small},
         ]
         self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
-        for optimizer in (self.muon, self.adamw):
-            for group in optimizer.param_groups:
-                group["base_lr"] = group["lr"]
+        self.base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in (self.muon, self.adamw)]
         self.stream = np.fromfile(args.data / "train.bin", dtype=np.uint16)
         self.heldout = np.fromfile(args.data / "heldout.bin", dtype=np.uint16)
         self.phase, self.step, self.rows_drawn, self.tokens = args.start_phase, 0, 0, 0
         self.elapsed_before = 0.0
+        self.stop_asked = False
         self.started = time.time()
         self.saved_at = self.evaluated_at = time.time()
 
@@ -229,13 +230,15 @@ class Run:
     def train_step(self, fraction: float) -> dict[str, float]:
         """One optimizer step; returns the losses."""
         context = CONTEXT[self.phase]
-        count = max(1, self.args.batch_tokens // context)
+        early = self.args.early_batch_tokens and fraction < EARLY_BATCH_END
+        batch_tokens = self.args.early_batch_tokens if early else self.args.batch_tokens
+        count = max(1, batch_tokens // context)
         batches = Batches(self.stream, context, self.args.seed)
         rows = batches.rows(self.rows_drawn, count).to(self.device)
         factor = self.lr_factor(fraction)
-        for optimizer in (self.muon, self.adamw):
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+        for optimizer, base_lrs in zip((self.muon, self.adamw), self.base_lrs, strict=True):
+            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
+                group["lr"] = base_lr * factor
         micro = min(count, max(1, self.args.micro_tokens // context))
         totals: dict[str, float] = {}
         loads: dict[str, torch.Tensor] = {}
@@ -330,8 +333,11 @@ class Run:
                 self.evaluated_at = time.time()
             if self.step % 5 == 0 or "heldout" in record or self.step < 10:
                 self.log(record)
-            if time.time() - self.saved_at > self.args.save_minutes * 60:
+            if self.stop_asked or time.time() - self.saved_at > self.args.save_minutes * 60:
                 self.save("last.pt")
+                if self.stop_asked:
+                    print(f"stopped at step {self.step}; the same command continues", flush=True)
+                    return
                 self.write_export("export")
                 plot(self.args.out)
                 self.saved_at = time.time()
@@ -412,6 +418,7 @@ def main() -> None:
     parser.add_argument("--start-phase", choices=PHASES, default="A")
     parser.add_argument("--init", type=Path, help="take the weights of this checkpoint")
     parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--early-batch-tokens", type=int, default=0, help="smaller batch early on; 0: the same batch")
     parser.add_argument("--micro-tokens", type=int, default=4096)
     parser.add_argument("--lr-muon", type=float, default=0.02)
     parser.add_argument("--lr-embed", type=float, default=0.01)
@@ -438,10 +445,10 @@ def main() -> None:
         print(f"continuing from {last} at step {run.step}")
     elif args.init:
         run.model.load_state_dict(torch.load(args.init, map_location=run.device, weights_only=True)["model"])
-    print(
-        f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {run.stream.size:,} training tokens, {run.device}"
-    )
+    num_parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"{num_parameters:,} parameters, {run.stream.size:,} training tokens, {run.device}")
     run.write_export("export")
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop_asked", True))
     run.train(deadline)
 
 

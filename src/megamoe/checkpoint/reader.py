@@ -204,7 +204,7 @@ class CheckpointReader:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{INDEX_NAME} is not JSON ({error}). Download it again.")
             return None
         entries = content.get("weight_map") if isinstance(content, dict) else None
@@ -220,7 +220,7 @@ class CheckpointReader:
 
     def _find_shards(self, index: Mapping[str, str] | None, problems: list[str]) -> list[str]:
         """Return the files to read, having compared them with the index or with their own numbering."""
-        present = sorted(path.name for path in self.directory.glob("*.safetensors"))
+        present = sorted(path.name for path in self.directory.glob("*.safetensors") if path.is_file())
         if index is None:
             if not present:
                 problems.append("no *.safetensors file. Convert the weights to safetensors or pass another folder.")
@@ -309,7 +309,7 @@ def _read_header(path: pathlib.Path) -> tuple[int, list[TensorInfo], list[str]]:
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=keep_repeats)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return 0, [], [f"{shard}: the header is not JSON ({error}). Download it again."]
     if not isinstance(header, dict):
         return 0, [], [f"{shard}: the header is not a JSON object. Download it again."]

@@ -37,7 +37,9 @@ class GeneratedToken:
     finish_reason: FinishReason | None
 
 
-def generate_tokens(model: LanguageModel, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[GeneratedToken]:
+def generate_tokens(
+    model: LanguageModel, prompt_ids: Sequence[int], params: SamplingParams
+) -> Iterator[GeneratedToken]:
     """Yield the tokens that follow a prompt.
 
     Args:

@@ -234,23 +234,23 @@ def encode_rows(x: Tensor, row_format: RowFormat) -> EncodedRows:
         raise ValueError(f"encode_rows: x must be [T, width]; got {list(x.shape)}. Flatten the leading dimensions.")
     row_bytes(row_format, x.shape[1])
     if row_format is RowFormat.BF16 and x.dtype == torch.bfloat16:
-        return EncodedRows(x.contiguous().view(torch.uint8), x.new_empty((x.shape[0], 0), dtype=torch.uint8))
+        return EncodedRows(_as_bytes(x), x.new_empty((x.shape[0], 0), dtype=torch.uint8))
     x = e2m1.as_float32("encode_rows", x)
     num_rows, width = x.shape
     if row_format is RowFormat.BF16:
-        return EncodedRows(x.bfloat16().view(torch.uint8), x.new_empty((num_rows, 0), dtype=torch.uint8))
+        return EncodedRows(_as_bytes(x.bfloat16()), x.new_empty((num_rows, 0), dtype=torch.uint8))
     if row_format is RowFormat.FP32:
-        return EncodedRows(x.view(torch.uint8), x.new_empty((num_rows, 0), dtype=torch.uint8))
+        return EncodedRows(_as_bytes(x), x.new_empty((num_rows, 0), dtype=torch.uint8))
     if row_format is RowFormat.INDEX_FP4:
         packed, scales = mxfp4.quantize_groups("encode_rows", x)
         return EncodedRows(packed, scales.view(torch.uint8))
     if row_format is RowFormat.INDEX_FP8:
         codes, scales = fp8.quantize_groups("encode_rows", x, width, torch.float8_e8m0fnu)
-        return EncodedRows(codes.view(torch.uint8), decode_e8m0(scales).view(torch.uint8))
+        return EncodedRows(codes.view(torch.uint8), _as_bytes(decode_e8m0(scales)))
     latent, rope = x[:, :-ROPE_WIDTH].contiguous(), x[:, -ROPE_WIDTH:]
     e2m1.refuse_non_finite("encode_rows", rope)
     codes, scales = fp8.quantize_groups("encode_rows", latent, FP8_GROUP, torch.float8_e8m0fnu)
-    data = torch.cat((codes.view(torch.uint8), rope.bfloat16().view(torch.uint8)), dim=1)
+    data = torch.cat((codes.view(torch.uint8), _as_bytes(rope.bfloat16())), dim=1)
     return EncodedRows(data, torch.nn.functional.pad(scales.view(torch.uint8), (0, 1)))
 
 
@@ -279,16 +279,15 @@ def decode_rows(data: Tensor, scales: Tensor, row_format: RowFormat, width: int)
             f"[T, {scale_bytes}]; got {list(data.shape)} and {list(scales.shape)}. Take them from "
             "CachePool.data_rows and scale_rows."
         )
-    data, scales = data.contiguous(), scales.contiguous()
     if row_format is RowFormat.BF16:
-        return data.view(torch.bfloat16).float()
+        return _as_numbers(data, torch.bfloat16).float()
     if row_format is RowFormat.FP32:
-        return data.view(torch.float32).clone()
+        return _as_numbers(data, torch.float32).clone()
     if row_format is RowFormat.INDEX_FP4:
         values = e2m1.decode_packed(data).view(-1, width // FP4_GROUP, FP4_GROUP)
         return values.mul_(decode_e8m0(scales.view(torch.float8_e8m0fnu))[..., None]).view(-1, width)
     if row_format is RowFormat.INDEX_FP8:
-        scale = scales.view(torch.float32)
+        scale = _as_numbers(scales, torch.float32)
         if scale.numel() and not (float(scale.amin()) >= 0.0 and float(scale.amax()) < torch.inf):
             raise ValueError(
                 f"decode_rows: INDEX_FP8 scales must be finite and not negative; got {float(scale.amin())} to "
@@ -299,7 +298,19 @@ def decode_rows(data: Tensor, scales: Tensor, row_format: RowFormat, width: int)
     latent = decode_e4m3(data[:, :latent_width].view(torch.float8_e4m3fn))
     scale = decode_e8m0(scales[:, :-1].view(torch.float8_e8m0fnu))
     latent.view(*scale.shape, FP8_GROUP).mul_(scale[..., None])
-    return torch.cat((latent, data[:, latent_width:].view(torch.bfloat16).float()), dim=1)
+    return torch.cat((latent, _as_numbers(data[:, latent_width:], torch.bfloat16).float()), dim=1)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """Return the bytes of numbers [T, n] as [T, n * size], sharing memory where x is contiguous."""
+    return x.reshape(-1).view(torch.uint8).view(x.shape[0], x.shape[1] * x.element_size())
+
+
+def _as_numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the numbers in bytes [T, n * size] as [T, n], sharing memory where data is contiguous and aligned."""
+    flat = data.reshape(-1)
+    flat = flat.clone() if flat.storage_offset() % dtype.itemsize else flat
+    return flat.view(dtype).view(data.shape[0], data.shape[1] // dtype.itemsize)
 
 
 # Bytes a page's start must be a multiple of, so that bf16 and fp32 parts can be read in place.

@@ -115,8 +115,10 @@ def pack(codes: Tensor) -> Tensor:
     _require_uint8("pack", codes)
     if codes.ndim == 0 or codes.shape[-1] % 2:
         raise ValueError(f"pack: K must be even; got codes {list(codes.shape)}. Pad K to a multiple of the block size.")
-    pairs = codes.contiguous().view(torch.int16)  # even column in the low byte: hosts and devices are little-endian
-    return (pairs | pairs >> 4).to(torch.uint8)
+    flat = codes.reshape(-1)
+    flat = flat.clone() if flat.storage_offset() % 2 else flat
+    pairs = flat.view(torch.int16)  # even column in the low byte: hosts and devices are little-endian
+    return (pairs | pairs >> 4).to(torch.uint8).view(*codes.shape[:-1], codes.shape[-1] // 2)
 
 
 def unpack(packed: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 
 Math       value = code * 2^(byte - 127)
 Numerics   quantize: scale = 2^ceil(log2(max(amax_32, 6 * 2^-126) / 6)) by exact bit arithmetic, code =
-           e2m1(x / scale). dequantize: one exact product in fp32, one rounding to the asked dtype.
+           e2m1(x / scale). dequantize: one exact product in fp32, one rounding to the asked dtype; products from
+           2^128 on, which only bytes 253 and 254 reach, become infinity.
 Conversion to NVFP4 copies the codes: with k_j the exponent of block j and k_max the largest one among blocks that hold
            a non-zero code, the tensor scale is 2^m, m = max(k_max - 8, -126), and both 16-blocks of a 32-block get the
            E4M3 scale 2^(k_j - m). E4M3 holds the 18 powers 2^-9 .. 2^8, so a block is exact when k_max - k_j <= 17.
@@ -191,7 +192,7 @@ def mxfp4_to_nvfp4(t: MxFp4Tensor, *, top_exponent: int | Tensor | None = None) 
     leading = t.shape[:-2]
     top = _top_exponent(t, top_exponent)
     tensor_exponent = (top - _E4M3_TOP_EXPONENT).clamp_(min=_MIN_TENSOR_EXPONENT)
-    tensor_scale = torch.ldexp(torch.ones((), dtype=torch.float32, device=t.device), tensor_exponent)
+    tensor_scale = ((tensor_exponent + 127) << 23).view(torch.float32)
     wanted = decode_e8m0(t.scales)  # [..., N, K/32]
     # The quotient of powers of two is exact in fp64, where it neither overflows nor becomes subnormal.
     quotient = wanted.double() / tensor_scale.double()[..., None, None]
@@ -201,7 +202,8 @@ def mxfp4_to_nvfp4(t: MxFp4Tensor, *, top_exponent: int | Tensor | None = None) 
     scales = block_scale.view(torch.uint8).repeat_interleave(2, dim=-1).view(torch.float8_e4m3fn)
     codes = t.codes.clone()
     if not bool(exact.all()):
-        rounded = nvfp4.quantize(dequantize(t), tensor_scale=tensor_scale)
+        rest = dequantize(t).masked_fill_(_spread(exact, BLOCK), 0.0)
+        rounded = nvfp4.quantize(rest, tensor_scale=tensor_scale)
         codes = torch.where(_spread(exact, BLOCK // 2), codes, rounded.codes)
         scales = torch.where(_spread(exact, 2), scales.view(torch.uint8), rounded.scales.view(torch.uint8))
         scales = scales.view(torch.float8_e4m3fn)
@@ -229,10 +231,11 @@ def nvfp4_to_mxfp4(t: NvFp4Tensor) -> tuple[MxFp4Tensor, Tensor]:
             f"nvfp4_to_mxfp4: K must be a multiple of 32; got {list(t.shape)}. Pad K with zeros before quantizing."
         )
     t = t.row_major()
-    values = nvfp4.dequantize(t)  # refuses scales that mean nothing
+    nvfp4.refuse_tensor_scale("nvfp4_to_mxfp4", t.tensor_scale)
+    block_scale = nvfp4.block_scale_values("nvfp4_to_mxfp4", t.scales)
     scale_of_row = t.tensor_scale[..., None] if t.scale_per == "row" else t.tensor_scale[..., None, None]
     # A product of 4 and 24 significant bits is exact in fp64.
-    product = t.scales.double() * scale_of_row.double()  # [..., N, K/16]
+    product = block_scale.double() * scale_of_row.double()  # [..., N, K/16]
     pairs = (*t.shape[:-1], t.shape[-1] // BLOCK, 2)
     # A zero block scale makes its half zero whatever the codes, so copying the codes would not be exact: such a half
     # counts as zeros only if its codes are.
@@ -243,11 +246,14 @@ def nvfp4_to_mxfp4(t: NvFp4Tensor) -> tuple[MxFp4Tensor, Tensor]:
     is_power = (mantissa == 0.5) & (exponent - 1 >= -127) & (exponent - 1 <= 127)
     keep = is_power & ((first == second) | first_is_zero | second_is_zero)
     exact = keep | (first_is_zero & second_is_zero)
-    rounded = quantize(values)
-    copied = encode_e8m0(torch.where(keep, scale, 1.0).float())
-    scales = torch.where(keep, copied.view(torch.uint8), rounded.scales.view(torch.uint8))
-    codes = torch.where(_spread(exact, BLOCK // 2), t.codes, rounded.codes)
-    return MxFp4Tensor(codes, scales.view(torch.float8_e8m0fnu)), exact
+    scales = encode_e8m0(torch.where(keep, scale, 1.0).float())
+    codes = t.codes.clone()
+    if not bool(exact.all()):
+        rounded = quantize(nvfp4.dequantize(t).masked_fill_(_spread(exact, BLOCK), 0.0))
+        codes = torch.where(_spread(exact, BLOCK // 2), codes, rounded.codes)
+        scales = torch.where(exact, scales.view(torch.uint8), rounded.scales.view(torch.uint8))
+        scales = scales.view(torch.float8_e8m0fnu)
+    return MxFp4Tensor(codes, scales), exact
 
 
 def mxfp4_to_nvfp4_lossless(t: MxFp4Tensor, *, top_exponent: int | Tensor | None = None) -> NvFp4Tensor:

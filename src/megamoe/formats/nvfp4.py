@@ -184,11 +184,7 @@ def dequantize(t: NvFp4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     require_output_dtype("nvfp4.dequantize", dtype)
     t = t.row_major()
     tensor_scale = t.tensor_scale
-    if tensor_scale.numel() and not (float(tensor_scale.amin()) >= 0.0 and float(tensor_scale.amax()) < torch.inf):
-        raise ValueError(
-            f"nvfp4.dequantize: tensor_scale must be finite and not negative; got {float(tensor_scale.amin())} to "
-            f"{float(tensor_scale.amax())}. Check that the scale was read as fp32."
-        )
+    refuse_tensor_scale("nvfp4.dequantize", tensor_scale)
     scale_of_row = tensor_scale[..., None, None] if t.scale_per == "row" else tensor_scale[..., None, None, None]
     values = e2m1.decode_packed(t.codes).view(*t.scales.shape, BLOCK)
     values.mul_(block_scale_values("nvfp4.dequantize", t.scales)[..., None]).mul_(scale_of_row)
@@ -206,6 +202,15 @@ def block_scale_values(function: str, scales: Tensor) -> Tensor:
             f"{int((data >= 0x7F).sum())} such of {data.numel()}. The scales are damaged or are not E4M3."
         )
     return lookup_e4m3(scales)
+
+
+def refuse_tensor_scale(function: str, tensor_scale: Tensor) -> None:
+    """Refuse tensor scales that are negative, NaN or infinite; zero is allowed."""
+    if tensor_scale.numel() and not (float(tensor_scale.amin()) >= 0.0 and float(tensor_scale.amax()) < torch.inf):
+        raise ValueError(
+            f"{function}: tensor_scale must be finite and not negative; got {float(tensor_scale.amin())} to "
+            f"{float(tensor_scale.amax())}. Check that the scale was read as fp32."
+        )
 
 
 def require_output_dtype(function: str, dtype: torch.dtype) -> None:

@@ -12,8 +12,9 @@ import functools
 
 import torch
 
-INNER_BLOCK = 512  # a BLAS splits sums of 1024 terms and more between threads
-INNER_MULTIPLE = 4  # and treats the last one to three terms of others specially
+INNER_BLOCK = 512  # longer sums are split here rather than by a BLAS
+SIZE_MULTIPLE = 4  # a BLAS treats the last one to three rows, columns or terms specially
+MIN_BATCH = 2  # the threads share out a batch matrix by matrix, but split the sums of a single matrix
 
 
 def sum_by_halves(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -43,22 +44,29 @@ def sum_by_halves(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.squeeze(dim)
 
 
-def tile_products(x: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-    """Multiply each of B small matrices by the transpose of its tile.
+def batched_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Multiply B pairs of small matrices.
 
-    The bits of a product depend on its own two matrices and their sizes alone, not on B or on its place in the batch.
+    The bits of a product depend on its own two matrices and their sizes alone: not on B, on its place in the batch, or on
+    the number of threads. Callers therefore keep M, K and N fixed and let only B vary.
 
     Args:
-        x: [B, M, K] fp32; callers keep M and K fixed.
-        tiles: [B, N, K] fp32, or expanded to it; callers keep N fixed, a multiple of 4.
+        x: [B, M, K] fp32; B may be 0.
+        y: [B, K, N] fp32, expanded over B or not.
 
     Returns:
         [B, M, N] fp32.
     """
-    spare = -x.shape[2] % INNER_MULTIPLE
-    if spare:
-        x, tiles = torch.nn.functional.pad(x, (0, spare)), torch.nn.functional.pad(tiles, (0, spare))
+    batch, num_columns = x.shape[0], y.shape[2]
+    spare_inner, spare_columns = -x.shape[2] % SIZE_MULTIPLE, -num_columns % SIZE_MULTIPLE
+    if spare_inner or spare_columns:
+        x = torch.nn.functional.pad(x, (0, spare_inner))
+        y = torch.nn.functional.pad(y, (0, spare_columns, 0, spare_inner))
+    if 0 < batch < MIN_BATCH:
+        x, y = x.expand(MIN_BATCH, -1, -1), y.expand(MIN_BATCH, -1, -1)
     if x.shape[2] <= INNER_BLOCK:
-        return torch.bmm(x, tiles.transpose(1, 2))
-    blocks = zip(x.split(INNER_BLOCK, 2), tiles.split(INNER_BLOCK, 2), strict=True)
-    return functools.reduce(torch.add, [torch.bmm(part, tile.transpose(1, 2)) for part, tile in blocks])
+        product = torch.bmm(x, y)
+    else:
+        blocks = zip(x.split(INNER_BLOCK, 2), y.split(INNER_BLOCK, 1), strict=True)
+        product = functools.reduce(torch.add, [torch.bmm(part, other) for part, other in blocks])
+    return product[:batch, :, :num_columns].contiguous() if spare_columns else product[:batch]

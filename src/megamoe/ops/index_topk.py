@@ -26,7 +26,7 @@ from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.ops.check import FLOAT32, INT64, check
 from megamoe.ops.dispatch import pick
-from megamoe.ops.fixed_order import sum_by_halves, tile_products
+from megamoe.ops.fixed_order import batched_matmul, sum_by_halves
 from megamoe.ops.read_cache import check_pool, check_slots
 from megamoe.ops.read_cache import reference as read_rows
 
@@ -234,7 +234,7 @@ def _group_scores(query: torch.Tensor, head_weights: torch.Tensor, tiles: torch.
     num_tokens, num_heads, _ = query.shape
     if not num_heads:
         return torch.zeros(num_tokens, tiles.shape[0] * KEY_TILE, dtype=torch.float32, device=query.device)
-    logits = torch.cat([tile_products(query, tile.expand(num_tokens, -1, -1)) for tile in tiles], dim=2)  # [T, Hi, keys]
+    logits = torch.cat([batched_matmul(query, tile.t().expand(num_tokens, -1, -1)) for tile in tiles], dim=2)  # [T, Hi, keys]
     return sum_by_halves(logits.clamp_(min=0.0).mul_(head_weights[:, :, None]), 1)
 
 

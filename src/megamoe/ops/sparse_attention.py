@@ -26,7 +26,7 @@ import torch
 from megamoe.formats.cache_rows import CachePool
 from megamoe.ops.check import FLOAT32, FLOATS, INT64, check
 from megamoe.ops.dispatch import pick
-from megamoe.ops.fixed_order import INNER_MULTIPLE, sum_by_halves, tile_products
+from megamoe.ops.fixed_order import batched_matmul, sum_by_halves
 from megamoe.ops.read_cache import check_pool, check_slots
 from megamoe.ops.read_cache import reference as read_rows
 
@@ -157,14 +157,14 @@ def _attend(
     num_blocks = rows.shape[1] // COLUMN_BLOCK
     tiles = rows.view(num_tokens * num_blocks, COLUMN_BLOCK, width)
     q_tiles = q[:, None].expand(-1, num_blocks, -1, -1).reshape(-1, num_heads, width)
-    logits = tile_products(q_tiles, tiles).mul_(scale)  # [T * blocks, H, 64]
+    logits = batched_matmul(q_tiles, tiles.transpose(1, 2)).mul_(scale)  # [T * blocks, H, 64]
     logits.masked_fill_(~is_item.view(-1, 1, COLUMN_BLOCK), -torch.inf)
     per_token = logits.view(num_tokens, num_blocks, num_heads, COLUMN_BLOCK)
     top = torch.maximum(per_token.amax(dim=(1, 3)), sink)  # [T, H]
     top = top.masked_fill(top == -torch.inf, 0.0)  # no item and no sink: every exponential below is 0
     weights = torch.exp(per_token - top[:, None, :, None])
     sink_weight = torch.exp(sink - top).masked_fill(sink == torch.inf, torch.inf)
-    values = _weighted_rows(weights.view(-1, num_heads, COLUMN_BLOCK), tiles)  # [T * blocks, H, C]
+    values = batched_matmul(weights.view(-1, num_heads, COLUMN_BLOCK), tiles)  # [T * blocks, H, C]
     values = values.view(num_tokens, num_blocks, num_heads, width)
     weight_sums = sum_by_halves(weights, -1)  # [T, blocks, H]
     total, y = sink_weight, torch.zeros_like(q)
@@ -172,11 +172,3 @@ def _attend(
         total = total + weight_sums[:, block]
         y = y + values[:, block]
     return y / total.masked_fill(total == 0.0, 1.0)[..., None]
-
-
-def _weighted_rows(weights: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-    """Return weights [B, H, 64] times tiles [B, 64, C]; the last columns of an odd C would be a BLAS's special case."""
-    width = tiles.shape[2]
-    if width % INNER_MULTIPLE == 0:
-        return torch.bmm(weights, tiles)
-    return torch.bmm(weights, torch.nn.functional.pad(tiles, (0, -width % INNER_MULTIPLE)))[..., :width].contiguous()

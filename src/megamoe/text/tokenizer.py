@@ -2,8 +2,8 @@
 """tokenizer.json: strings to token ids, token ids to bytes.
 
 Encoding is done by the `tokenizers` library. Decoding is done here, by bytes: in a byte-level vocabulary every token
-stands for a fixed byte string, so text is the concatenation of bytes read as UTF-8 (an invalid sequence becomes U+FFFD),
-and a detokenizer can work token by token. tests/text/test_tokenizer.py holds this against the library's own decoder.
+stands for a fixed byte string, so text is their concatenation read as UTF-8 (an invalid sequence becomes U+FFFD), and a
+detokenizer can work token by token. tests/text/test_tokenizer.py holds this against the library's own decoder.
 
 Nothing is added to a text: the BOS id comes from the model's config, and whoever builds a prompt puts it there. The
 texts of special tokens (`<｜end▁of▁sentence｜>`) are read as those tokens, as prompt templates need.

@@ -20,6 +20,7 @@ cosine 0.9955 each, 0.991 together, so its rows are reported without a bar.
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import tempfile
 
@@ -247,3 +248,20 @@ class _BlockWalk:
 def _copy_entries(source: CachePool, target: CachePool, slots: torch.Tensor) -> None:
     """Write the source's rows into the target, rounded by the target's row format."""
     write_cache(read_cache(source, slots).to(torch.bfloat16), target, slots)
+
+
+def run(model: str, *, originals: pathlib.Path | None, as_json: bool) -> int:
+    """Print the table (or one JSON object) and return the exit code: 1 if a component is under its bar."""
+    rows = verify_components(model, originals)
+    failed = [row for row in rows if not row.passed]
+    if as_json:
+        content = [{**dataclasses.asdict(row), "passed": row.passed} for row in rows]
+        print(json.dumps({"model": model, "passed": not failed, "components": content}))
+        return int(bool(failed))
+    print("| component | recipe | worst cosine | bar | where | compared |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        bar = "for information" if row.minimum is None else f"{row.minimum:g}{'' if row.passed else ' MISSED'}"
+        print(f"| {row.component} | {row.recipe} | {row.cosine:.6f} | {bar} | {row.worst} | {row.count} |")
+    print(f"{len(rows) - len(failed)} of {len(rows)} rows within their bars")
+    return int(bool(failed))

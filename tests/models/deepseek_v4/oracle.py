@@ -231,9 +231,7 @@ def main() -> int:
                 ours = megamoe.load(directory, recipe="exact", dtype=torch.float32)
                 ids = token_ids(max(case.lengths), theirs.config.vocab_size, 0)
                 want = theirs(ids[None], use_cache=False).logits[0]
-                by_length = max(
-                    float((ours.logits(ids[:n]) - want[:n]).abs().max()) for n in case.lengths
-                )
+                by_length = max(float((ours.logits(ids[:n]) - want[:n]).abs().max()) for n in case.lengths)
                 one = float((step_through(ours, ids, [1] * len(ids)) - want).abs().max())
                 ragged = float((step_through(ours, ids, ragged_chunks(len(ids), 0)) - want).abs().max())
                 rows.append((case.name, way, max(case.lengths), float(want.std()), by_length, one, ragged))

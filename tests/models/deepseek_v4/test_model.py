@@ -94,9 +94,7 @@ def patched(monkeypatch: pytest.MonkeyPatch, module: str, name: str, wrong: obje
     monkeypatch.setattr(importlib.import_module(f"megamoe.models.deepseek_v4.{module}"), name, wrong)
 
 
-def test_f8_a_cache_that_is_never_written_is_noticed(
-    ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_f8_a_cache_that_is_never_written_is_noticed(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = megamoe.load("tiny")
     want = model.logits(ids[:64])
     patched(monkeypatch, "attention", "write_cache", lambda rows, pool, slots: None)

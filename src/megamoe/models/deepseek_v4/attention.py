@@ -75,9 +75,7 @@ class Attention:
         kv = rope(rms_norm(source.times(w.wkv), w.kv_norm, eps=self.eps), positions, self.table)  # [T, C]
         return query_latent, q, kv
 
-    def attend(
-        self, q: torch.Tensor, plan: StepPlan, pools: LayerPools, selected: torch.Tensor | None
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, plan: StepPlan, pools: LayerPools, selected: torch.Tensor | None) -> torch.Tensor:
         """Return [T, H, C]: softmax over window and selected entries with sink, rotated back to relative positions."""
         o = sparse_attention(
             q,

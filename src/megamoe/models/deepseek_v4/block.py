@@ -38,7 +38,5 @@ class Block:
     def __call__(self, streams: torch.Tensor, plan: StepPlan, pools: LayerPools) -> torch.Tensor:
         """Return the streams [T, X, D] after this block."""
         w = self.weights
-        streams = wrap_sublayer(
-            streams, w.hc_attn, w.attn_norm, lambda x: self.attention(x, plan, pools), self.config
-        )
+        streams = wrap_sublayer(streams, w.hc_attn, w.attn_norm, lambda x: self.attention(x, plan, pools), self.config)
         return wrap_sublayer(streams, w.hc_ffn, w.ffn_norm, lambda x: self.moe(x, plan.token_ids), self.config)

@@ -71,7 +71,9 @@ class Cache:
         self.length = 0
         self._device = device
         self._window = config.sliding_window
-        self._ratios = {k: r for k, r in zip(config.layer_kinds, config.ratios, strict=True) if k is not LayerKind.SWA}
+        self._ratios: dict[LayerKind, int] = {
+            k: r for k, r in zip(config.layer_kinds, config.ratios, strict=True) if k is not LayerKind.SWA
+        }
         self._specs = [
             layer_cache_spec(config, recipe, kind, ratio)
             for kind, ratio in zip(config.layer_kinds, config.ratios, strict=True)

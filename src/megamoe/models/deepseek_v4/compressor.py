@@ -17,9 +17,7 @@ from megamoe.ops.write_cache import write_cache
 class Compressor:
     """Projects tokens to raw rows, keeps them by position, and pools the blocks a step completes."""
 
-    def __init__(
-        self, weights: CompressorWeights, *, ratio: int, overlap: bool, table: RopeTable, eps: float
-    ) -> None:
+    def __init__(self, weights: CompressorWeights, *, ratio: int, overlap: bool, table: RopeTable, eps: float) -> None:
         """Bind weights and the rotary table of the layer."""
         self.weights = weights
         self.ratio = ratio
@@ -27,9 +25,7 @@ class Compressor:
         self.table = table
         self.eps = eps
 
-    def __call__(
-        self, x: torch.Tensor, positions: torch.Tensor, plan: EntryPlan, state: CachePool
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor, plan: EntryPlan, state: CachePool) -> torch.Tensor:
         """Store the raw rows of `x` and return the entries completed in this step.
 
         Args:

@@ -161,7 +161,7 @@ def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
         raise CheckpointError(f"config: no file {path}. Pass a checkpoint's folder.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"config: {path} is not JSON ({error}). Download it again.") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"config: {path} is not a JSON object. Download it again.")
@@ -353,7 +353,11 @@ class _Parser:
         return saved
 
     def rotary_sources(self) -> tuple[Mapping[str, Any], list[tuple[str, Mapping[str, Any]]]]:
-        """Return the main table's parameters and every object that describes the compressed table."""
+        """Return the main table's parameters and every object that describes the compressed table.
+
+        transformers nests both tables in rope_parameters, under main and compress. An object that is not nested (as
+        rope_scaling never is) gives the compressed table's scaling, but a rope_theta in it is the main table's.
+        """
         parameters, scaling = self.object("rope_parameters"), self.object("rope_scaling")
         main: Mapping[str, Any] = {}
         compressed = [("rope_scaling", scaling)] if scaling else []
@@ -363,7 +367,7 @@ class _Parser:
             if set(parameters) != {"main", "compress"}:
                 self.problem(f"rope_parameters holds {sorted(parameters)}; expected main and compress.")
         elif parameters:
-            compressed.append(("rope_parameters", {k: v for k, v in parameters.items() if k != "rope_theta"}))
+            compressed.append(("rope_parameters", parameters))
         return main, compressed
 
     def rotary(self) -> tuple[float, float, YarnScaling | None]:
@@ -372,10 +376,12 @@ class _Parser:
         kind = main.get("rope_type", "default")
         if kind != "default" or set(main) - {"rope_type", "rope_theta", "partial_rotary_factor"}:
             self.problem(f"rope_parameters.main is {dict(main)}; sliding-window layers have no scaling ('default').")
-        rope_theta = self.agreed("rope_theta", [("rope_parameters.main.rope_theta", main.get("rope_theta"))])
-        compress_rope_theta = self.agreed(
-            "compress_rope_theta", [(f"{label}.rope_theta", source.get("rope_theta")) for label, source in compressed]
-        )
+        bases = [(f"{label}.rope_theta", source.get("rope_theta")) for label, source in compressed]
+        is_nested = [label == "rope_parameters.compress" for label, _ in compressed]
+        of_main = [base for base, nested in zip(bases, is_nested, strict=True) if not nested]
+        of_compressed = [base for base, nested in zip(bases, is_nested, strict=True) if nested]
+        rope_theta = self.agreed("rope_theta", [("rope_parameters.main.rope_theta", main.get("rope_theta")), *of_main])
+        compress_rope_theta = self.agreed("compress_rope_theta", of_compressed)
         scalings = [self.yarn(label, source) for label, source in compressed]
         if any(scaling != scalings[0] for scaling in scalings):
             self.problem("rope_scaling contradicts rope_parameters. Keep the one that is right.")
