@@ -27,7 +27,9 @@ def assert_row_invariant(op: Callable[..., Output], *rows: torch.Tensor) -> None
     for start, stop in spans:
         for got, want in zip(_parts(op(*(row[start:stop] for row in rows))), full, strict=True):
             assert got.shape[0] == stop - start
-            assert torch.equal(got, want[start:stop]), f"rows {start}..{stop} differ from the same rows among {num_rows}"
+            assert torch.equal(got, want[start:stop]), (
+                f"rows {start}..{stop} differ from the same rows among {num_rows}"
+            )
     order = torch.arange(num_rows).flip(0)
     for got, want in zip(_parts(op(*(row[order] for row in rows))), full, strict=True):
         assert torch.equal(got, want[order]), "permuted rows differ"

@@ -47,7 +47,9 @@ def test_a_parameter_is_a_tensor() -> None:
 
 def test_a_wrong_size_names_what_is_known_and_what_was_passed() -> None:
     x, w = torch.zeros(7, 1000), torch.zeros(5, 999, dtype=torch.bfloat16)
-    message = r"^linear: w must be \[N, K\] with T = 7, K = 1000, N = 5; got bfloat16 \[5, 999\]\. .*x is float32 \[7, 1000\]"
+    message = (
+        r"^linear: w must be \[N, K\] with T = 7, K = 1000, N = 5; got bfloat16 \[5, 999\]\. .*x is float32 \[7, 1000\]"
+    )
     with pytest.raises(ValueError, match=message):
         check("linear", x=(x, "T K"), w=(w, "N K"))
 

@@ -49,7 +49,9 @@ def test_a_missing_kernel_is_an_error_and_never_the_reference(
     monkeypatch: pytest.MonkeyPatch, kernel_module: str
 ) -> None:
     monkeypatch.setitem(KERNELS, "op", {"sm100": kernel_module})
-    with pytest.raises(NotImplementedError, match=r'^op: there is no kernel for sm90; kernels exist for sm100\. .*use\('):
+    with pytest.raises(
+        NotImplementedError, match=r"^op: there is no kernel for sm90; kernels exist for sm100\. .*use\("
+    ):
         pick("op", CUDA, _reference)
     with pytest.raises(NotImplementedError, match="kernels exist for no architecture"):
         pick("other", CUDA, _reference)

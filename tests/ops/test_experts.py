@@ -28,7 +28,10 @@ def _run(case: ExpertCase, limit: float | None = 10.0, **options: object) -> tor
 def _expected(case: ExpertCase, **options: object) -> torch.Tensor:
     weights = case.w1.double(), case.w3.double(), case.w2.double()
     return expected(
-        *(case, weights), round_x=same, round_h=lambda h: h.to(case.x.dtype).double(), **options  # type: ignore[arg-type]
+        *(case, weights),
+        round_x=same,
+        round_h=lambda h: h.to(case.x.dtype).double(),
+        **options,  # type: ignore[arg-type]
     )
 
 
@@ -71,7 +74,13 @@ def test_an_expert_in_both_slots_counts_twice() -> None:
     args = case.x, case.route_weights
     twice = experts(*args, torch.tensor([[4, 4]]), case.w1, case.w3, case.w2, swiglu_limit=10.0)
     merged = experts(
-        case.x, case.route_weights.sum(1, keepdim=True), torch.tensor([[4]]), case.w1, case.w3, case.w2, swiglu_limit=10.0
+        case.x,
+        case.route_weights.sum(1, keepdim=True),
+        torch.tensor([[4]]),
+        case.w1,
+        case.w3,
+        case.w2,
+        swiglu_limit=10.0,
     )
     torch.testing.assert_close(twice, merged, rtol=1e-5, atol=1e-5)
 
@@ -132,21 +141,18 @@ def test_a_missing_clamp_is_caught(monkeypatch: pytest.MonkeyPatch, seed: int) -
 
 def test_w1_and_w3_in_the_wrong_order_are_caught(seed: int) -> None:
     case = make_case(8, seed, torch.float32)
-    swapped = ExpertCase(
-        case.x, case.route_weights, case.expert_ids, case.w3, case.w1, case.w2, case.shared_output
-    )
+    swapped = ExpertCase(case.x, case.route_weights, case.expert_ids, case.w3, case.w1, case.w2, case.shared_output)
     with pytest.raises(AssertionError, match="experts: .* first at"):
         assert_within("experts", _run(swapped), _expected(case).float())
 
 
 def test_the_route_weight_is_inside_the_rounding_of_h() -> None:
-    """r * h is rounded to bf16 before w2: a weight of 1 + 2^-6 on h = 100 gives 101.5625, which bf16 holds as 101.5."""
-    ones = torch.ones(1, 1, 1)
-    x = torch.full((1, 1), 100.0).bfloat16()
-    route = torch.full((1, 1), 1 + 2.0**-6)
-    ids = torch.zeros(1, 1, dtype=torch.int64)
-    got = experts(x, route, ids, ones, ones, ones / 100, swiglu_limit=None, out_dtype=torch.float32)
-    assert got.item() == 101.5
+    """h = 64 * 1.0048828125 = 64.3125 is 64.5 in bf16; times 3 is 193.5, 194 in bf16. After w2 it would be 193."""
+    one = torch.ones(1, 1, 1)
+    x = torch.full((1, 1), 64.0).bfloat16()
+    route = torch.full((1, 1), 1.0048828125)
+    got = experts(x, route, torch.zeros(1, 1, dtype=torch.int64), one, one / 64, one * 3, swiglu_limit=None)
+    assert got.item() == 194.0
 
 
 # --- refusals ---

@@ -42,7 +42,7 @@ def test_sums_along_any_dimension(dim, seed):
     assert torch.equal(sum_by_halves(x, dim), sum_by_halves(x.movedim(dim, 0).contiguous(), 0))
 
 
-@pytest.fixture(params=[1, 2, 4])
+@pytest.fixture(params=[1, 2])
 def num_threads(request):
     """Run with this many threads: some matrix products are split between them."""
     before = torch.get_num_threads()
@@ -51,9 +51,9 @@ def num_threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 12, 64])
-@pytest.mark.parametrize("inner", [1, 2, 64, 100, 384, 508, 512, 513, 1100])
-@pytest.mark.parametrize("num_columns", [1, 5, 64, 128])
+@pytest.mark.parametrize("num_rows", [1, 4, 12])
+@pytest.mark.parametrize("inner", [1, 64, 384, 508, 513, 1100])
+@pytest.mark.parametrize("num_columns", [1, 64, 128])
 def test_a_product_does_not_depend_on_its_batch(num_rows, inner, num_columns, num_threads, seed):
     torch.manual_seed(seed)
     x, y = torch.randn(9, num_rows, inner), torch.randn(9, num_columns, inner).mT

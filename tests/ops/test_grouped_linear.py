@@ -82,7 +82,9 @@ def test_one_tensor_scale_for_all_groups_is_caught(seed: int) -> None:
 
 def test_refusals() -> None:
     x, w = _case(2, 0)
-    with pytest.raises(ValueError, match=r"grouped_linear: w must be \[G, N, K\] with T = 2, G = 3, K = 80; got .*\[2, 20"):
+    with pytest.raises(
+        ValueError, match=r"grouped_linear: w must be \[G, N, K\] with T = 2, G = 3, K = 80; got .*\[2, 20"
+    ):
         grouped_linear(x, w[:2])
     with pytest.raises(ValueError, match=r"grouped_linear: x must be \[T, G, K\]; got bfloat16 \[2, 240\]"):
         grouped_linear(x.flatten(1), w)

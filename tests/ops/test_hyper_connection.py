@@ -14,7 +14,14 @@ from megamoe.verify.tolerance import assert_within
 from .invariance import assert_row_invariant
 
 EPS = 1e-6
-FAULTS = ["sigmoid for softmax", "post without factor 2", "post with eps", "rows first", "pre without eps", "no column end"]
+FAULTS = [
+    "sigmoid for softmax",
+    "post without factor 2",
+    "post with eps",
+    "rows first",
+    "pre without eps",
+    "no column end",
+]
 
 
 def _weights(num_streams: int, width: int, seed: int, spread: float = 1.0) -> tuple[torch.Tensor, ...]:
@@ -41,7 +48,9 @@ def _pre(
         statistic = float((flat.square().sum() / flat.numel() + EPS).rsqrt())
         m = [float(flat @ row) * statistic for row in fn.double()]
         s, b = scale.tolist(), base.tolist()
-        pre = [1 / (1 + math.exp(-(m[j] * s[0] + b[j]))) + (0 if fault == "pre without eps" else hc_eps) for j in range(n)]
+        pre = [
+            1 / (1 + math.exp(-(m[j] * s[0] + b[j]))) + (0 if fault == "pre without eps" else hc_eps) for j in range(n)
+        ]
         factor = 1 if fault == "post without factor 2" else 2
         shift = hc_eps if fault == "post with eps" else 0
         post = [factor / (1 + math.exp(-(m[n + j] * s[1] + b[n + j]))) + shift for j in range(n)]

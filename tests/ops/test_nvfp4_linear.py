@@ -51,9 +51,7 @@ def test_the_low_nibble_is_the_even_column() -> None:
 @pytest.mark.parametrize("num_tokens", [0, 1, 8, 9])
 @pytest.mark.parametrize("num_out,num_in", [(1, 16), (129, 80), (256, 640)])
 @pytest.mark.parametrize("tiled", [False, True])
-def test_agrees_with_an_independent_decoder(
-    num_tokens: int, num_out: int, num_in: int, tiled: bool, seed: int
-) -> None:
+def test_agrees_with_an_independent_decoder(num_tokens: int, num_out: int, num_in: int, tiled: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = quantize_nvfp4(torch.randn(num_tokens, num_in, generator=generator))
     w = quantize(torch.randn(num_out, num_in, generator=generator) * 0.05)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvfp4_weight_only_experts: decoded weights, and faults F1 (folded tensor scale), F2 (one scale for two weights), F13."""
+"""nvfp4_weight_only_experts: decoded weights, and faults F1 (folded tensor scale), F2 (one scale for two), F13."""
 
 from __future__ import annotations
 

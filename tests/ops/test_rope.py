@@ -132,7 +132,9 @@ def test_split_halves_are_caught(seed: int) -> None:
 
 def test_refusals() -> None:
     table = rope_table(8, 10000.0)
-    with pytest.raises(ValueError, match=r"rope: x must be \[T, \.\.\., C\] with T = 3 .* and C >= 8 .*; got \[2, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"rope: x must be \[T, \.\.\., C\] with T = 3 .* and C >= 8 .*; got \[2, 16\]"
+    ):
         rope(torch.zeros(2, 16), torch.zeros(3, dtype=torch.int64), table)
     with pytest.raises(ValueError, match=r"got \[3, 4\]"):
         rope(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), table)

@@ -89,8 +89,9 @@ FAULTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "up not clamped": lambda g, u: _expected(g, torch.ones_like(u), LIMIT) * u.double(),
     "up clamped from above only": lambda g, u: _expected(g, torch.ones_like(u), LIMIT) * u.double().clamp(max=LIMIT),
     "gate clamped from below too": lambda g, u: _expected(g.clamp(min=-LIMIT), u, LIMIT),
-    "clamp after the activation": lambda g, u: torch.nn.functional.silu(g.double()).clamp(max=LIMIT)
-    * u.double().clamp(-LIMIT, LIMIT),
+    "clamp after the activation": lambda g, u: (
+        torch.nn.functional.silu(g.double()).clamp(max=LIMIT) * u.double().clamp(-LIMIT, LIMIT)
+    ),
 }
 
 
@@ -117,7 +118,9 @@ def test_refusals() -> None:
     for limit in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="clamped_swiglu: the SwiGLU limit must be positive; got .* Pass None"):
             clamped_swiglu(x, x, limit=limit)
-    with pytest.raises(ValueError, match=r"clamped_swiglu: up must be \[T, F\] with T = 2, F = 3; got float32 \[2, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"clamped_swiglu: up must be \[T, F\] with T = 2, F = 3; got float32 \[2, 4\]"
+    ):
         clamped_swiglu(x, torch.zeros(2, 4), limit=None)
     with pytest.raises(ValueError, match=r"row_weight must be \[T\]"):
         clamped_swiglu(x, x, limit=None, row_weight=torch.zeros(3))

@@ -40,7 +40,6 @@ def test_small_differences_pass_and_large_ones_name_place_and_values() -> None:
 
 def test_bf16_outputs_may_differ_by_their_rounding() -> None:
     want = torch.ones(2, 64).bfloat16()
-    assert_within("linear", want * (1 + 2**-7) if False else want, want)
     got = want.clone()
     got[0, 0] = 1 + 2**-7
     assert_within("linear", got, want)

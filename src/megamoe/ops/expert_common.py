@@ -87,7 +87,7 @@ def sum_of_experts(
         slot_outputs[slots] = expert(expert_id, slots // num_slots, route[slots]).to(x.dtype)
         start = stop
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for outputs in slot_outputs.view(num_tokens, num_slots, -1).unbind(1):
+    for outputs in slot_outputs.view(num_tokens, num_slots, x.shape[1]).unbind(1):
         total += outputs
     if shared_output is not None:
         total += shared_output

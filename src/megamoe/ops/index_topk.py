@@ -234,7 +234,12 @@ def _group_scores(query: torch.Tensor, head_weights: torch.Tensor, tiles: torch.
     num_tokens, num_heads, _ = query.shape
     if not num_heads:
         return torch.zeros(num_tokens, tiles.shape[0] * KEY_TILE, dtype=torch.float32, device=query.device)
-    logits = torch.cat([batched_matmul(query, tile.t().expand(num_tokens, -1, -1)) for tile in tiles], dim=2)  # [T, Hi, keys]
+    keys = tiles.mT  # [tiles, K, KEY_TILE]
+    if num_tokens < tiles.shape[0]:  # one batch per token or one per tile: the same products, fewer calls
+        per_token = [batched_matmul(q.expand(tiles.shape[0], -1, -1), keys) for q in query]  # each [tiles, Hi, KEY_TILE]
+        logits = torch.stack(per_token).transpose(1, 2).reshape(num_tokens, num_heads, -1)  # [T, Hi, keys]
+    else:
+        logits = torch.cat([batched_matmul(query, key.expand(num_tokens, -1, -1)) for key in keys], dim=2)
     return sum_by_halves(logits.clamp_(min=0.0).mul_(head_weights[:, :, None]), 1)
 
 

@@ -33,8 +33,8 @@ class Tolerance:
 _EXACT = "a copy, a cast or a selection: every bit is defined"
 _PRODUCT = "fp32 sums of K <= 32768 terms in any order: sqrt(K) * 2^-24 is 1.1e-5; a factor of 2 is left"
 _REQUANTIZED = (
-    "fp32 sums in another order can move h across a rounding step before w2: by 2^-8 of an element in bf16, 2^-4 in FP8, "
-    "up to a half in NVFP4, but only the few elements that lie within 1e-5 of a step"
+    "fp32 sums in another order can move h across a rounding step before w2: by 2^-8 of an element in bf16, 2^-4 in "
+    "FP8, up to a half in NVFP4, but only the few elements that lie within 1e-5 of a step"
 )
 
 TOLERANCES: dict[str, Tolerance] = {
