@@ -73,7 +73,11 @@ def test_the_report_is_what_is_allocated(spec):
     allocated = 0
     for name, shape in pool_shapes(spec, SIZE).items():
         pool = getattr(pools, name)
-        assert (pool.rows_per_block, pool.row_format, pool.width) == (shape.rows_per_block, shape.row_format, shape.width)
+        assert (pool.rows_per_block, pool.row_format, pool.width) == (
+            shape.rows_per_block,
+            shape.row_format,
+            shape.width,
+        )
         assert int(pool.storage.count_nonzero()) == 0
         allocated += pool.num_blocks * pool.block_stride_bytes
     missing = {"window", "state", "entries", "index_state", "index_keys"} - set(pool_shapes(spec, SIZE))

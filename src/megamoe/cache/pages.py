@@ -40,7 +40,8 @@ class PageAllocator:
         """
         if num_pages < 0 or tokens_per_page < 1:
             raise ValueError(
-                f"PageAllocator: num_pages must be >= 0 and tokens_per_page >= 1; got {num_pages} and {tokens_per_page}."
+                f"PageAllocator: num_pages must be >= 0 and tokens_per_page >= 1; got {num_pages} and "
+                f"{tokens_per_page}."
             )
         pages = list(range(num_pages)) if order is None else list(order)
         if sorted(pages) != list(range(num_pages)):
@@ -135,7 +136,9 @@ class PageAllocator:
 
     def _known(self, caller: str, sequence_id: int) -> None:
         if sequence_id not in self._tables:
-            raise ValueError(f"{caller}: unknown sequence {sequence_id}; known are {list(self._tables)}. alloc it first.")
+            raise ValueError(
+                f"{caller}: unknown sequence {sequence_id}; known are {list(self._tables)}. alloc it first."
+            )
 
     def _take(self, table: list[int], sequence_id: int, length: int, num_tokens: int) -> None:
         if num_tokens < 0:

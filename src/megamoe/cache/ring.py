@@ -21,7 +21,7 @@ def ring_slots(positions: torch.Tensor, capacity: int, *, ring_idx: torch.Tensor
         ring_idx: int, or int64 that broadcasts against positions: the ring of each position.
 
     Returns:
-        int64 in the shape of positions: ring_idx * capacity + position % capacity, or -1 where the position is negative.
+        int64 in the shape of positions: ring_idx * capacity + position % capacity, or -1 for a negative position.
 
     Raises:
         ValueError: capacity is not positive.

@@ -22,7 +22,7 @@ argument: specifications are parsed once and messages are only built when someth
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -30,21 +30,6 @@ FLOATS: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
 FLOAT32: tuple[torch.dtype, ...] = (torch.float32,)
 OUT_DTYPES: tuple[torch.dtype | None, ...] = (None, torch.bfloat16, torch.float32)  # None: as the input
 INT64: tuple[torch.dtype, ...] = (torch.int64,)
-
-
-@runtime_checkable
-class Shaped(Protocol):
-    """What a quantized container shows of itself: its logical shape and its device."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The logical shape."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the bytes are."""
-        ...
 
 
 @functools.cache
@@ -60,8 +45,8 @@ def describe(value: object) -> str:
     """Return a short text for an argument in an error message: its class or dtype, and its shape."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    if isinstance(value, Shaped):
-        return f"{type(value).__name__} {list(value.shape)}"
+    if hasattr(value, "codes"):
+        return f"{type(value).__name__} {list(value.shape)}"  # type: ignore[attr-defined]
     return f"{type(value).__name__} {value!r}"
 
 
@@ -71,12 +56,6 @@ def _name(allowed: Any) -> str:
 
 def _names(allowed: tuple[Any, ...]) -> str:
     return " or ".join(_name(one) for one in allowed)
-
-
-def _is_allowed(value: Any, allowed: tuple[Any, ...]) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dtype in allowed or torch.Tensor in allowed
-    return type(value) in allowed
 
 
 def _mismatch(op: str, argument: str, value: Any, dims: str, bound: dict[str, int], given: dict[str, Any]) -> str:
@@ -113,23 +92,25 @@ def check(op: str, /, **given: Any) -> dict[str, int]:
         optional, free, wanted = _parse(dims)
         if value is None and optional:
             continue
-        if not isinstance(value, torch.Tensor) and not hasattr(type(value), "shape"):
+        is_tensor = isinstance(value, torch.Tensor)
+        if not is_tensor and not hasattr(value, "codes"):  # what every quantized container has
             raise TypeError(f"{op}: {argument} must be a tensor or a quantized container; got {describe(value)}.")
-        if len(spec) > 2 and not _is_allowed(value, spec[2]):
+        if len(spec) > 2 and (value.dtype if is_tensor else type(value)) not in spec[2]:
             raise TypeError(
                 f"{op}: {argument} must be {_names(spec[2])}; got {describe(value)}. Convert it before the call, or "
                 f"call the operation that takes what you have."
             )
         shape = value.shape
-        extra = len(shape) - len(wanted)
-        if extra != 0 and (extra < 0 or not free):
+        if free and len(shape) >= len(wanted):
+            shape = shape[len(shape) - len(wanted) :]
+        if len(shape) != len(wanted):
             raise ValueError(_mismatch(op, argument, value, dims, bound, given))
-        for size, dim in zip(shape[extra:] if extra else shape, wanted, strict=True):
-            if bound.setdefault(dim, size) != size if type(dim) is str else size != dim:
+        for size, dim in zip(shape, wanted, strict=True):
+            if size != (bound.setdefault(dim, size) if type(dim) is str else dim):
                 raise ValueError(_mismatch(op, argument, value, dims, bound, given))
         if device is None:
             device = value.device
-        elif value.device != device:
+        elif device != value.device:
             raise ValueError(
                 f"{op}: all arguments must be on one device; {argument} is on {value.device} and others on {device}. "
                 f"Move them with .to(device)."

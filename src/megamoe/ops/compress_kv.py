@@ -5,8 +5,8 @@ Math       v_i, s_i = values and scores of row row_slots[w, i] (ape already adde
            with overlap the first `ratio` rows give channels [:D] and the last `ratio` rows channels [D:]
            c[w, :] = sum_i softmax_i(s_i) * v_i           for every channel on its own; a missing row has score -inf
            y[w, :] = rope(rms_norm(c[w, :]) * norm_weight, entry_pos[w])
-Numerics   fp32 throughout, one rounding to out_dtype. Sums over rows by halves, so that an entry's bits depend on its own
-           rows alone. The official code rounds c to bf16 before the norm; here it stays fp32.
+Numerics   fp32 throughout, one rounding to out_dtype. Sums over rows by halves, so that an entry's bits depend on its
+           own rows alone. The official code rounds c to bf16 before the norm; here it stays fp32.
            A block without any row gives zeros (padding of a batch), not NaN.
 Memory     entries are pooled in groups whose gathered rows take at most 64 MiB (always at least one entry)
 Tolerance  verify/tolerance.py, "compress_kv": softmax over up to 128 terms in another order
@@ -74,8 +74,8 @@ def compress_kv(
     coff = 2 if overlap else 1
     if ratio < 1 or dims["rows"] != coff * ratio:
         raise ValueError(
-            f"compress_kv: row_slots must have {'2 * ' if overlap else ''}ratio columns; got {list(row_slots.shape)} for "
-            f"ratio {ratio}{' with overlap' if overlap else ''}. cache.compressor_state.block_row_slots makes them."
+            f"compress_kv: row_slots must have {'2 * ' if overlap else ''}ratio columns; got {list(row_slots.shape)} "
+            f"for ratio {ratio}{' with overlap' if overlap else ''}. cache.compressor_state.block_row_slots makes them."
         )
     if pool.row_format is not RowFormat.FP32 or pool.width != 2 * coff * dims["D"]:
         raise ValueError(

@@ -8,11 +8,12 @@ Numerics   gate and up stay fp32 until h, which is rounded to what w2 is multipl
            added in fp32 in ascending order, then the shared output, then one rounding to out_dtype.
            w1 and w3 are two weights with their own scales: nothing is fused, so no scale can be shared by mistake.
            Row-invariant. Experts without tokens are not touched.
-Memory     A * T * D values of the dtype of x, and the gate and up of the busiest expert
+Memory     A * T * F values in fp32 (three times) and A * T * D of the dtype of x
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,8 @@ import torch
 
 from megamoe.ops import swiglu
 from megamoe.ops.check import FLOAT32, FLOATS, INT64, OUT_DTYPES, check
-
-ExpertFunction = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(expert, rows of x [n], their route weights [n]) -> [n, D] fp32."""
+from megamoe.ops.dequant_cache import Weight, dequantized
+from megamoe.ops.matmul import row_invariant_matmul
 
 
 def check_experts(
@@ -57,38 +57,64 @@ def sum_of_experts(
     x: torch.Tensor,
     route_weights: torch.Tensor,
     expert_ids: torch.Tensor,
-    num_experts: int,
-    expert: ExpertFunction,
+    weights: tuple[Weight, Weight, Weight],
     shared_output: torch.Tensor | None,
+    swiglu_limit: float | None,
     out_dtype: torch.dtype,
+    round_input: Callable[[torch.Tensor], torch.Tensor],
+    round_hidden: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Run every chosen expert once over all of its tokens and add the slots up.
 
+    Args:
+        op: the operation's name for messages.
+        x: [T, D] bf16 or fp32.
+        route_weights: [T, A] fp32.
+        expert_ids: [T, A] int64.
+        weights: w1, w3 and w2.
+        shared_output: [T, D] or None.
+        swiglu_limit: the clamp or None.
+        out_dtype: dtype of the result.
+        round_input: x [T, D] -> fp32, what w1 and w3 are multiplied by; each row on its own.
+        round_hidden: h [n, F] fp32 -> fp32, what w2 is multiplied by; each row on its own.
+
     Raises:
-        ValueError: an expert id is not 0 to num_experts - 1.
+        ValueError: an expert id is not an expert of w1.
     """
+    w1, w3, w2 = weights
     num_tokens, num_slots = expert_ids.shape
-    slot_outputs = x.new_empty(num_tokens * num_slots, x.shape[1])  # [T * A, D]
-    route = route_weights.reshape(-1)
-    order = expert_ids.reshape(-1).argsort(stable=True)  # slots by expert, tokens ascending within one
-    sorted_ids = expert_ids.reshape(-1)[order].tolist()
+    sorted_ids, order = expert_ids.reshape(-1).sort(stable=True)  # slots by expert, tokens ascending within one
+    spans = _spans(op, sorted_ids.tolist(), w1.shape[0])
+    inputs, tokens = round_input(x), order // num_slots
+    gate = inputs.new_empty(order.shape[0], w1.shape[1])  # [T * A, F], slots by expert
+    up = torch.empty_like(gate)
+    for expert_id, start, stop in spans:
+        rows = inputs[tokens[start:stop]]
+        gate[start:stop] = row_invariant_matmul(rows, dequantized(w1, expert_id))
+        up[start:stop] = row_invariant_matmul(rows, dequantized(w3, expert_id))
+    hidden = round_hidden(swiglu.reference(gate, up, swiglu_limit, route_weights.reshape(-1)[order], torch.float32))
+    outputs = x.new_empty(order.shape[0], x.shape[1])  # [T * A, D], slots by token
+    for expert_id, start, stop in spans:
+        outputs[order[start:stop]] = row_invariant_matmul(hidden[start:stop], dequantized(w2, expert_id)).to(x.dtype)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for slot_output in outputs.view(num_tokens, num_slots, x.shape[1]).unbind(1):
+        total += slot_output
+    if shared_output is not None:
+        total += shared_output
+    return total.to(out_dtype)
+
+
+def _spans(op: str, sorted_ids: list[int], num_experts: int) -> list[tuple[int, int, int]]:
+    """Return (expert, start, stop) for every run of equal ids."""
     if sorted_ids and not (sorted_ids[0] >= 0 and sorted_ids[-1] < num_experts):
         got = sorted_ids[0] if sorted_ids[0] < 0 else sorted_ids[-1]
         raise ValueError(
             f"{op}: expert_ids must be 0 to {num_experts - 1}, the experts of w1; got {got}. Route with as many "
             f"experts as the weights hold."
         )
-    start = 0
-    while start < len(sorted_ids):
-        expert_id, stop = sorted_ids[start], start + 1
-        while stop < len(sorted_ids) and sorted_ids[stop] == expert_id:
-            stop += 1
-        slots = order[start:stop]
-        slot_outputs[slots] = expert(expert_id, slots // num_slots, route[slots]).to(x.dtype)
+    spans, start = [], 0
+    for expert_id, run in itertools.groupby(sorted_ids):
+        stop = start + len(list(run))
+        spans.append((expert_id, start, stop))
         start = stop
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for outputs in slot_outputs.view(num_tokens, num_slots, x.shape[1]).unbind(1):
-        total += outputs
-    if shared_output is not None:
-        total += shared_output
-    return total.to(out_dtype)
+    return spans

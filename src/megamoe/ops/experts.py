@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from megamoe.ops import swiglu
 from megamoe.ops.check import FLOATS
-from megamoe.ops.dequant_cache import Weight, dequantized
+from megamoe.ops.dequant_cache import Weight
 from megamoe.ops.dispatch import pick
 from megamoe.ops.expert_common import check_experts, sum_of_experts
-from megamoe.ops.matmul import row_invariant_matmul
 
 
 def experts(
@@ -73,13 +71,15 @@ def reference(
     op: str = "experts",
 ) -> torch.Tensor:
     """Compute experts in plain torch; the weight-only operation is the same over dequantized weights."""
-    values = x.float()
-
-    def expert(which: int, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        inputs = values[rows]
-        gate = row_invariant_matmul(inputs, dequantized(w1, which))  # [n, F]
-        up = row_invariant_matmul(inputs, dequantized(w3, which))  # [n, F]
-        hidden = swiglu.reference(gate, up, swiglu_limit, weight, x.dtype)
-        return row_invariant_matmul(hidden.float(), dequantized(w2, which))
-
-    return sum_of_experts(op, x, route_weights, expert_ids, w1.shape[0], expert, shared_output, out_dtype)
+    return sum_of_experts(
+        op,
+        x,
+        route_weights,
+        expert_ids,
+        (w1, w3, w2),
+        shared_output,
+        swiglu_limit,
+        out_dtype,
+        round_input=torch.Tensor.float,
+        round_hidden=lambda hidden: hidden.to(x.dtype).float(),
+    )

@@ -47,8 +47,8 @@ def sum_by_halves(x: torch.Tensor, dim: int) -> torch.Tensor:
 def batched_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Multiply B pairs of small matrices.
 
-    The bits of a product depend on its own two matrices and their sizes alone: not on B, on its place in the batch, or on
-    the number of threads. Callers therefore keep M, K and N fixed and let only B vary.
+    The bits of a product depend on its own two matrices and their sizes alone: not on B, on its place in the batch, or
+    on the number of threads. Callers therefore keep M, K and N fixed and let only B vary.
 
     Args:
         x: [B, M, K] fp32; B may be 0.

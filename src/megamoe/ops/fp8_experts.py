@@ -15,11 +15,8 @@ import torch
 
 from megamoe.formats import fp8
 from megamoe.formats.fp8 import Fp8BlockTensor
-from megamoe.ops import swiglu
-from megamoe.ops.dequant_cache import dequantized
 from megamoe.ops.dispatch import pick
 from megamoe.ops.expert_common import check_experts, sum_of_experts
-from megamoe.ops.matmul import row_invariant_matmul
 
 
 def fp8_experts(
@@ -78,14 +75,19 @@ def reference(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Compute fp8_experts in plain torch."""
-    values = fp8.dequantize(fp8.quantize_rows(x))  # [T, D] fp32
 
-    def expert(which: int, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        inputs = values[rows]
-        gate = row_invariant_matmul(inputs, dequantized(w1, which))  # [n, F]
-        up = row_invariant_matmul(inputs, dequantized(w3, which))  # [n, F]
-        hidden = swiglu.reference(gate, up, swiglu_limit, weight, torch.float32)
-        return row_invariant_matmul(fp8.dequantize(fp8.quantize_rows(hidden)), dequantized(w2, which))
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return fp8.dequantize(fp8.quantize_rows(values))
 
-    op = "fp8_experts"
-    return sum_of_experts(op, x, route_weights, expert_ids, w1.shape[0], expert, shared_output, out_dtype)
+    return sum_of_experts(
+        "fp8_experts",
+        x,
+        route_weights,
+        expert_ids,
+        (w1, w3, w2),
+        shared_output,
+        swiglu_limit,
+        out_dtype,
+        round_input=rounded,
+        round_hidden=rounded,
+    )

@@ -2,12 +2,13 @@
 """hadamard: rotate the last dimension by the orthonormal Sylvester (natural order) Walsh-Hadamard matrix.
 
 Math       y[i] = n^-0.5 * sum_j (-1)^popcount(i & j) * x[j]          n a power of two
-Numerics   fp32 butterflies, strides n/2, n/4, .., 1 in this order; one product by fp32(n^-0.5); one rounding to out_dtype
+Numerics   fp32 butterflies, strides n/2, n/4, .., 1 in this order; one product by fp32(n^-0.5); one rounding to
+           out_dtype
            Every row is computed by the same elementwise steps, so its bits do not depend on the other rows.
 Tolerance  verify/tolerance.py, "hadamard": kernels may order the sums differently, so fp32 rounding of n terms
 Kernels    none yet; the CPU reference runs
-Source     DeepSeek-V4 inference code: index queries and keys are rotated before they are rounded to FP4; docs/numerics.md,
-           section "Operations"
+Source     DeepSeek-V4 inference code: index queries and keys are rotated before they are rounded to FP4;
+           docs/numerics.md, section "Operations"
 """
 
 from __future__ import annotations

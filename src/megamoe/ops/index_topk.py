@@ -6,8 +6,8 @@ Math       score[t, w] = sum_h head_weights[t, h] * max(q[t, h, :] . key[w, :], 
 Numerics   q and keys are the values of their formats (FP4, FP8 or plain), exact in fp32; products and sums in fp32.
            Keys are taken in tiles of 128 and heads are summed by halves, so that a score's bits depend on its own query
            and key alone: not on the other tokens, on the number of keys, on pages, or on prefill against decode.
-           Nothing is rounded between score and selection. The scales of quantized queries are applied to q here; folding
-           them into the head weights is the same number in real arithmetic and may be done by kernels.
+           Nothing is rounded between score and selection. The scales of quantized queries are applied to q here;
+           folding them into the head weights is the same number in real arithmetic and may be done by kernels.
            When a token sees at most top_k entries all of them are selected and nothing is scored.
            A NaN score sorts first: it is selected rather than lost.
 Memory     keys are decoded 4096 at a time; at most 16 MiB of logits and of scores at a time (always at least one token)
@@ -143,8 +143,8 @@ def entry_slots(
 
     Raises:
         TypeError: a dtype is not as above.
-        ValueError: a shape does not fit, query_starts does not go from 0 up to T, or an entry lies beyond the block table
-            or on a page that is negative there.
+        ValueError: a shape does not fit, query_starts does not go from 0 up to T, or an entry lies beyond the block
+            table or on a page that is negative there.
     """
     dims = check(
         "entry_slots",
@@ -174,8 +174,8 @@ def entry_slots(
         blocks = block_tables.to(torch.int64)[request_of_token(query_starts, dims["T"])[:, None], pages]
     if bool(((blocks < 0) & is_entry).any()):
         raise ValueError(
-            "entry_slots: an entry lies on a page that is negative in the block table. Extend the block table before the "
-            "step."
+            "entry_slots: an entry lies on a page that is negative in the block table. Extend the block table before "
+            "the step."
         )
     return torch.where(is_entry, blocks * rows_per_block + entry_idx % rows_per_block, -1)
 
@@ -236,7 +236,7 @@ def _group_scores(query: torch.Tensor, head_weights: torch.Tensor, tiles: torch.
         return torch.zeros(num_tokens, tiles.shape[0] * KEY_TILE, dtype=torch.float32, device=query.device)
     keys = tiles.mT  # [tiles, K, KEY_TILE]
     if num_tokens < tiles.shape[0]:  # one batch per token or one per tile: the same products, fewer calls
-        per_token = [batched_matmul(q.expand(tiles.shape[0], -1, -1), keys) for q in query]  # each [tiles, Hi, KEY_TILE]
+        per_token = [batched_matmul(q.expand(tiles.shape[0], -1, -1), keys) for q in query]  # [tiles, Hi, KEY_TILE]
         logits = torch.stack(per_token).transpose(1, 2).reshape(num_tokens, num_heads, -1)  # [T, Hi, keys]
     else:
         logits = torch.cat([batched_matmul(query, key.expand(num_tokens, -1, -1)) for key in keys], dim=2)
@@ -318,6 +318,6 @@ def _check_pages(
 def _check_width(op: str, q: IndexQuery, keys: CachePool) -> None:
     if q.shape[2] != keys.width:
         raise ValueError(
-            f"{op}: q must be [T, Hi, {keys.width}], as wide as the pool's keys; got {list(q.shape)}. Allocate the pool "
-            f"with the index head's width."
+            f"{op}: q must be [T, Hi, {keys.width}], as wide as the pool's keys; got {list(q.shape)}. Allocate the "
+            f"pool with the index head's width."
         )

@@ -127,12 +127,9 @@ def reference(x: torch.Tensor, pos: torch.Tensor, table: RopeTable, inverse: boo
     angles = pos.float()[:, None] * table.inv_freq  # [T, R/2] fp32
     shape = (x.shape[0], *(1,) * (x.dim() - 2), angles.shape[1])
     cos, sin = angles.cos().view(shape), angles.sin().view(shape)
-    if inverse:
-        sin = sin.neg_()
+    sin = torch.stack((sin, -sin) if inverse else (-sin, sin), -1)  # [T, .., R/2, 2]: what the partner is multiplied by
     y = x.clone(memory_format=torch.contiguous_format)
     pairs = y[..., -table.rope_dim :].view(*x.shape[:-1], table.rope_dim // 2, 2)  # [T, ..., R/2, 2], shares y
     values = pairs.float()
-    even, odd = values[..., 0].contiguous(), values[..., 1].contiguous()
-    pairs[..., 0] = even * cos - odd * sin
-    pairs[..., 1] = odd * cos + even * sin
+    pairs.copy_(values * cos[..., None] + values.flip(-1) * sin)
     return y

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """sparse_attention: one softmax over a token's window rows and its compressed entries, with a sink.
 
-Math       the items of token t are the rows window_slots[t] of `window` and the rows entry_slots[t] of `entries`, without -1
+Math       the items of token t are the rows window_slots[t] of `window` and entry_slots[t] of `entries`, without -1
            z_i     = scale * (q[t, h] . row_i)
            y[t, h] = sum_i exp(z_i) * row_i / (sum_i exp(z_i) + exp(sink[h]))
            Every row is key and value of all heads. The sink is a logit of its own: it is not scaled and has no value.
-Numerics   rows are decoded exactly; fp32 throughout; one rounding of y to out_dtype. The largest logit, the sink included,
-           is subtracted first, so a large sink gives small numbers and never inf / inf. P is not rounded before P * V.
-           A token with no item and sink -inf gives 0, and sink +inf gives 0.
+Numerics   rows are decoded exactly; fp32 throughout; one rounding of y to out_dtype. The largest logit, the sink
+           included, is subtracted first, so a large sink gives small numbers and never inf / inf. P is not rounded
+           before P * V. A token with no item gives 0, and so does a sink of +inf.
            Columns are taken in blocks of 64, window first, each multiplied at one fixed size and added in column order.
-           A token's bits therefore depend on its own query, rows and the columns they stand in: not on other tokens, on
-           pages, or on how many -1 columns follow. Moving an item to another column may change the last bit.
-Memory     tokens are taken in groups whose gathered rows, products and logits take at most 16 MiB, and the distinct rows of
-           a group are decoded once (at most as large again); always at least one token
+           A token's bits therefore depend on its own query, rows and the columns they stand in: not on other tokens,
+           on pages, or on how many -1 columns follow. Moving an item to another column may change the last bits.
+Memory     tokens are taken in groups whose gathered rows, products and logits take at most 16 MiB, and the distinct
+           rows of a group are decoded once (at most as large again); always at least one token
 Tolerance  verify/tolerance.py, "sparse_attention": sums of up to J terms in another order
 Kernels    none yet; the CPU reference runs
 Source     DeepSeek-V4 technical report (arXiv 2606.19348), attention sink and compressed attention; docs/numerics.md,
@@ -155,16 +155,17 @@ def _attend(
     """Return [T, H, C] fp32 from queries and gathered rows [T, J, C]; J is a multiple of COLUMN_BLOCK."""
     num_tokens, num_heads, width = q.shape
     num_blocks = rows.shape[1] // COLUMN_BLOCK
-    tiles = rows.view(num_tokens * num_blocks, COLUMN_BLOCK, width)
-    q_tiles = q[:, None].expand(-1, num_blocks, -1, -1).reshape(-1, num_heads, width)
+    num_tiles = num_tokens * num_blocks
+    tiles = rows.view(num_tiles, COLUMN_BLOCK, width)
+    q_tiles = q[:, None].expand(-1, num_blocks, -1, -1).reshape(num_tiles, num_heads, width)
     logits = batched_matmul(q_tiles, tiles.transpose(1, 2)).mul_(scale)  # [T * blocks, H, 64]
-    logits.masked_fill_(~is_item.view(-1, 1, COLUMN_BLOCK), -torch.inf)
+    logits.masked_fill_(~is_item.view(num_tiles, 1, COLUMN_BLOCK), -torch.inf)
     per_token = logits.view(num_tokens, num_blocks, num_heads, COLUMN_BLOCK)
     top = torch.maximum(per_token.amax(dim=(1, 3)), sink)  # [T, H]
     top = top.masked_fill(top == -torch.inf, 0.0)  # no item and no sink: every exponential below is 0
     weights = torch.exp(per_token - top[:, None, :, None])
     sink_weight = torch.exp(sink - top).masked_fill(sink == torch.inf, torch.inf)
-    values = batched_matmul(weights.view(-1, num_heads, COLUMN_BLOCK), tiles)  # [T * blocks, H, C]
+    values = batched_matmul(weights.view(num_tiles, num_heads, COLUMN_BLOCK), tiles)  # [T * blocks, H, C]
     values = values.view(num_tokens, num_blocks, num_heads, width)
     weight_sums = sum_by_halves(weights, -1)  # [T, blocks, H]
     total, y = sink_weight, torch.zeros_like(q)

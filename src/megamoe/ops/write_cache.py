@@ -48,8 +48,8 @@ def write_cache(rows: torch.Tensor, pool: CachePool, slots: torch.Tensor) -> Non
         twice = kept[1:][kept[1:] == kept[:-1]]
         if twice.numel():
             raise ValueError(
-                f"write_cache: slots must be distinct; slot {int(twice[0])} appears twice. Two rows cannot share a slot: "
-                f"a ring is too small for this many tokens, or two sequences were given one page."
+                f"write_cache: slots must be distinct; slot {int(twice[0])} appears twice. Either a ring is too small "
+                f"for this many tokens, or two sequences were given one page."
             )
     pick("write_cache", rows.device, reference)(rows, pool, slots)
 
