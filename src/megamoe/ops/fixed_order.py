@@ -8,13 +8,9 @@ matrix products have one fixed size each; only their number varies. `ops/matmul.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-INNER_BLOCK = 512  # longer sums are split here rather than by a BLAS
-SIZE_MULTIPLE = 4  # a BLAS treats the last one to three rows, columns or terms specially
-MIN_BATCH = 2  # the threads share out a batch matrix by matrix, but split the sums of a single matrix
+MIN_BATCH = 2
 
 
 def sum_by_halves(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -48,25 +44,17 @@ def batched_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Multiply B pairs of small matrices.
 
     The bits of a product depend on its own two matrices and their sizes alone: not on B, on its place in the batch, or
-    on the number of threads. Callers therefore keep M, K and N fixed and let only B vary.
+    on the number of threads. Threads share out a batch matrix by matrix, but they split the sums of a single matrix, so
+    a batch of one is computed as two. Callers keep M, K and N fixed and let only B vary.
 
     Args:
-        x: [B, M, K] fp32; B may be 0.
+        x: [B, M, K] fp32, expanded over B or not; B may be 0.
         y: [B, K, N] fp32, expanded over B or not.
 
     Returns:
         [B, M, N] fp32.
     """
-    batch, num_columns = x.shape[0], y.shape[2]
-    spare_inner, spare_columns = -x.shape[2] % SIZE_MULTIPLE, -num_columns % SIZE_MULTIPLE
-    if spare_inner or spare_columns:
-        x = torch.nn.functional.pad(x, (0, spare_inner))
-        y = torch.nn.functional.pad(y, (0, spare_columns, 0, spare_inner))
+    batch = x.shape[0]
     if 0 < batch < MIN_BATCH:
-        x, y = x.expand(MIN_BATCH, -1, -1), y.expand(MIN_BATCH, -1, -1)
-    if x.shape[2] <= INNER_BLOCK:
-        product = torch.bmm(x, y)
-    else:
-        blocks = zip(x.split(INNER_BLOCK, 2), y.split(INNER_BLOCK, 1), strict=True)
-        product = functools.reduce(torch.add, [torch.bmm(part, other) for part, other in blocks])
-    return product[:batch, :, :num_columns].contiguous() if spare_columns else product[:batch]
+        return torch.bmm(x.expand(MIN_BATCH, -1, -1), y.expand(MIN_BATCH, -1, -1))[:batch]
+    return torch.bmm(x, y)
