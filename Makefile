@@ -32,7 +32,7 @@ help:
 # python3-venv), pip is installed by the interpreter's own pip.
 $(VENV)/.stamp-venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=python3.12 (or newer)" >&2; exit 1; }
+	  { echo "error: $(PYTHON) is not Python 3.11 or newer; name one, as in: make PYTHON=python3.12" >&2; exit 1; }
 	@if $(RUN) -m pip --version >/dev/null 2>&1; then echo "==> using the existing $(VENV)"; else \
 	  echo "==> creating $(VENV) with $$($(PYTHON) --version)"; \
 	  $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || \

@@ -260,6 +260,18 @@ def test_a_loop_that_always_loads_tile_0_is_caught(monkeypatch, seed):
     assert not torch.equal(index_scores(q, weights, keys, torch.arange(256)), expected)
 
 
+@pytest.mark.parametrize("num_tokens, num_keys", [(1, 100), (1, 700), (30, 300)])
+def test_threads_change_nothing(num_tokens, num_keys, seed):
+    torch.manual_seed(seed)
+    q, weights = torch.randn(num_tokens, 16, 128), torch.randn(num_tokens, 16)
+    keys, before, results = keys_of(torch.randn(num_keys, 128), RowFormat.FP32), torch.get_num_threads(), []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        results.append(index_scores(q, weights, keys, torch.arange(num_keys)))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
 def test_memory_bounds_change_nothing(monkeypatch, seed):
     torch.manual_seed(seed)
     q, weights = torch.randn(9, 4, 32), torch.randn(9, 4)
@@ -281,6 +293,9 @@ def test_scoring_is_skipped_when_every_visible_entry_is_selected(monkeypatch):
 
 
 def test_empty():
+    quantized = keys_of(torch.ones(4, 128), RowFormat.INDEX_FP4, page=4)
+    no_token = rounded(torch.empty(0, 2, 128), RowFormat.INDEX_FP4)
+    assert select(no_token, torch.empty(0, 2), quantized, [], 3).shape == (0, 3)
     keys = keys_of(torch.ones(4, 4), RowFormat.FP32, page=4)
     none = torch.empty(0, 2, 4)
     assert index_scores(none, torch.empty(0, 2), keys, torch.arange(4)).shape == (0, 4)

@@ -123,11 +123,15 @@ def test_a_slot_named_twice_counts_twice():
     torch.testing.assert_close(y, torch.tensor([[[0.5, 1.5]]]))
 
 
-@pytest.mark.parametrize("sink", [-INF, 0.0, 1e30, INF])
+@pytest.mark.parametrize("sink", [-INF, -1e30, -200.0, 0.0, 200.0, 1e30, INF])
 def test_no_item_is_zero(sink):
+    """For the only token of a call, and for one beside a token that has items."""
     none = torch.tensor([[-1, -1]])
     y = hand_made(window_slots=none, entry_slots=none, sink=torch.tensor([sink]))
     assert y.tolist() == [[[0.0, 0.0]]] and not bool(y.signbit().any())
+    some = torch.tensor([[-1, -1], [0, -1]])
+    y = hand_made(q=torch.ones(2, 1, 2), window_slots=some, entry_slots=some, sink=torch.tensor([sink]))
+    assert y[0].tolist() == [[0.0, 0.0]] and not bool(y[0].signbit().any()) and bool(y[1].isfinite().all())
 
 
 def test_an_infinite_sink_takes_everything():
@@ -137,7 +141,7 @@ def test_an_infinite_sink_takes_everything():
 
 
 def test_large_numbers_do_not_overflow():
-    """Logits of +-1e4 and sinks beside them: the largest is subtracted first."""
+    """Logits of +-1e4 and sinks beside them: the largest logit is subtracted first."""
     pools = {"window": pool_of(torch.tensor([[1.0, 0.0]])), "entries": pool_of(torch.tensor([[-1.0, 2.0]]))}
     big = torch.tensor([[[2e4, 0.0]]])
     assert hand_made(q=big, **pools).tolist() == [[[1.0, 0.0]]]
@@ -249,6 +253,17 @@ def test_pages_change_nothing(page, row_format, width, seed):
     write_cache(rows, pool, place)
     moved = place[slots]
     assert torch.equal(sparse_attention(q, pool, moved, pool, moved[:, :9], sink, scale=0.1), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 512, 100, 64), (1, 12, 384, 20, 0), (40, 4, 64, 70, 30)], ids=str)
+def test_threads_change_nothing(shape, seed):
+    torch.manual_seed(seed)
+    arguments, before, results = example(*shape), torch.get_num_threads(), []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        results.append(sparse_attention(*arguments, scale=0.125))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
 
 
 def test_items_in_another_order_agree_to_rounding(seed):

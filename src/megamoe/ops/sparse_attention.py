@@ -5,9 +5,9 @@ Math       the items of token t are the rows window_slots[t] of `window` and ent
            z_i     = scale * (q[t, h] . row_i)
            y[t, h] = sum_i exp(z_i) * row_i / (sum_i exp(z_i) + exp(sink[h]))
            Every row is key and value of all heads. The sink is a logit of its own: it is not scaled and has no value.
-Numerics   rows are decoded exactly; fp32 throughout; one rounding of y to out_dtype. The largest logit, the sink
-           included, is subtracted first, so a large sink gives small numbers and never inf / inf. P is not rounded
-           before P * V. A token with no item gives 0, and so does a sink of +inf.
+Numerics   rows are decoded exactly; fp32 throughout; one rounding of y to out_dtype. The largest logit of the
+           items is subtracted first. P is not rounded before P * V. A token with no item gives 0, and so does a sink
+           of +inf (or one that lies more than about 88 above every logit: its true result is below 1e-38).
            Columns are taken in blocks of 64, window first, each multiplied at one fixed size and added in column order.
            A token's bits therefore depend on its own query, rows and the columns they stand in: not on other tokens,
            on pages, or on how many -1 columns follow. Moving an item to another column may change the last bits.
@@ -161,14 +161,13 @@ def _attend(
     logits = batched_matmul(q_tiles, tiles.transpose(1, 2)).mul_(scale)  # [T * blocks, H, 64]
     logits.masked_fill_(~is_item.view(num_tiles, 1, COLUMN_BLOCK), -torch.inf)
     per_token = logits.view(num_tokens, num_blocks, num_heads, COLUMN_BLOCK)
-    top = torch.maximum(per_token.amax(dim=(1, 3)), sink)  # [T, H]
-    top = top.masked_fill(top == -torch.inf, 0.0)  # no item and no sink: every exponential below is 0
+    top = per_token.amax(dim=(1, 3))  # [T, H]
+    top = top.masked_fill(top == -torch.inf, 0.0)  # no item: every weight below is 0
     weights = torch.exp(per_token - top[:, None, :, None])
-    sink_weight = torch.exp(sink - top).masked_fill(sink == torch.inf, torch.inf)
     values = batched_matmul(weights.view(num_tiles, num_heads, COLUMN_BLOCK), tiles)  # [T * blocks, H, C]
     values = values.view(num_tokens, num_blocks, num_heads, width)
     weight_sums = sum_by_halves(weights, -1)  # [T, blocks, H]
-    total, y = sink_weight, torch.zeros_like(q)
+    total, y = torch.exp(sink - top), torch.zeros_like(q)
     for block in range(num_blocks):
         total = total + weight_sums[:, block]
         y = y + values[:, block]

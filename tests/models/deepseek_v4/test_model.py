@@ -113,6 +113,21 @@ def test_f18_index_numerics_that_differ_in_decode_are_noticed(
     assert not torch.equal(got[340:], want[340:])
 
 
+@pytest.mark.parametrize("clamped", [True, False])
+def test_f13_the_shared_expert_clamps_too(clamped: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = megamoe.load("tiny", recipe="exact").blocks[1].moe
+    x = 300 * torch.randn(5, 256, generator=torch.Generator().manual_seed(seed))
+    w1, w3, w2 = moe.weights.shared_w1, moe.weights.shared_w3, moe.weights.shared_w2
+    gate, up = x @ w1.T, x @ w3.T
+    assert float(gate.max()) > 20 and float(up.abs().max()) > 20, "the clamp must matter"
+    want = (torch.nn.functional.silu(gate.clamp(max=10)) * up.clamp(-10, 10)) @ w2.T
+    if not clamped:
+        right = importlib.import_module("megamoe.models.deepseek_v4.moe").clamped_swiglu
+        patched(monkeypatch, "moe", "clamped_swiglu", lambda gate, up, limit: right(gate, up, limit=None))
+    error = float((moe.shared(x) - want).norm() / want.norm())
+    assert (error < 1e-5) is clamped
+
+
 def test_f18_the_top_k_really_drops_entries_here(ids: torch.Tensor) -> None:
     config = megamoe.load("tiny").config
     assert len(ids) // 4 > config.index_topk + 30

@@ -115,6 +115,7 @@ class Model:
             return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=self.device)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @torch.inference_mode()
     def advance(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Run at most MAX_CHUNK tokens, advance the cache, and return the last block's streams [T, X, D]."""
         streams = self.forward(cache.plan(ids), cache.layers)
@@ -139,6 +140,7 @@ class Model:
         h = rms_norm(h, self.weights.norm, eps=self.config.rms_norm_eps)
         return linear(h, self.weights.head, out_dtype=torch.float32)
 
+    @torch.inference_mode()
     def draft(
         self, streams: torch.Tensor, next_ids: torch.Tensor, cache: Cache, stage: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
