@@ -132,7 +132,7 @@ def _tokens_per_second(times: Sequence[float]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    # Threads sleep at barriers instead of spinning: with a busy neighbour that is the difference between 20 and 2 tokens
+    # Threads sleep at barriers instead of spinning: beside a busy process that is the difference of 20 to 2 tokens
     # per second (docs/experiments.md). Read when torch is loaded; changes no number.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if hasattr(sys.stdout, "reconfigure"):

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from calibrate import calibrate
 from export_nvfp4 import export
-
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.writer import write_json, write_safetensors
 from megamoe.models.load import BUNDLED

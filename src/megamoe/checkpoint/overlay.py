@@ -2,8 +2,8 @@
 """Put original weights back over a quantized checkpoint.
 
 The bundled model is stored twice without storing anything twice: the package holds the NVFP4 checkpoint, and the source
-tree holds only the bf16 weights that NVFP4 replaced. Everything else is byte-identical in both, so that the two together
-are the bf16 master.
+tree holds only the bf16 weights that NVFP4 replaced. Everything else is byte-identical in both, so the two
+together are the bf16 master.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training form of the bundled model is a second implementation: same logits and same MTP logits in fp32.
 
-It is batched, stateless and written apart from the package (tools/tiny_model/model.py); transformers has no MTP layer, so
-this is the check of ours.
+It is batched, stateless and written apart from the package (tools/tiny_model/model.py); transformers has no MTP layer,
+so this is the check of ours.
 """
 
 from __future__ import annotations

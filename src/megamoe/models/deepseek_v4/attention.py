@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of one layer: window in all kinds, compressed entries in CSA and HCA (spec sections 7 to 10)."""
+"""Attention of one layer: window in all kinds, compressed entries in CSA and HCA."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Cache:
             raise ValueError(f"rewind: length must be in 0 to {self.length}; got {length}.")
         if length and self.length - length > MAX_CHUNK:
             raise ValueError(
-                f"rewind: at most {MAX_CHUNK} tokens back (or to 0); got {self.length - length}. Recompute the sequence."
+                f"rewind: at most {MAX_CHUNK} tokens back, or to 0; got {self.length - length}. Recompute the sequence."
             )
         self.length = length
         self.draft_lengths = [min(length, draft) for draft in self.draft_lengths]

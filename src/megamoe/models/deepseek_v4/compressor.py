@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compressor: every `ratio` tokens become one entry (spec section 8)."""
+"""Compressor: every `ratio` tokens become one entry."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sublayer inside its manifold-constrained hyper-connection (spec section 4)."""
+"""One sublayer inside its manifold-constrained hyper-connection."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Indexer of a CSA layer: which compressed entries a token attends to (spec section 9)."""
+"""Indexer of a CSA layer: which compressed entries a token attends to."""
 
 from __future__ import annotations
 

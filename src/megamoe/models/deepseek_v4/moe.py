@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture of experts of one layer: route, routed experts, shared expert (spec section 12)."""
+"""Mixture of experts of one layer: route, routed experts, shared expert."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classic multi-token-prediction stage: guesses token i + 2 from the streams at i and token i + 1 (spec section 13.2)."""
+"""Classic multi-token-prediction stage: guesses token i + 2 from the streams at i and token i + 1."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """What one step reads and writes in the caches, as slot numbers: built once a step, used by every layer.
 
 A slot is the address of one row in a paged pool. Layers of one kind own separate pools but use the same slots, so the
-numbers are worked out once. Everything follows from absolute positions (spec 11.3); nothing is stateful.
+numbers are worked out once. Everything follows from absolute positions; nothing is stateful.
 """
 
 from __future__ import annotations
