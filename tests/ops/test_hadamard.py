@@ -84,6 +84,12 @@ def test_rows_do_not_depend_on_each_other(dtype, seed):
     assert torch.equal(hadamard(x.t().contiguous().t()), whole)
 
 
+def test_bf16_input_is_widened_first(seed):
+    torch.manual_seed(seed)
+    x = torch.randn(9, 128).bfloat16()
+    assert torch.equal(hadamard(x), hadamard(x.float()).bfloat16())
+
+
 @pytest.mark.parametrize("shape", [(0, 128), (3, 0, 4)])
 def test_empty(shape):
     assert hadamard(torch.empty(shape)).shape == shape

@@ -159,10 +159,15 @@ def test_refuses_to_overflow_a_cache(model: Model, ids: torch.Tensor) -> None:
 def test_refuses_a_rewind_it_cannot_do(model: Model, ids: torch.Tensor) -> None:
     cache = model.new_cache(max_tokens=420)
     model.step(ids, cache)
-    with pytest.raises(ValueError, match=f"at most {MAX_CHUNK} tokens back"):
+    with pytest.raises(ValueError, match=f"at most {MAX_CHUNK} tokens below the longest"):
         cache.rewind(420 - MAX_CHUNK - 1)
     with pytest.raises(ValueError, match="length must be in 0 to 420"):
         cache.rewind(421)
+    cache.rewind(300)
+    with pytest.raises(ValueError, match="the sequence has been .420."):  # two short steps back are one long one
+        cache.rewind(150)
+    cache.rewind(0)
+    assert torch.equal(model.step(ids[:5], cache), model.logits(ids[:5]))
 
 
 def test_refuses_unknown_stages(model: Model, ids: torch.Tensor) -> None:

@@ -69,6 +69,7 @@ class Cache:
             )
         self.max_tokens = max_tokens
         self.length = 0
+        self._longest = 0  # rows of positions below this may have overwritten older ones in the rings
         self._device = device
         self._window = config.sliding_window
         self._ratios: dict[LayerKind, int] = {
@@ -107,19 +108,27 @@ class Cache:
                 "Make a larger one with new_cache(max_tokens=...)."
             )
 
+    def advance(self, num_tokens: int) -> None:
+        """Count tokens whose rows are written."""
+        self.length += num_tokens
+        self._longest = max(self._longest, self.length)
+
     def rewind(self, length: int) -> None:
         """Forget every token from position `length` on.
 
         Raises:
             ValueError: the rows before `length` that the next token needs were overwritten by later ones (more than
-                MAX_CHUNK tokens back), or length is not in 0 .. self.length.
+                MAX_CHUNK tokens below the longest the sequence has been), or length is not in 0 .. self.length.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"rewind: length must be in 0 to {self.length}; got {length}.")
-        if length and self.length - length > MAX_CHUNK:
+        if length and self._longest - length > MAX_CHUNK:
             raise ValueError(
-                f"rewind: at most {MAX_CHUNK} tokens back, or to 0; got {self.length - length}. Recompute the sequence."
+                f"rewind: at most {MAX_CHUNK} tokens below the longest the sequence has been ({self._longest}), or to 0; "
+                f"got {length}. Recompute the sequence."
             )
+        if not length:
+            self._longest = 0
         self.length = length
         self.draft_lengths = [min(length, draft) for draft in self.draft_lengths]
 

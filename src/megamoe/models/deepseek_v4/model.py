@@ -119,7 +119,7 @@ class Model:
     def advance(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Run at most MAX_CHUNK tokens, advance the cache, and return the last block's streams [T, X, D]."""
         streams = self.forward(cache.plan(ids), cache.layers)
-        cache.length += ids.shape[0]
+        cache.advance(ids.shape[0])
         return streams
 
     def forward(self, plan: StepPlan, pools: Sequence[LayerPools]) -> torch.Tensor:
