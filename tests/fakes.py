@@ -79,6 +79,7 @@ class FakeModel:
         self.recipe = FakeRecipe()
         self.device = torch.device("cpu")
         self.name = "fake"
+        self.notes: tuple[str, ...] = ()
         self.caches: list[FakeCache] = []
         self.steps: list[int] = []
 

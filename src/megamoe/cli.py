@@ -59,6 +59,8 @@ def generate(
     from megamoe.text.llm import LLM
 
     llm = LLM(model, recipe=recipe, device=device)
+    for note in llm.model.notes:
+        print(f"megamoe: note: {note}", file=sys.stderr)
     prompt_ids = llm.encode(text)
     pieces = []
     token_times = [time.perf_counter()]

@@ -121,6 +121,13 @@ def calibrate(master: Path, windows: torch.Tensor) -> dict[str, float]:
     return dict(sorted(recorder.amax.items()))
 
 
+def training_windows(tokens: Path, count: int, length: int) -> torch.Tensor:
+    """Return `count` windows [count, length] of token ids, spread evenly over the training stream."""
+    stream = np.fromfile(tokens, dtype=np.uint16)
+    starts = np.linspace(0, len(stream) - length, count).astype(int)
+    return torch.from_numpy(np.stack([stream[start : start + length] for start in starts]).astype(np.int64))
+
+
 def main() -> None:
     """Calibrate from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,10 +137,7 @@ def main() -> None:
     parser.add_argument("--num-windows", type=int, default=16)
     parser.add_argument("--window", type=int, default=2048)
     args = parser.parse_args()
-    stream = np.fromfile(args.tokens, dtype=np.uint16)
-    starts = np.linspace(0, len(stream) - args.window, args.num_windows).astype(int)
-    windows = np.stack([stream[start : start + args.window] for start in starts]).astype(np.int64)
-    amax = calibrate(args.master, torch.from_numpy(windows))
+    amax = calibrate(args.master, training_windows(args.tokens, args.num_windows, args.window))
     write_json(args.out, amax)
     print(f"wrote {args.out}: {len(amax)} weights")
 

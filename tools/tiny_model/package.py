@@ -13,10 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from calibrate import calibrate
+from calibrate import calibrate, training_windows
 from export_nvfp4 import export
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.writer import write_json, write_safetensors
@@ -46,10 +43,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     args = parser.parse_args()
 
-    stream = np.fromfile(args.tokens, dtype=np.uint16)
-    starts = np.linspace(0, len(stream) - args.window, args.num_windows).astype(int)
-    windows = np.stack([stream[start : start + args.window] for start in starts]).astype(np.int64)
-    amax = calibrate(args.master, torch.from_numpy(windows))
+    amax = calibrate(args.master, training_windows(args.tokens, args.num_windows, args.window))
     write_json(HERE / "calibration.json", amax)
     target = BUNDLED["tiny"]
     result = export(args.master, amax, target, args.block_scale)

@@ -74,6 +74,11 @@ class LanguageModel(Protocol):
         """Its checkpoint's directory."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its checkpoint holds and it does not use, one line each."""
+        ...
+
     def new_cache(self, max_tokens: int) -> Any:
         """Return an empty cache for one sequence."""
         ...

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pathlib
 
@@ -85,6 +86,17 @@ def test_drafts_do_not_depend_on_chunks(model: Model, ids: torch.Tensor) -> None
             for s, n in zip(streams.split([1, 130, 1, 67]), part[1:].split([1, 130, 1, 67]), strict=True)
         ]
     assert torch.equal(torch.cat(got), want)
+
+
+def test_notes_name_what_is_not_used(model: Model) -> None:
+    assert model.notes == ()
+    config = dataclasses.replace(model.config, unused_keys=("some_key",))
+    weights = dataclasses.replace(model.weights, unused_draft=("mtp.0.main_norm.weight", "mtp.0.main_proj.weight"))
+    other = Model(config, weights, model.recipe, model.device, name="other", directory=model.directory)
+    assert other.notes == (
+        "2 draft tensors are not used (mtp.0.main_norm.weight, ...)",
+        "config.json keys that are not known and not used: some_key",
+    )
 
 
 # -- injected faults: each check above must notice -------------------------------------------------------------------

@@ -124,8 +124,8 @@ class Cache:
             raise ValueError(f"rewind: length must be in 0 to {self.length}; got {length}.")
         if length and self._longest - length > MAX_CHUNK:
             raise ValueError(
-                f"rewind: at most {MAX_CHUNK} tokens below the longest the sequence has been ({self._longest}), or to 0; "
-                f"got {length}. Recompute the sequence."
+                f"rewind: at most {MAX_CHUNK} tokens below the longest the sequence has been ({self._longest}), "
+                f"or to 0; got {length}. Recompute the sequence."
             )
         if not length:
             self._longest = 0

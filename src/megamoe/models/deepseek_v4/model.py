@@ -73,6 +73,16 @@ class Model:
         )
         self.mtp = tuple(MtpStage(stage, config, recipe, window_table) for stage in weights.mtp)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the checkpoint holds and this model does not use, one line each."""
+        notes = []
+        if draft := self.weights.unused_draft:
+            notes.append(f"{len(draft)} draft tensors are not used ({draft[0]}, ...)")
+        if keys := self.config.unused_keys:
+            notes.append(f"config.json keys that are not known and not used: {', '.join(keys)}")
+        return tuple(notes)
+
     def new_cache(self, max_tokens: int) -> Cache:
         """Return an empty cache for one sequence of at most `max_tokens` tokens.
 
