@@ -134,9 +134,9 @@ def _tokens_per_second(times: Sequence[float]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    # Threads sleep at barriers instead of spinning: beside a busy process that is the difference of 20 to 2 tokens
-    # per second (docs/experiments.md). Read when torch is loaded; changes no number.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # One token of a small model is a thousand small operations: a second thread brings little on idle cores and costs
+    # most of the speed beside a busy process (docs/experiments.md). Read when torch is loaded; changes no number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:

@@ -9,7 +9,9 @@ not of what came before it. A row is the worst layer.
     experts           routed experts of a layer, given the reference's routing
     shared            shared expert of a layer
     kv_row            window latents after a round trip through the cache's row format
-    decode_attention  attention output over cached rows against the same over unquantized rows
+    decode_attention  attention output over cached rows against the same over unquantized rows, tokens that are decoded
+    prefill_attention the same over all tokens, for information: the first ones average over few rows, and one FP8 row
+                      alone has the cosine of kv_row
     decode_prefill    logits of token-by-token decoding against one pass, same model
     logits            whole model against the reference, for information: errors of all layers together
 
@@ -208,7 +210,8 @@ class _BlockWalk:
             _copy_entries(self.ref_pools.entries, self.quant_pools.entries, plan.entries[ref.kind].entry_slots)
         o = ref.attend(q, plan, self.ref_pools, selected)  # [T, H, C]
         got = quant.attend(q.to(torch.bfloat16), plan, self.quant_pools, selected)
-        self.record("decode_attention", self.where, got.float(), o)
+        self.record("decode_attention", self.where, got[-NUM_DECODED:].float(), o[-NUM_DECODED:])
+        self.record("prefill_attention", self.where, got.float(), o)
 
         groups = o.reshape(o.shape[0], ref.num_groups, -1).to(torch.bfloat16)
         z = grouped(groups.float(), ref.weights.wo_a, ref.recipe)
