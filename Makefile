@@ -19,8 +19,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 TOOLS := tools/tiny_model
 
-PROMPT := class Counter:
-DEMO := $(VENV)/bin/megamoe generate --model tiny --prompt "$(PROMPT)" --max-tokens 96
+PROMPT := def find
+DEMO := $(VENV)/bin/megamoe generate --model tiny --prompt "$(PROMPT)" --max-tokens 96 --temperature 0.6 --seed 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format verify oracle perplexity clean distclean

@@ -31,7 +31,8 @@ STATUS = re.compile(r"\[(\d+) tokens, \d+\.\d tokens/s, recipe (\w+), device (\w
 
 # The command in a process of its own, with a FakeModel that never ends; its argument is the tokenizer's directory.
 FAKE_COMMAND = """
-import pathlib, sys
+import pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have had it ignored
 import megamoe.text.llm as llm
 from megamoe.cli import main
 from tests.fakes import FakeConfig, FakeModel

@@ -390,7 +390,7 @@ def plot(folder: Path) -> None:
         first = next((r["tokens"] / 1e6 for r in records if r["phase"] == phase), None)
         if first is not None:
             axes.axvline(first, color="grey", linewidth=0.6)
-            axes.text(first, axes.get_ylim()[1], f" {phase}", va="top")
+            axes.text(first, 0.97, f" {phase}", va="top", transform=axes.get_xaxis_transform())
     axes.set(xlabel="tokens (millions)", ylabel="cross-entropy per token (nats)", ylim=(None, 6.5))
     axes.legend()
     figure.tight_layout()
