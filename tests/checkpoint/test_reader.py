@@ -236,7 +236,8 @@ FILES: list[tuple[str, Callable[[pathlib.Path], None], str]] = [
     (
         "data truncated",
         header_case({"a": entry("F32", [2], 0, 8)}, b"\0" * 7),
-        "a: needs bytes 0 to 8 of the data in model.safetensors, which has 7: truncated. Download it again.",
+        "model.safetensors: truncated: 1 of 1 tensors end beyond its 7 bytes of data, a (bytes 0 to 8) is the first. "
+        "Download it again.",
     ),
     (
         "overlap",

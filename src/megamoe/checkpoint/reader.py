@@ -353,16 +353,17 @@ def _are_counts(values: Any) -> bool:
 
 
 def _check_ranges(infos: list[TensorInfo], shard: str, data_bytes: int) -> list[str]:
-    """Return every overlap, hole and missing byte of one data section."""
+    """Return every overlap and hole of one data section, and one line for all tensors beyond its end."""
     problems = []
+    if cut_off := [info for info in infos if info.end > data_bytes]:
+        first = min(cut_off, key=lambda info: info.begin)
+        problems.append(
+            f"{shard}: truncated: {len(cut_off)} of {len(infos)} tensors end beyond its {data_bytes} bytes of data, "
+            f"{first.name} (bytes {first.begin} to {first.end}) is the first. Download it again."
+        )
     used, last = 0, "the header"
     for info in sorted(infos, key=lambda info: (info.begin, info.end)):
-        if info.end > data_bytes:
-            problems.append(
-                f"{info.name}: needs bytes {info.begin} to {info.end} of the data in {shard}, which has {data_bytes}: "
-                "truncated. Download it again."
-            )
-        elif info.begin < used:
+        if info.begin < used:
             problems.append(f"{info.name}: overlaps {last} in {shard} (bytes {info.begin} to {info.end}).")
         elif info.begin > used:
             problems.append(f"{info.name}: {info.begin - used} bytes between it and {last} in {shard} belong to none.")
