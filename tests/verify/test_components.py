@@ -35,11 +35,11 @@ def damaged_copy(directory: pathlib.Path, part: str) -> pathlib.Path:
 
 
 def test_bundled_model_against_its_master(capsys: pytest.CaptureFixture[str]) -> None:
-    run("tiny", originals=None, as_json=True)
+    assert run("tiny", originals=None, as_json=True) == 0
     content = json.loads(capsys.readouterr().out)
     rows = {(row["component"], row["recipe"]): row for row in content["components"]}
     assert {recipe for _, recipe in rows} == {"w4a16", "w4a4"}
-    for component in ("linear", "experts", "shared", "kv_row", "decode_prefill"):
+    for component in ("linear", "experts", "shared", "kv_row", "decode_attention", "decode_prefill"):
         assert rows[component, "w4a16"]["passed"], rows[component, "w4a16"]
     assert rows["decode_prefill", "w4a4"]["cosine"] >= 1 - 1e-9
     assert rows["linear", "w4a4"]["cosine"] < rows["linear", "w4a16"]["cosine"] < 1
