@@ -183,7 +183,8 @@ def test_every_layout_loads_the_values_it_stores(tmp_path, seed, layout, dequant
     weights = load(save(tmp_path, tensors), dequantize=dequantize)
     assert_same(values_of(weights), values)
     assert weights.unused_draft == ()
-    calibrated = {name.removesuffix(".input_scale") for name in tensors if name.endswith(".input_scale")}
+    scalars = (".input_scale", ".input_global_scale")
+    calibrated = {name.rpartition(".")[0] for name in tensors if name.endswith(scalars)}
     assert dict(weights.input_scales) == {name: pytest.approx(0.001) for name in calibrated}
 
 
@@ -285,6 +286,37 @@ def test_transformers_names_and_fused_experts(tmp_path, seed, form):
             fused[f"model.{layer}.experts.gate_up_proj{suffix}"] = gate_up.view(dtype)
             fused[f"model.{layer}.experts.down_proj{suffix}"] = torch.stack(as_bytes[2]).view(dtype)
     weights = load(save(tmp_path, fused, config))
+    assert_same(values_of(weights), values)
+
+
+@pytest.mark.parametrize("layout", ["compressed", "compressed_nvfp4"])
+def test_compressed_tensors_under_module_names(tmp_path, seed, layout):
+    tensors, values = encode_all(make_master(seed), LAYOUTS[layout])
+    module_names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        expert = re.fullmatch(r"(layers|mtp)\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])\.(\w+)", name)
+        if expert:
+            part = module_names[expert[4]]
+            name = f"{expert[1]}.{expert[2]}.mlp.experts.{expert[3]}.{part}.{expert[5]}"
+        else:
+            name = name.replace(".attn.wq_a.", ".self_attn.q_a_proj.").replace(".attn.wo_b.", ".self_attn.o_b_proj.")
+        renamed[f"model.{name}"] = tensor
+    config = {**CONFIG, "quantization_config": {"quant_method": "compressed-tensors", "format": "mixed-precision"}}
+    assert_same(values_of(load(save(tmp_path, renamed, config))), values)
+
+
+def test_a_reciprocal_is_turned_over_once(tmp_path, seed):
+    tensors, values = encode_all(make_master(seed), LAYOUTS["compressed"])
+    module = "layers.1.ffn.experts.2.w2"
+    tensors[f"{module}.weight_global_scale"] = torch.tensor([512.0])
+    tensors[f"{module}.input_global_scale"] = torch.tensor([64.0])
+    weights = load(save(tmp_path, tensors))
+    assert isinstance(weights.blocks[1].moe.w2, NvFp4Tensor)
+    assert float(weights.blocks[1].moe.w2.tensor_scale[2]) == 1 / 512
+    assert weights.input_scales[module] == 1 / 64
+    codes, scales = tensors[f"{module}.weight_packed"], tensors[f"{module}.weight_scale"]
+    values[f"{module}.weight"] = e2m1.decode_packed(codes) * scales.float().repeat_interleave(16, 1) / 512
     assert_same(values_of(weights), values)
 
 
@@ -498,6 +530,16 @@ def rename(old: str, new: str) -> Callable[[Tensors], None]:
     return edit
 
 
+def replace(old: str, new: str, value: torch.Tensor) -> Callable[[Tensors], None]:
+    """Return an edit that puts another tensor under another name in a tensor's place."""
+
+    def edit(tensors: Tensors) -> None:
+        del tensors[old]
+        tensors[new] = value
+
+    return edit
+
+
 ATTENTION, EXPERT = "layers.1.attn.wq_a", "layers.1.ffn.experts.2.w2"
 REFUSALS: list[tuple[str, str, Callable[[Tensors], None], str]] = [
     (
@@ -599,8 +641,8 @@ REFUSALS: list[tuple[str, str, Callable[[Tensors], None], str]] = [
     (
         "FP8 per tensor",
         "official",
-        rename(f"{ATTENTION}.scale", f"{ATTENTION}.weight_scale"),
-        f"{ATTENTION}.weight_scale: unknown tensor F8_E8M0 [1, 2]. {ATTENTION}.weight is F8_E4M3, which has no",
+        replace(f"{ATTENTION}.scale", f"{ATTENTION}.weight_scale", torch.ones(1)),
+        f"{ATTENTION}.weight_scale: F32 [1], expected F8_E8M0 or U8 or F32 or BF16 [1, 2]. FP8 weights must have one",
     ),
     (
         "FP4 without scales",
@@ -639,10 +681,53 @@ REFUSALS: list[tuple[str, str, Callable[[Tensors], None], str]] = [
         f"{EXPERT}.weight_scale: F8_E4M3 [160, 1], expected F8_E4M3 [160, 2].",
     ),
     (
-        "compressed-tensors",
+        "two conventions of tensor scale",
         "all_nvfp4",
         rename(f"{EXPERT}.weight", f"{EXPERT}.weight_packed"),
-        f"{EXPERT}.weight_packed: unknown tensor U8 [160, 16]. This is the compressed-tensors layout",
+        f"{EXPERT}.weight_scale_2: unknown tensor F32 []. {EXPERT}.weight_packed is U8, which has no such part.",
+    ),
+    (
+        "compressed-tensors without tensor scale",
+        "compressed",
+        change(f"{EXPERT}.weight_global_scale", None),
+        f"{EXPERT}.weight_global_scale: missing, expected F32 [].",
+    ),
+    (
+        "reciprocal beside weights that have none",
+        "all_nvfp4",
+        change(f"{EXPERT}.weight_global_scale", torch.ones(1)),
+        f"{EXPERT}.weight_global_scale: unknown tensor F32 [1]. It lies beside no packed weight.",
+    ),
+    (
+        "codes twice",
+        "compressed",
+        change(f"{EXPERT}.weight", torch.zeros(160, 16, dtype=torch.uint8)),
+        f"{EXPERT}.weight_packed: unknown tensor U8 [160, 16].",
+    ),
+    (
+        "integer codes of compressed-tensors",
+        "compressed",
+        change(f"{EXPERT}.weight_packed", torch.zeros(160, 4, dtype=torch.int32)),
+        f"{EXPERT}.weight_packed: dtype I32; readable are BF16, F32, F8_E4M3 with block scales and packed FP4. "
+        "Integer weights of compressed-tensors are not readable.",
+    ),
+    (
+        "zero reciprocal",
+        "compressed",
+        poke(f"{EXPERT}.weight_global_scale", 0.0),
+        f"{EXPERT}.weight_global_scale: 0.0; a scale must be positive and finite.",
+    ),
+    (
+        "reciprocal that has no reciprocal",
+        "compressed",
+        poke(f"{EXPERT}.input_global_scale", 1e-39),
+        f"{EXPERT}.input_global_scale: 1.0000",
+    ),
+    (
+        "FP8 with a scale per row",
+        "compressed",
+        change(f"{ATTENTION}.weight_scale", torch.ones(64, 1)),
+        f"{ATTENTION}.weight_scale: F32 [64, 1], expected F8_E8M0 or U8 or F32 or BF16 [1, 2].",
     ),
     (
         "codes of an unreadable dtype",

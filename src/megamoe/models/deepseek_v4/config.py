@@ -24,8 +24,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from megamoe.checkpoint.reader import CheckpointError
-from megamoe.ops.rope import YarnScaling
+from megamoe.checkpoint.problem import CheckpointError
+from megamoe.ops.yarn_scaling import YarnScaling
 
 
 class LayerKind(enum.Enum):
@@ -472,7 +472,7 @@ class _Parser:
         """Refuse declared quantization whose tensors would be misread."""
         content = self.object("quantization_config")
         allowed: dict[str, tuple[Any, ...]] = {
-            "quant_method": ("fp8", "modelopt"),
+            "quant_method": ("fp8", "modelopt", "compressed-tensors"),
             "fmt": ("e4m3", None),
             "activation_scheme": ("dynamic", None),
             "weight_block_size": ([128, 128], None),
