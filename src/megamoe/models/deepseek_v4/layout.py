@@ -79,12 +79,15 @@ class Source:
 class StoredHeaders:
     """Native name -> stored tensor, with a list of everything that is wrong."""
 
-    def __init__(self, infos: Mapping[str, TensorInfo], num_experts: int) -> None:
+    def __init__(
+        self, infos: Mapping[str, TensorInfo], num_experts: int, natives: Mapping[str, str] | None = None
+    ) -> None:
         """Give every stored tensor its native name; two with the same one are a problem.
 
         Args:
             infos: stored name -> header entry.
             num_experts: experts in a fused tensor.
+            natives: stored name -> native name, where that has been worked out already.
         """
         self.infos = infos
         self.num_experts = num_experts
@@ -92,7 +95,7 @@ class StoredHeaders:
         self._sources: dict[str, Source] = {}
         self._claimed: set[str] = set()
         for stored in sorted(infos):
-            native = native_name(stored)
+            native = natives[stored] if natives is not None else native_name(stored)
             fused = fused_experts(native)
             if fused is None:
                 self._add(native, Source(stored))
@@ -172,6 +175,14 @@ class StoredHeaders:
         if found is Format.NVFP4:
             return theirs
         return theirs if theirs in self and f"{module}.scale" not in self else f"{module}.scale"
+
+    def stack_kind(self, module: str, found: Format) -> str:
+        """Return what must be the same for all experts of a layer; the two FP4 formats stack."""
+        if found is Format.PLAIN:
+            return self.dtype(f"{module}.weight")
+        if found is Format.FP8:
+            return f"FP8 with {'F32' if self.dtype(self.scales_name(module, found)) in FLOATS else 'E8M0'} scales"
+        return "FP4"
 
     def expect(
         self,

@@ -334,15 +334,7 @@ class _Loader:
             return
         kinds: dict[str, str] = {}
         for module in modules:
-            found = self.formats[module]
-            if found is Format.PLAIN:
-                kind = self.stored.dtype(f"{module}.weight")
-            elif found is Format.FP8:
-                scales = self.stored.dtype(self.stored.scales_name(module, found))
-                kind = f"FP8 with {'F32' if scales in FLOATS else 'E8M0'} scales"
-            else:
-                kind = "FP4"
-            kinds.setdefault(kind, module)
+            kinds.setdefault(self.stored.stack_kind(module, self.formats[module]), module)
         if len(kinds) > 1:
             said = ", ".join(f"{module} is {kind}" for kind, module in kinds.items())
             text = f"{prefix}: experts of one layer must share a format: {said}."
