@@ -181,7 +181,8 @@ def reconcile(observed: Observed, config: ModelConfig, raw: Mapping[str, Any]) -
     problems: list[Problem] = []
     changes: dict[str, Any] = {}
     _compare_sizes(observed, config, changes, problems)
-    num_experts = observed.num_experts
+    gates = [info.shape[0] for info in observed.witnesses("ffn.gate.weight") if len(info.shape) == 2]
+    num_experts = collections.Counter(gates).most_common(1)[0][0] if gates else observed.num_experts
     if num_experts and num_experts != config.n_routed_experts:
         changes["n_routed_experts"] = num_experts
         _contradiction(problems, "config-experts", "n_routed_experts", config.n_routed_experts, num_experts)
@@ -195,7 +196,8 @@ def reconcile(observed: Observed, config: ModelConfig, raw: Mapping[str, Any]) -
 
 def _contradiction(problems: list[Problem], rule: str, field: str, said: object, shown: object) -> None:
     text = f"config.json: {field} is {said}, but the tensors show {shown}."
-    problems.append(Problem(rule, field, text, _BELONGS, str(said), str(shown)))
+    remedy = f"{_BELONGS} If it does, tensors were dropped or added."
+    problems.append(Problem(rule, field, text, remedy, str(said), str(shown)))
 
 
 def _compare_sizes(observed: Observed, config: ModelConfig, changes: dict[str, Any], problems: list[Problem]) -> None:
