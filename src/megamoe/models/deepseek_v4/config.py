@@ -73,6 +73,10 @@ _ELSEWHERE = (
 )
 _KNOWN = _IGNORED.union(_FIXED, _INTEGERS, _NUMBERS, _DSPARK, _ELSEWHERE)
 
+# Beyond these a number is damage, not a size: nothing is allocated or counted to for it.
+_LARGEST_INTEGER, _LARGEST_NUMBER = 2**40, 1e30
+_LARGEST = {"num_hidden_layers": 1024, "n_routed_experts": 16384}
+
 _YARN_KEYS = frozenset(
     "type rope_type factor beta_fast beta_slow original_max_position_embeddings attention_factor truncate "
     "rope_theta partial_rotary_factor".split()
@@ -233,6 +237,10 @@ class _Parser:
         if type(value) is not int or value < minimum:
             self.problem(f"{name} is {value!r}; expected an integer of at least {minimum}.")
             return minimum
+        largest = _LARGEST.get(name, _LARGEST_INTEGER)
+        if value > largest:
+            self.problem(f"{name} is {value}; expected an integer of at most {largest}.")
+            return minimum
         return value
 
     def number(self, name: str, source: Mapping[str, Any] | None = None, label: str | None = None) -> float:
@@ -242,7 +250,7 @@ class _Parser:
             self.problem(f"{label} is missing. Use the config.json that belongs to the weights.")
             return 1.0
         value = source[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
             self.problem(f"{label} is {value!r}; expected a positive number.")
             return 1.0
         return float(value)
