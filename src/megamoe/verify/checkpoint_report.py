@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -79,12 +82,25 @@ def run(directory: str | os.PathLike[str], request: PlanRequest, *, as_json: boo
         Exit code: 0 good, 1 findings, 2 unreadable.
     """
     where = BUNDLED.get(str(directory), pathlib.Path(directory))
-    inspection = inspect_checkpoint(where)
+    with _no_garbage_collection():
+        inspection = inspect_checkpoint(where)
     if as_json:
         print(json.dumps(report(inspection, request)))
     else:
         _print(inspection, request, Console(highlight=False, markup=False, emoji=False, soft_wrap=False))
     return inspection.verdict.value
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Switch the cycle collector off: a million small objects live to the end, and walking them costs a fifth."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def fits(inspection: Inspection, plan: CachePlan, request: PlanRequest) -> list[Fit]:
