@@ -21,7 +21,7 @@ from megamoe.checkpoint.headers import ITEM_BYTES, Headers, read_headers
 from megamoe.checkpoint.problem import CheckpointError, Problem
 from megamoe.models.deepseek_v4.config import ModelConfig, parse_config
 from megamoe.models.deepseek_v4.inventory import Entry, Role, draft_names, inventory
-from megamoe.models.deepseek_v4.layout import FLOATS, Format, StoredHeaders
+from megamoe.models.deepseek_v4.layout import FLOATS, Format, StoredHeaders, dspark_shape
 from megamoe.models.deepseek_v4.memory import WeightBytes, kind_of_weight
 from megamoe.models.deepseek_v4.names import native_name
 from megamoe.verify.declared import check_declared
@@ -234,11 +234,12 @@ class _Inspector:
             config, contradictions = reconcile(observed, config, raw)
             self.problems += contradictions
         self.config = config
-        self.draft = observed.draft(config.hidden_size)
-        self.problems += check_draft(self.draft, config)
+        draft = self.draft = observed.draft()
         stored = self.stored = StoredHeaders(headers.infos, config.n_routed_experts, natives)
+        dspark = dspark_shape(stored, config, draft.num_dspark) if draft.num_dspark else None
+        self.problems += check_draft(dspark, config)
         self.claim_leftovers(stored, config)
-        entries = inventory(config, num_mtp=self.draft.num_mtp, dspark=self.draft.shape(config))
+        entries = inventory(config, num_mtp=draft.num_mtp, dspark=dspark)
         for entry in entries:
             self.check_entry(stored, entry)
         stored.refuse_unclaimed()

@@ -220,7 +220,9 @@ def _print(inspection: Inspection, request: PlanRequest, console: Console) -> No
         console.width = PIPE_WIDTH
     _print_summary(inspection, console)
     if inspection.groups:
+        console.print()
         console.print(_groups_table(inspection))
+        console.print()
     _print_findings("findings", inspection.findings, console, "bold red")
     _print_findings("notes", inspection.notes, console, "bold")
     if inspection.sampled is not None and inspection.sampled.all_tensors:
@@ -268,7 +270,7 @@ def _print_summary(inspection: Inspection, console: Console) -> None:
 
 
 def _groups_table(inspection: Inspection) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("module group")
     table.add_column("format (modules)", overflow="fold")
     table.add_column("tensors", justify="right")
@@ -286,15 +288,15 @@ def _print_findings(title: str, findings: tuple[Finding, ...], console: Console,
     for finding in findings:
         fault = f"{finding.fault} " if finding.fault and not finding.is_note else ""
         more = f"  × {len(finding.subjects):,}" if len(finding.subjects) > 1 else ""
-        console.print(Padding(Text(f"{fault}{finding.rule}{more}", style="bold"), (0, 0, 0, 2)))
-        console.print(Padding(Text(finding.text), (0, 0, 0, 4)))
+        console.print(Padding(Text(f"{fault}{finding.rule}{more}", style="bold"), (0, 0, 0, 2), expand=False))
+        console.print(Padding(Text(finding.text), (0, 0, 0, 4), expand=False))
         if len(finding.subjects) > 1 and not finding.is_note:
             others = finding.subjects[1 : 1 + MAX_NAMED]
             rest = len(finding.subjects) - 1 - len(others)
             said = f"also {', '.join(others)}{f' and {rest:,} more (all with --json)' if rest else ''}"
-            console.print(Padding(Text(said), (0, 0, 0, 4)))
+            console.print(Padding(Text(said), (0, 0, 0, 4), expand=False))
         if finding.remedy:
-            console.print(Padding(Text(f"→ {finding.remedy}"), (0, 0, 0, 4)))
+            console.print(Padding(Text(f"→ {finding.remedy}"), (0, 0, 0, 4), expand=False))
     console.print()
 
 
@@ -304,13 +306,13 @@ def _print_memory(inspection: Inspection, request: PlanRequest, console: Console
     console.print(Text("\nmemory plan", style="bold"))
     console.print(
         f"weights as stored: {_size(weights.total)} = routed experts {_size(weights.experts)} + what tensor "
-        f"parallelism divides {_size(weights.divided)} + the rest {_size(weights.replicated)}"
+        f"parallelism divides {_size(weights.divided)} + the rest {_size(weights.replicated)}\n"
     )
     chosen = contexts(inspection, request)
     plans = [
         cache_plan(inspection.config, form, num_draft_layers=inspection.num_draft_layers) for form in CACHE_FORMATS
     ]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("cache of one sequence")
     for header in ("bytes/token", "window", "draft", "compressor", *(f"at {_tokens(context)}" for context in chosen)):
         table.add_column(header, justify="right", no_wrap=True)
@@ -326,7 +328,9 @@ def _print_memory(inspection: Inspection, request: PlanRequest, console: Console
     console.print(table)
     found = fits(inspection, plans[0], request)
     for split in Split:
-        console.print(_fits_table(split, [fit for fit in found if fit.split is split], chosen, request))
+        console.print(f"\n{split.value}\n")
+        console.print(_fits_table([fit for fit in found if fit.split is split], chosen, request))
+    console.print()
     console.print(
         f"Sequences on all GPUs together, cache in {plans[0].format.name}. {USABLE:.0%} of each GPU is planned for "
         "weights and caches; GB is 10^9 bytes. The cache is one latent for all heads: tensor parallelism does not "
@@ -335,8 +339,8 @@ def _print_memory(inspection: Inspection, request: PlanRequest, console: Console
     console.print()
 
 
-def _fits_table(split: Split, found: list[Fit], chosen: tuple[int, ...], request: PlanRequest) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=split.value, title_justify="left", title_style="")
+def _fits_table(found: list[Fit], chosen: tuple[int, ...], request: PlanRequest) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("GPUs", justify="right")
     table.add_column("weights/GPU", justify="right")
     for context in chosen:

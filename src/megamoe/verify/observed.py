@@ -49,26 +49,14 @@ class DraftFound:
     Attributes:
         num_mtp: classic stages, mtp.0 and so on.
         num_dspark: DSpark stages; 0 with classic ones.
-        num_targets: backbone layers that feed a DSpark draft, or None where no tensor says.
-        markov_rank: likewise.
         stripped: names left of a stage whose linears are gone.
         copies: the draft's copies of embedding and head.
     """
 
     num_mtp: int
     num_dspark: int
-    num_targets: int | None
-    markov_rank: int | None
     stripped: tuple[str, ...]
     copies: tuple[str, ...]
-
-    def shape(self, config: ModelConfig) -> DSparkDraft | None:
-        """Return what the inventory of a DSpark draft needs, by the tensors, else by config.json."""
-        if not self.num_dspark:
-            return None
-        said = config.dspark
-        targets = self.num_targets or (len(said.target_layer_ids) if said else 1)
-        return DSparkDraft(self.num_dspark, targets, self.markov_rank or (said.markov_rank if said else 1))
 
 
 class Observed:
@@ -139,7 +127,7 @@ class Observed:
         found = [names.get(leaf) for names in (self.top, *self.layers.values())]
         return [info for info in found if info is not None]
 
-    def draft(self, hidden: int) -> DraftFound:
+    def draft(self) -> DraftFound:
         """Return which draft there is."""
         is_dspark = any(name.startswith(_DSPARK) for names in self.stages.values() for name in names)
         copies, stripped, stages = [], [], []
@@ -151,20 +139,12 @@ class Observed:
             else:
                 stripped += [f"mtp.{stage}.{name}" for name in own]
         count = max(stages, default=-1) + 1
-        projection = self._shape(is_dspark, "main_proj.weight")
-        table = self._shape(is_dspark, "markov_head.markov_w1.weight")
         return DraftFound(
             num_mtp=0 if is_dspark else count,
             num_dspark=count if is_dspark else 0,
-            num_targets=projection[1] // hidden if len(projection) == 2 and not projection[1] % hidden else None,
-            markov_rank=table[1] if len(table) == 2 else None,
             stripped=tuple(sorted(stripped)),
             copies=tuple(sorted(copies)),
         )
-
-    def _shape(self, is_dspark: bool, leaf: str) -> tuple[int, ...]:
-        infos = [names.get(leaf) for names in self.stages.values()] if is_dspark else []
-        return next((info.shape for info in infos if info is not None), ())
 
 
 def reconcile(observed: Observed, config: ModelConfig, raw: Mapping[str, Any]) -> tuple[ModelConfig, list[Problem]]:
@@ -266,19 +246,18 @@ def fallback_kinds(num_layers: int) -> list[LayerKind]:
     return [LayerKind.HCA] * min(num_layers, 2) + rest
 
 
-def check_draft(draft: DraftFound, config: ModelConfig) -> list[Problem]:
-    """Return contradictions between config.json and the draft's tensors."""
+def check_draft(draft: DSparkDraft | None, config: ModelConfig) -> list[Problem]:
+    """Return contradictions between config.json and a DSpark draft's tensors."""
     said = config.dspark
-    if not draft.num_dspark:
+    if draft is None:
         return []
     if said is None:
         text = "config.json: no dspark_* field, but the tensors under mtp are those of a DSpark draft."
         return [Problem("config-draft", "dspark_block_size", text, _BELONGS)]
     problems: list[Problem] = []
-    if draft.markov_rank not in (None, said.markov_rank):
+    if draft.markov_rank != said.markov_rank:
         _contradiction(problems, "config-draft", "dspark_markov_rank", said.markov_rank, draft.markov_rank)
-    num_targets = len(said.target_layer_ids)
-    if draft.num_targets not in (None, num_targets):
+    if draft.num_targets != len(said.target_layer_ids):
         shown = f"{draft.num_targets} layers"
         _contradiction(problems, "config-draft", "dspark_target_layer_ids", list(said.target_layer_ids), shown)
     return problems

@@ -367,6 +367,16 @@ def test_dspark_draft_is_listed_and_the_backbone_loads(tmp_path, seed):
     assert_same(values_of(weights), {name: value for name, value in values.items() if not name.startswith("mtp.")})
 
 
+def test_a_dspark_draft_must_be_whole(tmp_path, seed):
+    tensors = dspark_tensors(seed)
+    del tensors["mtp.1.ffn.experts.2.w2.scale"]
+    tensors["mtp.2.markov_head.markov_w2.weight"] = torch.zeros(48, 7).bfloat16()
+    message = refusal(save(tmp_path, tensors))
+    assert "2 problems" in message
+    assert "mtp.1.ffn.experts.2.w2.scale: missing, expected F8_E8M0 or U8 [160, 1]." in message
+    assert "mtp.2.markov_head.markov_w2.weight: BF16 [48, 7], expected BF16 or F32 [48, 8]." in message
+
+
 def test_norms_of_a_stripped_draft_are_listed(tmp_path, seed):
     master = make_master(seed, num_mtp=0)
     master["mtp.0.enorm.weight"] = torch.ones(160).bfloat16()

@@ -29,7 +29,8 @@ from collections.abc import Mapping
 
 from megamoe.checkpoint.headers import TensorInfo
 from megamoe.checkpoint.problem import Problem
-from megamoe.models.deepseek_v4.inventory import COMPANIONS
+from megamoe.models.deepseek_v4.config import ModelConfig
+from megamoe.models.deepseek_v4.inventory import COMPANIONS, DSparkDraft
 from megamoe.models.deepseek_v4.names import fused_experts, native_name
 
 FLOATS = ("BF16", "F32")
@@ -327,3 +328,20 @@ class StoredHeaders:
         if f"{module}.{input_scale}" in self:
             self.expect(f"{module}.{input_scale}", ("F32",), ())
         return Format.NVFP4
+
+
+def dspark_shape(stored: StoredHeaders, config: ModelConfig, num_stages: int) -> DSparkDraft:
+    """Return the shape of a DSpark draft as its tensors say, and as config.json says where they are silent."""
+    projection = _first_shape(stored, "main_proj.weight", num_stages)
+    table = _first_shape(stored, "markov_head.markov_w1.weight", num_stages)
+    num_targets, rest = divmod(projection[1], config.hidden_size) if len(projection) == 2 else (0, 0)
+    said = config.dspark
+    if rest or not num_targets:
+        num_targets = len(said.target_layer_ids) if said else 1
+    rank = table[1] if len(table) == 2 else said.markov_rank if said else 1
+    return DSparkDraft(num_stages, num_targets, rank)
+
+
+def _first_shape(stored: StoredHeaders, leaf: str, num_stages: int) -> tuple[int, ...]:
+    names = (f"mtp.{stage}.{leaf}" for stage in range(num_stages))
+    return next((stored.info(name).shape for name in names if name in stored), ())

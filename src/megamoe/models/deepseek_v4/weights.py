@@ -31,7 +31,7 @@ from megamoe.formats.mxfp4 import mxfp4_to_nvfp4, shared_top_exponent
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.inventory import Entry, Role, draft_names, inventory
-from megamoe.models.deepseek_v4.layout import FLOATS, Format
+from megamoe.models.deepseek_v4.layout import FLOATS, Format, dspark_shape
 from megamoe.models.deepseek_v4.stored import StoredTensors
 
 LinearWeight = torch.Tensor | Fp8BlockTensor | NvFp4Tensor
@@ -284,8 +284,14 @@ class _Loader:
     def claim_draft(self) -> int:
         """Claim draft tensors that are not loaded; return the number of classic MTP stages to load."""
         draft = [name for name in self.stored.names if _STAGE.fullmatch(name)]
-        is_dspark = self.config.dspark is not None or any(_DSPARK_MODULE.fullmatch(name) for name in draft)
+        has_dspark = any(_DSPARK_MODULE.fullmatch(name) for name in draft)
+        is_dspark = self.config.dspark is not None or has_dspark
         stages = {int(name.split(".")[1]) for name in draft}
+        if has_dspark:  # not loaded, and yet whole
+            shape = dspark_shape(self.stored, self.config, max(stages) + 1)
+            for entry in inventory(self.config, dspark=shape):
+                if entry.name.startswith("mtp."):
+                    self.check_entry(entry)
         loaded: set[int] = set()
         if not is_dspark:
             loaded = {int(name.split(".")[1]) for name in draft if _MTP_MODULE.fullmatch(name)}
@@ -310,16 +316,19 @@ class _Loader:
                 remedy = "A draft shares embedding and head."
                 self.stored.problem("draft-copy", self.stored.stored_name(name), text, remedy)
 
+    def check_entry(self, entry: Entry) -> None:
+        if entry.role in (Role.LINEAR, Role.EXPERT):
+            num_rows, num_columns = entry.shape
+            found = self.stored.detect(entry.name, (num_rows, num_columns))
+            if found is not None:
+                self.formats[entry.name] = found
+        else:
+            dtypes = ("I64", "I32") if entry.role is Role.TABLE else FLOATS
+            self.stored.expect(entry.name, dtypes, entry.shape)
+
     def check_entries(self, entries: tuple[Entry, ...]) -> None:
         for entry in entries:
-            if entry.role in (Role.LINEAR, Role.EXPERT):
-                num_rows, num_columns = entry.shape
-                found = self.stored.detect(entry.name, (num_rows, num_columns))
-                if found is not None:
-                    self.formats[entry.name] = found
-            else:
-                dtypes = ("I64", "I32") if entry.role is Role.TABLE else FLOATS
-                self.stored.expect(entry.name, dtypes, entry.shape)
+            self.check_entry(entry)
         self.stored.refuse_unclaimed()
         stacks: dict[str, list[str]] = {}
         for entry in entries:
