@@ -18,7 +18,7 @@ from megamoe.models.deepseek_v4.shapes import MODELS, OpCall, op_calls, op_shape
 from megamoe.models.deepseek_v4.weights import inventory
 from megamoe.ops.rope import YarnScaling
 
-from .checkpoints import CONFIG, FLASH, PRO
+from .checkpoints import CONFIG, DSPARK, FLASH, PRO
 
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
 
@@ -333,6 +333,21 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("index head too small", {**CONFIG, "index_head_dim": 4}, "must be even and at most index_head_dim (4)."),
     ("end token", {**CONFIG, "eos_token_id": 48}, "eos_token_id is 48; expected ids below vocab_size (48)."),
     ("end token text", {**CONFIG, "eos_token_id": "</s>"}, "eos_token_id is '</s>'; expected a token id or a list"),
+    (
+        "DSpark layers",
+        {**DSPARK, "dspark_target_layer_ids": [2, 4]},
+        "dspark_target_layer_ids is [2, 4]; layers are 0 to 3.",
+    ),
+    (
+        "no DSpark layers",
+        {**DSPARK, "dspark_target_layer_ids": []},
+        "dspark_target_layer_ids is []; expected a list of layer numbers.",
+    ),
+    (
+        "DSpark noise",
+        {**DSPARK, "dspark_noise_token_id": 48},
+        "dspark_noise_token_id is 48; expected an id below vocab_size (48).",
+    ),
     ("half a DSpark", {**CONFIG, "dspark_block_size": 5}, "dspark_block_size without dspark_markov_rank"),
     (
         "quantization method",

@@ -10,8 +10,9 @@ Numerics   containers keep the stored codes and scales. MXFP4 becomes NVFP4 with
            their own. wo_a stored as FP8 becomes BF16 where that is exact, else FP32. With dequantize=True every weight
            is a plain tensor holding the stored values.
 FP32       hyper-connection parameters, attn_sink, ape and gate.bias are FP32 whatever they are stored in.
-Draft      which draft there is, the tensors say. Classic MTP stages are loaded. DSpark stages (0731, 0813 releases)
-           are recognized and listed as unused, like the norms of a stage that lost all its linears.
+Draft      which draft there is, the tensors say. Classic MTP stages and DSpark stages (0731, 0813 releases) are loaded.
+           DSpark stages whose dspark_* keys config.json lacks cannot be run and are listed as unused, like the norms
+           of a stage that lost all its linears.
            num_nextn_predict_layers is not believed: re-saved checkpoints keep it after dropping the tensors.
 """
 
@@ -184,6 +185,31 @@ class MtpWeights:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class DSparkWeights:
+    """A DSpark draft: N target layers, rank R.
+
+    Attributes:
+        stages: sliding-window layers, run one after the other.
+        main_proj: [D, N * D], of the target layers' outputs side by side.
+        main_norm: [D], after main_proj.
+        norm: [D], before the head.
+        hc_head: collapses the streams of the last stage.
+        markov_w1: [V, R], by the token before.
+        markov_w2: [V, R], by the token drafted.
+        confidence: [1, D + R].
+    """
+
+    stages: tuple[BlockWeights, ...]
+    main_proj: LinearWeight
+    main_norm: torch.Tensor
+    norm: torch.Tensor
+    hc_head: HyperConnectionWeights
+    markov_w1: torch.Tensor
+    markov_w2: torch.Tensor
+    confidence: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ModelWeights:
     """All weights.
 
@@ -194,9 +220,10 @@ class ModelWeights:
         hc_head: collapses the streams.
         blocks: one per backbone layer.
         mtp: classic draft stages; empty when the checkpoint has none.
-        unused_draft: native names of draft tensors that are recognized and not used: DSpark stages; what is left of
-            a classic stage whose linears were all stripped; a draft's copies of the embedding and the head (proved
-            equal to the originals).
+        dspark: the DSpark draft, or None.
+        unused_draft: native names of draft tensors that are recognized and not used: DSpark stages without dspark_*
+            keys; what is left of a stage whose linears were all stripped; a draft's copies of the embedding and the
+            head (proved equal to the originals).
         input_scales: calibrated activation scales (amax / 2688, multiplies) by weight, as stored. Experts that
             calibration never reached may carry values near zero.
     """
@@ -207,6 +234,7 @@ class ModelWeights:
     hc_head: HyperConnectionWeights
     blocks: tuple[BlockWeights, ...]
     mtp: tuple[MtpWeights, ...]
+    dspark: DSparkWeights | None
     unused_draft: tuple[str, ...]
     input_scales: Mapping[str, float]
 
@@ -236,17 +264,18 @@ class Entry:
     role: Role
 
 
-def inventory(config: ModelConfig, *, num_mtp: int) -> tuple[Entry, ...]:
+def inventory(config: ModelConfig, *, num_mtp: int, num_dspark: int = 0) -> tuple[Entry, ...]:
     """Return everything a checkpoint of this model holds.
 
     Args:
-        config: sizes.
+        config: sizes; with dspark if there are such stages.
         num_mtp: classic MTP stages.
+        num_dspark: DSpark stages.
     """
-    return tuple(_inventory(config, num_mtp))
+    return tuple(_inventory(config, num_mtp, num_dspark))
 
 
-def _inventory(config: ModelConfig, num_mtp: int) -> Iterator[Entry]:
+def _inventory(config: ModelConfig, num_mtp: int, num_dspark: int) -> Iterator[Entry]:
     hidden, vocab = config.hidden_size, config.vocab_size
     yield Entry("embed.weight", (vocab, hidden), Role.PLAIN)
     yield Entry("head.weight", (vocab, hidden), Role.PLAIN)
@@ -257,6 +286,23 @@ def _inventory(config: ModelConfig, num_mtp: int) -> Iterator[Entry]:
         yield from _block(config, f"layers.{layer}", kind, ratio, hash_routed)
     for stage in range(num_mtp):
         yield from _mtp(config, f"mtp.{stage}")
+    for stage in range(num_dspark):
+        yield from _dspark(config, f"mtp.{stage}", is_first=stage == 0, is_last=stage == num_dspark - 1)
+
+
+def _dspark(config: ModelConfig, prefix: str, *, is_first: bool, is_last: bool) -> Iterator[Entry]:
+    assert config.dspark is not None
+    hidden, rank = config.hidden_size, config.dspark.markov_rank
+    yield from _block(config, prefix, LayerKind.SWA, 0, False)
+    if is_first:
+        yield Entry(f"{prefix}.main_proj", (hidden, len(config.dspark.target_layer_ids) * hidden), Role.LINEAR)
+        yield Entry(f"{prefix}.main_norm.weight", (hidden,), Role.PLAIN)
+    if is_last:
+        yield Entry(f"{prefix}.norm.weight", (hidden,), Role.PLAIN)
+        yield from _hyper_connection(config, f"{prefix}.hc_head", config.hc_mult, 1)
+        yield Entry(f"{prefix}.markov_head.markov_w1.weight", (config.vocab_size, rank), Role.PLAIN)
+        yield Entry(f"{prefix}.markov_head.markov_w2.weight", (config.vocab_size, rank), Role.PLAIN)
+        yield Entry(f"{prefix}.confidence_head.proj.weight", (1, hidden + rank), Role.PLAIN)
 
 
 def _mtp(config: ModelConfig, prefix: str) -> Iterator[Entry]:
@@ -376,13 +422,13 @@ class _Loader:
         self.input_scales: dict[str, float] = {}
 
     def load(self) -> ModelWeights:
-        num_mtp = self.claim_draft()
-        entries = inventory(self.config, num_mtp=num_mtp)
+        num_mtp, num_dspark = self.claim_draft()
+        entries = inventory(self.config, num_mtp=num_mtp, num_dspark=num_dspark)
         self.check_entries(entries)
         self.stop_if_refused()
         self.check_scales(entries)
         self.stop_if_refused()
-        weights = self.build(num_mtp)
+        weights = self.build(num_mtp, num_dspark)
         self.stop_if_refused()
         return weights
 
@@ -392,14 +438,15 @@ class _Loader:
 
     # Step 1: headers.
 
-    def claim_draft(self) -> int:
-        """Claim draft tensors that are not loaded; return the number of classic MTP stages to load."""
+    def claim_draft(self) -> tuple[int, int]:
+        """Claim draft tensors that are not loaded; return how many classic MTP and DSpark stages to load."""
         draft = [name for name in self.stored.names if _STAGE.fullmatch(name)]
         is_dspark = self.config.dspark is not None or any(_DSPARK_MODULE.fullmatch(name) for name in draft)
         stages = {int(name.split(".")[1]) for name in draft}
         loaded: set[int] = set()
-        if not is_dspark:
-            loaded = {int(name.split(".")[1]) for name in draft if _MTP_MODULE.fullmatch(name)}
+        if not is_dspark or self.config.dspark is not None:
+            modules = (_MTP_MODULE, _DSPARK_MODULE) if is_dspark else (_MTP_MODULE,)
+            loaded = {int(name.split(".")[1]) for name in draft if any(one.fullmatch(name) for one in modules)}
         unused = {name for stage in stages - loaded for name in _draft_names(self.config, f"mtp.{stage}")}
         for name in draft:
             copied = re.sub(r"mtp\.\d+\.", "", name)
@@ -408,7 +455,8 @@ class _Loader:
             elif name in unused:
                 self.stored.claim(name)
                 self.unused_draft.append(name)
-        return next(stage for stage in range(len(loaded) + 1) if stage not in loaded)
+        count = next(stage for stage in range(len(loaded) + 1) if stage not in loaded)
+        return (0, count) if is_dspark else (count, 0)
 
     def claim_copy(self, name: str, original: str) -> None:
         """Claim a draft's copy of the embedding or the head, which must be the same tensor."""
@@ -481,7 +529,7 @@ class _Loader:
 
     # Step 3: values.
 
-    def build(self, num_mtp: int) -> ModelWeights:
+    def build(self, num_mtp: int, num_dspark: int) -> ModelWeights:
         return ModelWeights(
             embed=self.plain("embed.weight"),
             head=self.plain("head.weight"),
@@ -494,6 +542,7 @@ class _Loader:
                 )
             ),
             mtp=tuple(self.mtp(f"mtp.{stage}") for stage in range(num_mtp)),
+            dspark=self.dspark(num_dspark) if num_dspark else None,
             unused_draft=tuple(sorted(self.unused_draft)),
             input_scales=types.MappingProxyType(self.input_scales),
         )
@@ -507,6 +556,19 @@ class _Loader:
             e_proj=self.linear(f"{prefix}.e_proj"),
             h_proj=self.linear(f"{prefix}.h_proj"),
             hc_head=self.hyper_connection(f"{prefix}.hc_head"),
+        )
+
+    def dspark(self, num_stages: int) -> DSparkWeights:
+        last = f"mtp.{num_stages - 1}"
+        return DSparkWeights(
+            stages=tuple(self.block(f"mtp.{stage}", LayerKind.SWA, False) for stage in range(num_stages)),
+            main_proj=self.linear("mtp.0.main_proj"),
+            main_norm=self.plain("mtp.0.main_norm.weight"),
+            norm=self.plain(f"{last}.norm.weight"),
+            hc_head=self.hyper_connection(f"{last}.hc_head"),
+            markov_w1=self.plain(f"{last}.markov_head.markov_w1.weight"),
+            markov_w2=self.plain(f"{last}.markov_head.markov_w2.weight"),
+            confidence=self.plain(f"{last}.confidence_head.proj.weight"),
         )
 
     def block(self, prefix: str, kind: LayerKind, hash_routed: bool) -> BlockWeights:
