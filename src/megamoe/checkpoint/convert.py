@@ -6,31 +6,23 @@ them. Every tensor has its place in its file from the start, so steps run in any
 result is the same bytes.
 
     begin     the folder is made, or an unfinished conversion with the same manifest is taken up
-    a shard   space for the whole file is reserved under a temporary name, steps write into it, it is flushed to the disk,
-              renamed, and recorded in the manifest
+    a shard   space for the whole file is reserved under a temporary name, steps write into it, it is flushed to the
+              disk, renamed, and recorded in the manifest
     end       index, side files, reports; config.json is the last: a folder without it is no checkpoint yet
 
-Memory     bytes are read and written through small buffers, never through maps of whole files: a map counts as memory
-           of the process, and an unreadable or shrinking file behind it kills the process instead of raising an error.
-           Steps say what they need at most; together they stay below MEMORY_BYTES.
-Manifest   `convert-manifest.jsonl`: a line for the job (options, and size, time and header hash of every source file),
-           a line for every finished shard, written when the shard has its final name. A line cut off by a crash is
-           dropped. When all is done it is written anew: sorted, without what depends on the order of events.
+Memory     bytes go through small buffers (byte_range.py). Steps say what they need at most; together they stay below
+           MEMORY_BYTES, unless one alone needs more.
+Manifest   what is finished, and what it was made from, is in manifest.py.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
-import mmap
 import os
 import pathlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,78 +30,23 @@ from typing import Any, Protocol
 
 import torch
 
-from megamoe.checkpoint.reader import DTYPES, INDEX_NAME, CheckpointError, CheckpointReader
+from megamoe.checkpoint.byte_range import (
+    CHUNK_BYTES,
+    ByteRange,
+    as_tensor,
+    disk_errors,
+    opened,
+    read_into,
+    read_range,
+    write_from,
+)
+from megamoe.checkpoint.headers import INDEX_NAME
+from megamoe.checkpoint.manifest import MANIFEST_NAME, Manifest, Record, fingerprint, refuse_changed
+from megamoe.checkpoint.problem import CheckpointError
+from megamoe.checkpoint.reader import DTYPES
 from megamoe.checkpoint.writer import encode_header, encode_json, flush_folder, write_bytes
 
-MANIFEST_NAME = "convert-manifest.jsonl"
 MEMORY_BYTES = 2 << 30
-CHUNK_BYTES = 1 << 20  # read, written and read back while it is in the processor's cache
-MAPPED_BYTES = 1 << 30  # larger tensors are mapped; only tensors that hold all experts of a layer are
-
-Record = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class ByteRange:
-    """Bytes of a file.
-
-    Attributes:
-        path: file.
-        offset: first byte.
-        num_bytes: how many.
-    """
-
-    path: pathlib.Path
-    offset: int
-    num_bytes: int
-
-
-class SourceReader(CheckpointReader):
-    """A checkpoint whose tensors are read into memory, or mapped on their own when they are larger than 1 GiB."""
-
-    def byte_range(self, name: str) -> ByteRange:
-        """Return where a tensor's bytes are.
-
-        Raises:
-            CheckpointError: there is no such tensor.
-        """
-        info = self.info(name)
-        return ByteRange(self.directory / info.shard, self._data_starts[info.shard] + info.begin, info.num_bytes)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor that holds its bytes itself, or maps them alone.
-
-        Raises:
-            CheckpointError: there is no such tensor, or its bytes cannot be read.
-        """
-        where, info = self.byte_range(name), self.info(name)
-        dtype = DTYPES[info.dtype]
-        if where.num_bytes == 0:
-            return torch.empty(info.shape, dtype=dtype)
-        if where.num_bytes <= MAPPED_BYTES:
-            raw = torch.frombuffer(read_range(where), dtype=torch.uint8)
-        else:
-            start = where.offset % mmap.ALLOCATIONGRANULARITY
-            with open(where.path, "rb") as file:
-                mapped = mmap.mmap(
-                    file.fileno(), start + where.num_bytes, access=mmap.ACCESS_COPY, offset=where.offset - start
-                )
-            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=where.num_bytes, offset=start)
-            if raw.data_ptr() % dtype.itemsize:
-                raw = raw.clone()
-        return raw.view(dtype).view(info.shape)
-
-
-def read_range(where: ByteRange) -> bytearray:
-    """Return bytes of a file.
-
-    Raises:
-        CheckpointError: they cannot be read.
-    """
-    buffer = bytearray(where.num_bytes)
-    with _opened(where.path) as descriptor:
-        _read_into(descriptor, where.path, memoryview(buffer), where.offset)
-    return buffer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +96,7 @@ class Target:
         offset, output = self._places[name]
         if tensor.dtype != DTYPES[output.dtype] or tuple(tensor.shape) != output.shape:
             raise ValueError(f"{name}: made {tensor.dtype} {list(tensor.shape)}, planned {output}. This is a bug.")
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_from(self._descriptor, memoryview(data), offset)
+        write_from(self._descriptor, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, offset)
 
     def copy(self, name: str, source: ByteRange) -> None:
         """Write the bytes of a source file as a tensor."""
@@ -168,24 +104,24 @@ class Target:
         if source.num_bytes != output.num_bytes:
             raise ValueError(f"{name}: {source.num_bytes} source bytes, planned {output.num_bytes}. This is a bug.")
         buffer = memoryview(bytearray(min(CHUNK_BYTES, source.num_bytes)))
-        with _opened(source.path) as descriptor:
+        with opened(source.path) as descriptor:
             for start in range(0, source.num_bytes, CHUNK_BYTES):
                 part = buffer[: min(CHUNK_BYTES, source.num_bytes - start)]
-                _read_into(descriptor, source.path, part, source.offset + start)
-                _write_from(self._descriptor, part, offset + start)
+                read_into(descriptor, source.path, part, source.offset + start)
+                write_from(self._descriptor, part, offset + start)
 
     def copy_checked(self, name: str, source: ByteRange) -> bool:
         """Write the bytes of a source file as a tensor, read them back and say whether they are the same."""
         offset, _ = self._places[name]
         self.copy(name, source)
         ours, theirs = bytearray(min(CHUNK_BYTES, source.num_bytes)), bytearray(min(CHUNK_BYTES, source.num_bytes))
-        with _opened(source.path) as descriptor:
+        with opened(source.path) as descriptor:
             for start in range(0, source.num_bytes, CHUNK_BYTES):
                 size = min(CHUNK_BYTES, source.num_bytes - start)
                 if size < len(ours):
                     del ours[size:], theirs[size:]
-                _read_into(descriptor, source.path, memoryview(theirs), source.offset + start)
-                _read_into(self._descriptor, self.path, memoryview(ours), offset + start)
+                read_into(descriptor, source.path, memoryview(theirs), source.offset + start)
+                read_into(self._descriptor, self.path, memoryview(ours), offset + start)
                 if ours != theirs:  # bytearrays, because comparing them is memcmp
                     return False
         return True
@@ -194,10 +130,9 @@ class Target:
         """Read back a tensor that has been written."""
         offset, output = self._places[name]
         buffer = bytearray(output.num_bytes)
-        _read_into(self._descriptor, self.path, memoryview(buffer), offset)
+        read_into(self._descriptor, self.path, memoryview(buffer), offset)
         dtype = DTYPES[output.dtype]
-        raw = torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0, dtype=torch.uint8)
-        return raw.view(dtype).view(output.shape)
+        return as_tensor(buffer, dtype, output.shape)
 
 
 class Step(Protocol):
@@ -283,47 +218,6 @@ class Result:
     seconds: float
 
 
-# The sources
-
-
-def source_files(directory: pathlib.Path) -> list[str]:
-    """Return the names of all files of a checkpoint, also in its folders, without hidden ones."""
-    names = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
-    return sorted(str(name) for name in names if not any(part.startswith(".") for part in name.parts))
-
-
-def fingerprint(directory: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Return size, time of change and header hash of every file of a checkpoint (other files: hash of the content).
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for name in source_files(directory):
-        path = directory / name
-        state = path.stat()
-        end = state.st_size
-        if path.suffix == ".safetensors":
-            end = min(end, 8 + int.from_bytes(read_range(ByteRange(path, 0, min(8, end))), "little"))
-        digest = hashlib.sha256()
-        for start in range(0, end, CHUNK_BYTES):
-            digest.update(read_range(ByteRange(path, start, min(CHUNK_BYTES, end - start))))
-        found[name] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": digest.hexdigest()}
-    return found
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two fingerprints."""
-    lines = []
-    for name in sorted(set(before) | set(now)):
-        if name not in now or name not in before:
-            lines.append(f"{name} has {'gone' if name not in now else 'appeared'}")
-        elif before[name] != now[name]:
-            what = [key for key in ("size", "mtime_ns", "sha256") if before[name].get(key) != now[name].get(key)]
-            lines.append(f"{name} differs in {', '.join(what)}")
-    return lines
-
-
 # The run
 
 
@@ -357,18 +251,18 @@ def run(
         "plan": _plan_hash(plan),
         "sources": sources,
     }
-    with _Manifest(destination, job) as manifest:
+    with Manifest(destination, job) as manifest:
         writer = _ShardWriter(plan, destination, manifest, sources, progress)
         writer.run(jobs)
         records = tuple(record for shard in plan.shards for record in manifest.records[shard.name])
-        _refuse_changed(plan.source, sources)
+        refuse_changed(plan.source, sources)
         index = {
             "metadata": {"total_size": plan.num_bytes},
             "weight_map": {
                 name: shard.name for shard in plan.shards for name in sorted(one.name for one in shard.outputs)
             },
         }
-        with _disk_errors(destination, 0):
+        with disk_errors(destination, 0):
             if [shard.name for shard in plan.shards] != ["model.safetensors"]:
                 write_bytes(destination / INDEX_NAME, [encode_json(index)])
             for name, content in {**plan.files, **finish(records)}.items():
@@ -414,127 +308,6 @@ def _plan_hash(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _refuse_changed(source: pathlib.Path, before: Mapping[str, Any]) -> None:
-    """Refuse sources whose size or time of change is no longer what it was when the run began."""
-    problems = []
-    for name, known in before.items():
-        path = source / name
-        state = path.stat() if path.is_file() else None
-        if state is None or (state.st_size, state.st_mtime_ns) != (known["size"], known["mtime_ns"]):
-            problems.append(f"{name} {'has gone' if state is None else 'was written to'}")
-    if problems:
-        raise CheckpointError.listing(
-            f"convert: the source {source} changed during the conversion; remove the destination and begin again",
-            problems,
-        )
-
-
-class _Manifest:
-    """The journal of a conversion; also keeps a second process out."""
-
-    def __init__(self, destination: pathlib.Path, job: Record) -> None:
-        self.destination = destination
-        self.path = destination / MANIFEST_NAME
-        self.job = job
-        self.shards: dict[str, Record] = {}
-        self.records: dict[str, list[Record]] = {}
-        self._lock = threading.Lock()
-        self._descriptor = -1
-
-    def __enter__(self) -> _Manifest:
-        with _disk_errors(self.destination, 0):
-            self.destination.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(os.close, self._descriptor)
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(
-                    f"convert: another process is writing {self.destination}. Wait for it, or stop it."
-                ) from error
-            self._take_up()
-            on_error.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-    def _take_up(self) -> None:
-        """Read what an earlier run wrote, or begin."""
-        lines = self._whole_lines()
-        if not lines:
-            os.ftruncate(self._descriptor, 0)
-            self._append(self.job)
-            flush_folder(self.destination)
-            return
-        before = lines[0]
-        if changed := _changes(before.get("sources", {}), self.job["sources"]):
-            raise CheckpointError.listing(
-                f"convert: the source changed since {self.destination} was begun; remove the destination and begin "
-                "again",
-                changed,
-            )
-        options = {**before.get("options", {})}
-        others = [
-            f"{key} was {options.get(key)!r} and is {self.job['options'].get(key)!r}"
-            for key in sorted({*options, *self.job["options"]})
-            if options.get(key) != self.job["options"].get(key)
-        ]
-        if others or before != self.job:
-            raise CheckpointError(
-                f"convert: {self.destination} was begun with other options "
-                f"({'; '.join(others) or 'another version of megamoe'}). Use those again, or another destination."
-            )
-        for line in lines[1:]:
-            if "shard" in line:
-                self.shards[line["shard"]] = line
-                self.records[line["shard"]] = line.get("records", [])
-
-    def _whole_lines(self) -> list[Record]:
-        """Return the manifest's lines; the last one is dropped, also from the file, if it was cut off."""
-        size = os.fstat(self._descriptor).st_size
-        content = os.pread(self._descriptor, size, 0) if size else b""
-        while len(content) < size:
-            content += os.pread(self._descriptor, size - len(content), len(content))
-        lines: list[Record] = []
-        used = 0
-        for raw in content.splitlines(keepends=True):
-            if not raw.endswith(b"\n"):
-                break
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                break
-            if not isinstance(line, dict):
-                break
-            lines.append(line)
-            used += len(raw)
-        if used < size:
-            os.ftruncate(self._descriptor, used)
-        return lines
-
-    def _append(self, line: Record) -> None:
-        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
-        with _disk_errors(self.destination, 0):
-            _write_from(self._descriptor, memoryview(data), os.fstat(self._descriptor).st_size)
-            os.fsync(self._descriptor)
-
-    def add(self, shard: str, size: int, header_sha256: str, records: list[Record]) -> None:
-        """Record a finished shard."""
-        with self._lock:
-            line = {"shard": shard, "size": size, "header_sha256": header_sha256, "records": records}
-            self._append(line)
-            self.shards[shard] = line
-            self.records[shard] = records  # plain JSON, so that a later run reads the same back
-
-    def close_job(self) -> None:
-        """Write the manifest's last form: sorted, with the records of the steps, which a repeated run reports again."""
-        lines = [self.job, *(self.shards[name] for name in sorted(self.shards)), {"complete": True}]
-        data = b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
-        write_bytes(self.path, [data])
-
-
 class _OpenShard:
     """A file that is being written."""
 
@@ -551,7 +324,7 @@ class _OpenShard:
         self.descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
             os.posix_fallocate(self.descriptor, 0, self.size)  # a full disk shows here, not after an hour
-            _write_from(self.descriptor, memoryview(self.header), 0)
+            write_from(self.descriptor, memoryview(self.header), 0)
         except OSError:
             self.abandon()
             raise
@@ -584,7 +357,7 @@ class _ShardWriter:
         self,
         plan: Plan,
         destination: pathlib.Path,
-        manifest: _Manifest,
+        manifest: Manifest,
         sources: Mapping[str, Any],
         progress: Callable[[int, int], None] | None,
     ) -> None:
@@ -636,7 +409,7 @@ class _ShardWriter:
         with open(path, "rb") as file:
             start = file.read(8)
             header = start + file.read(min(int.from_bytes(start, "little"), known["size"]))
-        return hashlib.sha256(header).hexdigest() == known["header_sha256"]
+        return hashlib.sha256(header).hexdigest() == str(known["header_sha256"])
 
     def _refuse_full_disk(self, todo: Sequence[Shard]) -> None:
         """Refuse before the first byte when the files will not fit."""
@@ -666,7 +439,7 @@ class _ShardWriter:
                 self._memory += step.memory_bytes
             done = False
             try:
-                with _disk_errors(self.destination, self._total - self._kept_bytes - self.source_bytes):
+                with disk_errors(self.destination, self._total - self._kept_bytes - self.source_bytes):
                     self._run_step(shard, number, step)
                 done = True
             finally:
@@ -695,113 +468,10 @@ class _ShardWriter:
         if self.progress is not None:
             self.progress(done, self._total)
         if is_last:
-            _refuse_changed(self.plan.source, self.sources)
+            refuse_changed(self.plan.source, self.sources)
             file.publish()
             self.manifest.add(
                 shard.name, file.size, file.header_sha256, [one for part in file.records for one in part or []]
             )
             with self._ready:
                 del self._open[shard.name]
-
-
-# Files
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError(
-            f"convert: {path} cannot be read: {error.strerror}. Check the file and its disk."
-        ) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _read_into(descriptor: int, path: pathlib.Path, buffer: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(buffer):
-        try:
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise CheckpointError(
-                f"convert: {path} cannot be read at byte {offset + done}: {error.strerror}. Check the disk, or download "
-                "the file again."
-            ) from error
-        if count == 0:
-            raise CheckpointError(f"convert: {path} ends at byte {offset + done}; it was cut off while it was read.")
-        done += count
-
-
-def _write_from(descriptor: int, buffer: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(buffer):
-        done += os.pwrite(descriptor, buffer[done:], offset + done)
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@contextlib.contextmanager
-def _disk_errors(destination: pathlib.Path, bytes_left: int) -> Iterator[None]:
-    """Say what a failed write means and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        more = f" with about {bytes_left:,} source bytes to go" if bytes_left else ""
-        raise CheckpointError(
-            f"convert: cannot write to {destination}: {error.strerror}{more}. Make room and give the same command again: "
-            "finished files are kept, and no file is half-written."
-        ) from error
-
-
-class ProgressLine:
-    """Bytes, rate and time left on standard error: in place on a terminal, else a line every ten seconds."""
-
-    def __init__(self, label: str) -> None:
-        """Start the clock."""
-        self.label = label
-        self.is_terminal = sys.stderr.isatty()
-        self.started = time.monotonic()
-        self._first: int | None = None
-        self._next = self.started + (0.0 if self.is_terminal else 10.0)
-        self._lock = threading.Lock()
-        self._shown = False
-
-    def __call__(self, done: int, total: int) -> None:
-        """Show how far it is."""
-        with self._lock:
-            now = time.monotonic()
-            self._first = done if self._first is None else self._first
-            if now < self._next and done < total:
-                return
-            if done >= total and not (self.is_terminal or self._shown):
-                return
-            self._next = now + (0.2 if self.is_terminal else 10.0)
-            rate = (done - self._first) / max(now - self.started, 1e-9)
-            left = f"{_duration((total - done) / rate)} left" if rate > 0 else "time left unknown"
-            text = (
-                f"{self.label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB ({100 * done / max(total, 1):.0f} %), "
-                f"{rate / 1e9:.2f} GB/s, {left}"
-            )
-            self._shown = True
-            print(
-                f"\r\x1b[K{text}" if self.is_terminal else text, end="" if self.is_terminal else "\n", file=sys.stderr
-            )
-            sys.stderr.flush()
-
-    def close(self) -> None:
-        """End the line on a terminal."""
-        if self.is_terminal and self._shown:
-            print(file=sys.stderr)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

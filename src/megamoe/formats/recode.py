@@ -6,15 +6,15 @@ looks at scales (one byte in seventeen) and copies codes.
 
 Proof      The value of an element is a function of its code and its block's scales only. So two tensors are equal if
            every block has the same sixteen or thirty-two codes, and for every pair of scales that occurs all sixteen
-           codes dequantize to the same sixteen fp32 numbers, bit for bit. The second part is looked up in a table
-           is made by dequantizing all codes under all scales with `nvfp4.dequantize` and `mxfp4.dequantize`. Blocks that
-           fail this are dequantized and compared element by element (blocks of zeros have equal values under any scale).
+           codes dequantize to the same sixteen fp32 numbers, bit for bit. The second part is looked up in a
+           table, made by dequantizing all codes under all scales with `nvfp4.dequantize` and `mxfp4.dequantize`. Blocks
+           that fail this are dequantized and compared element by element: zeros have equal values under any scale.
 Weights    2-D, scales row-major, one tensor scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -46,18 +46,13 @@ class ScaleScan:
 
     Attributes:
         top_exponent: as `mxfp4.shared_top_exponent`: the largest exponent of a block that is not all zeros.
-        spans: [256] int64, blocks of all weights by `top_exponent - exponent` (clamped to 0..255), zeros included.
+        spans: blocks of all weights by `top_exponent - exponent` (clamped to 0..255), blocks of zeros included.
         inexact: one int64 tensor [n] for each weight: numbers of the blocks that have no equal in NVFP4.
     """
 
     top_exponent: int
-    spans: Tensor
+    spans: Mapping[int, int]
     inexact: tuple[Tensor, ...]
-
-    @property
-    def tensor_scale(self) -> Tensor:
-        """The tensor scale that all weights share, fp32 []."""
-        return torch.tensor(2.0 ** _tensor_exponent(self.top_exponent), dtype=torch.float32)
 
 
 def scan_scales(scales: list[Tensor], codes_of: list[CodesOf]) -> ScaleScan:
@@ -83,9 +78,10 @@ def scan_scales(scales: list[Tensor], codes_of: list[CodesOf]) -> ScaleScan:
         )
     top = _top_byte(data, codes_of, counts) - 127
     total = counts.sum(0)
-    spans = torch.zeros(256, dtype=torch.int64)
-    for byte in total.nonzero().flatten().tolist():
-        spans[min(max(top - (byte - 127), 0), 255)] += total[byte]
+    spans: dict[int, int] = {}
+    for byte in total.nonzero().flatten().flip(0).tolist():
+        span = min(max(top - (byte - 127), 0), 255)
+        spans[span] = spans.get(span, 0) + int(total[byte])
     exponent = _tensor_exponent(top)
     lowest, highest = exponent + _LOWEST_POWER + 127, exponent + _TOP_POWER + 127
     inexact = []
@@ -97,6 +93,11 @@ def scan_scales(scales: list[Tensor], codes_of: list[CodesOf]) -> ScaleScan:
         suspects = ((one < lowest) | (one > highest)).nonzero().flatten()
         inexact.append(suspects[~_are_zero(reader(suspects))])
     return ScaleScan(top, spans, tuple(inexact))
+
+
+def tensor_scale_of(top_exponent: int) -> float:
+    """Return the NVFP4 tensor scale for a largest block exponent, a power of two in fp32's normal range."""
+    return float(2.0 ** _tensor_exponent(top_exponent))
 
 
 def nvfp4_scales(scales: Tensor, top_exponent: int) -> Tensor:
@@ -112,20 +113,48 @@ def nvfp4_scales(scales: Tensor, top_exponent: int) -> Tensor:
     return _translate(scales, _e4m3_of_e8m0(_tensor_exponent(top_exponent)), 2).view(torch.float8_e4m3fn)
 
 
-def mxfp4_scales(t: NvFp4Tensor) -> Tensor | None:
+def mxfp4_scales_of(scales: Tensor, tensor_scale: Tensor, num_columns: int) -> Tensor | None:
     """Return the MXFP4 scales under which the codes of an NVFP4 weight mean the same, or None.
 
     None means that some block needs a closer look (`mxfp4.nvfp4_to_mxfp4`): its two halves differ, or its scale is no
     power of two.
 
     Args:
-        t: [N, K], K a multiple of 32.
+        scales: [N, K/16] float8_e4m3fn.
+        tensor_scale: fp32 [].
+        num_columns: K.
+
+    Returns:
+        [N, K/32] float8_e8m0fnu, newly allocated, or None.
     """
-    half = _translate(t.scales, _e8m0_of_e4m3(float(t.tensor_scale)), 1).view(-1, 2)  # [N * K/32, 2]
+    if num_columns % BLOCK:
+        return None
+    half = _translate(scales, _e8m0_of_e4m3(float(tensor_scale)), 1).view(-1, 2)  # [N * K/32, 2]
     first, second = half[:, 0].contiguous(), half[:, 1].contiguous()
     if _bytes(first) != _bytes(second) or (first.numel() and int(first.amax()) == _NAN):
         return None
-    return first.view(t.shape[-2], t.shape[-1] // BLOCK).view(torch.float8_e8m0fnu)
+    return first.view(scales.shape[0], num_columns // BLOCK).view(torch.float8_e8m0fnu)
+
+
+def fits_fp8_blocks(scales: Tensor) -> bool:
+    """Say whether an MXFP4 weight with these scales is certain to be exact in 128 x 128 FP8 blocks.
+
+    In units of the block's scale 2^s, codes reach from 0.5 * 2^(k_min - s) to 6 * 2^(k_max - s), and E4M3 holds
+    multiples of 2^-9 up to 448 with four significant bits: enough if the exponents of a block span 14 and all are in
+    -30..120, away from the floor of `fp8.quantize_blocks` and the end of fp32. Otherwise the values decide.
+
+    Args:
+        scales: [N, K/32] float8_e8m0fnu.
+    """
+    data = scales.view(torch.uint8)
+    if not data.numel() or int(data.amax()) == _NAN or int(data.amin()) < 127 - 30 or int(data.amax()) > 127 + 120:
+        return False
+    rows, columns = -data.shape[0] % 128, -data.shape[1] % 4
+    exponents = data.to(torch.int16)
+    lowest = torch.nn.functional.pad(exponents, (0, columns, 0, rows), value=255)
+    highest = torch.nn.functional.pad(exponents, (0, columns, 0, rows), value=0)
+    tiles = (lowest.shape[0] // 128, 128, lowest.shape[1] // 4, 4)
+    return bool((highest.view(tiles).amax((1, 3)) - lowest.view(tiles).amin((1, 3)) <= 14).all())
 
 
 def unequal_scales(mx_scales: Tensor, nv_scales: Tensor, tensor_scale: Tensor) -> Tensor:

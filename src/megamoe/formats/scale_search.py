@@ -8,8 +8,8 @@ four-over-six  for each block the better of two scales, the one that puts its la
                it at 4, by squared error; g = amax / (6 * 256), so that the larger of the two still fits E4M3. E2M1 has
                nothing between 4 and 6: values near 5/6 of the largest are the ones a scale to 4 rounds better.
 
-Weights given together (gate and up) get one tensor scale in common. Every choice depends on the weights alone and not on
-how the work is divided.
+Weights given together (gate and up) get one tensor scale in common. Every choice depends on the weights alone and not
+on how the work is divided.
 
 Source     four-over-six: Cook et al., "Four Over Six", arXiv 2512.02010
 """
