@@ -100,31 +100,30 @@ class Target:
 
     def copy(self, name: str, source: ByteRange) -> None:
         """Write the bytes of a source file as a tensor."""
-        offset, output = self._places[name]
-        if source.num_bytes != output.num_bytes:
-            raise ValueError(f"{name}: {source.num_bytes} source bytes, planned {output.num_bytes}. This is a bug.")
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, source.num_bytes)))
-        with opened(source.path) as descriptor:
-            for start in range(0, source.num_bytes, CHUNK_BYTES):
-                part = buffer[: min(CHUNK_BYTES, source.num_bytes - start)]
-                read_into(descriptor, source.path, part, source.offset + start)
-                write_from(self._descriptor, part, offset + start)
+        self._copy(name, source, check=False)
 
     def copy_checked(self, name: str, source: ByteRange) -> bool:
         """Write the bytes of a source file as a tensor, read them back and say whether they are the same."""
-        offset, _ = self._places[name]
-        self.copy(name, source)
-        ours, theirs = bytearray(min(CHUNK_BYTES, source.num_bytes)), bytearray(min(CHUNK_BYTES, source.num_bytes))
+        return self._copy(name, source, check=True)
+
+    def _copy(self, name: str, source: ByteRange, *, check: bool) -> bool:
+        offset, output = self._places[name]
+        if source.num_bytes != output.num_bytes:
+            raise ValueError(f"{name}: {source.num_bytes} source bytes, planned {output.num_bytes}. This is a bug.")
+        # bytearrays, because comparing them is memcmp; memoryviews compare element by element
+        ours, theirs = bytearray(CHUNK_BYTES if check else 0), bytearray(CHUNK_BYTES)
+        same = True
         with opened(source.path) as descriptor:
             for start in range(0, source.num_bytes, CHUNK_BYTES):
-                size = min(CHUNK_BYTES, source.num_bytes - start)
-                if size < len(ours):
+                size = source.num_bytes - start
+                if size < CHUNK_BYTES:
                     del ours[size:], theirs[size:]
                 read_into(descriptor, source.path, memoryview(theirs), source.offset + start)
-                read_into(self._descriptor, self.path, memoryview(ours), offset + start)
-                if ours != theirs:  # bytearrays, because comparing them is memcmp
-                    return False
-        return True
+                write_from(self._descriptor, memoryview(theirs), offset + start)
+                if check:
+                    read_into(self._descriptor, self.path, memoryview(ours), offset + start)
+                    same = same and ours == theirs
+        return same
 
     def read(self, name: str) -> torch.Tensor:
         """Read back a tensor that has been written."""
@@ -350,6 +349,36 @@ class _OpenShard:
         return hashlib.sha256(self.header).hexdigest()
 
 
+class _Queue:
+    """Steps to do. A thread stays with its file: file systems let only one thread at a time write to one."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._untouched = list(reversed(shards))
+        self._begun: dict[str, tuple[Shard, Iterator[int]]] = {}
+
+    def take(self, last: Shard | None) -> tuple[Shard, int] | None:
+        """Return a step of the file a thread worked on, else of a new one, else of any; None when none is left."""
+        own = [last.name] if last is not None else []
+        if last is None or last.name not in self._begun:
+            own = self._begin()
+        for name in [*own, *self._begun]:
+            if name in self._begun:
+                shard, numbers = self._begun[name]
+                number = next(numbers, None)
+                if number is not None:
+                    return shard, number
+                del self._begun[name]
+                return self.take(None)
+        return None
+
+    def _begin(self) -> list[str]:
+        if not self._untouched:
+            return []
+        shard = self._untouched.pop()
+        self._begun[shard.name] = shard, iter(range(len(shard.steps)))
+        return [shard.name]
+
+
 class _ShardWriter:
     """Runs the steps of all shards on some threads."""
 
@@ -387,7 +416,7 @@ class _ShardWriter:
         for leftover in self.destination.glob(".*.partial"):
             leftover.unlink()
         self._refuse_full_disk(todo)
-        queue = iter([(shard, number) for shard in todo for number in range(len(shard.steps))])
+        queue = _Queue(todo)
         try:
             with concurrent.futures.ThreadPoolExecutor(jobs, "convert") as pool:
                 try:
@@ -423,11 +452,12 @@ class _ShardWriter:
                 "space, or choose another disk; finished files are kept."
             )
 
-    def _work(self, queue: Iterator[tuple[Shard, int]]) -> None:
+    def _work(self, queue: _Queue) -> None:
         """Take steps until none is left, or another thread has failed."""
+        shard: Shard | None = None
         while True:
             with self._ready:
-                taken = None if self._stopped else next(queue, None)
+                taken = None if self._stopped else queue.take(shard)
                 if taken is None:
                     return
                 shard, number = taken

@@ -8,6 +8,7 @@ writes the same bytes. The page is one file without scripts or references to oth
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -79,6 +80,13 @@ def make(
     }
 
 
+def encode_report(content: Mapping[str, Any]) -> bytes:
+    """Return report.json: indented, but with one line for every weight."""
+    head = json.dumps({key: value for key, value in content.items() if key != "tensors"}, indent=2)
+    lines = ",\n    ".join(json.dumps(record) for record in content["tensors"])
+    return f'{head.removesuffix("}").rstrip()},\n  "tensors": [\n    {lines}\n  ]\n}}\n'.encode()
+
+
 def worst(records: Iterable[Record]) -> list[Record]:
     """Return the weights with the largest relative error, worst first."""
     rounded = [record for record in records if record.get("relative_l2")]
@@ -130,8 +138,8 @@ def render_html(content: Mapping[str, Any]) -> str:
         f"<p>{_text(content['producer']['name'])} {_text(content['producer']['version'])}; "
         + ", ".join(f"{_text(key)} <code>{_text(value)}</code>" for key, value in content["options"].items())
         + f"; input scales {_text(content['input_scales'])}.</p>",
-        f"<p><strong>{content['proved_exact']:,}</strong> of {content['weights']:,} converted weights were proved equal "
-        "to the source: every block was read back and compared after dequantization. ",
+        f"<p><strong>{content['proved_exact']:,}</strong> of {content['weights']:,} converted weights were proved "
+        "equal to the source: every block was read back and compared after dequantization. ",
         _inexact_sentence(content),
         f" Tensors took {_gigabytes(before)} before and take {_gigabytes(after)} now.</p>",
         "<h2>What was converted</h2>",
@@ -142,8 +150,8 @@ def render_html(content: Mapping[str, Any]) -> str:
     for name, group in groups.items():
         if group["exponent_spans"]:
             caption = (
-                "Blocks of 32 by how far their scale lies below the largest that shares their tensor scale, in powers of "
-                "two. Up to 17 is exact; blocks beyond it are exact only if they are all zeros."
+                "Blocks of 32 by how far their scale lies below the largest that shares their tensor scale, in powers "
+                "of two. Up to 17 is exact; blocks beyond it are exact only if they are all zeros."
             )
             parts += [f"<h2>Scales: {_text(name)}</h2>", _figure(_span_bars(group["exponent_spans"]), caption)]
     for name, group in groups.items():

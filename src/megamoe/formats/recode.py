@@ -225,8 +225,8 @@ def _translate(scales: Tensor, table: bytes, repeat: int) -> Tensor:
 
 def _double(data: Tensor) -> Tensor:
     """Repeat every byte [N, B] twice along the last dimension."""
-    wide = data.to(torch.int32)
-    return (wide << 8 | wide).to(torch.int16).view(torch.uint8).view(*data.shape[:-1], data.shape[-1] * 2)
+    wide = data.to(torch.int16).mul_(257)  # byte * 0x0101, the top bit wrapping into the sign
+    return wide.view(torch.uint8).view(*data.shape[:-1], data.shape[-1] * 2)
 
 
 def _count_bytes(data: Tensor) -> Tensor:
@@ -240,10 +240,10 @@ def _top_byte(data: list[Tensor], codes_of: list[CodesOf], counts: Tensor) -> in
         for weight, (one, reader) in enumerate(zip(data, codes_of, strict=True)):
             if not int(counts[weight, byte]):
                 continue
-            matches = one == byte
-            if not bool(_are_zero(reader(matches.byte().argmax()[None])).all()):  # usually the first decides
+            first = torch.tensor([_bytes(one).find(byte)])
+            if not bool(_are_zero(reader(first)).all()):  # usually it decides
                 return int(byte)
-            numbers = matches.nonzero().flatten()
+            numbers = (one == byte).nonzero().flatten()
             for part in (numbers[1:_PREFIX], numbers[_PREFIX:]):
                 if part.numel() and not bool(_are_zero(reader(part)).all()):
                     return int(byte)

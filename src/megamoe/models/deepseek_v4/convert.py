@@ -47,8 +47,10 @@ from megamoe.checkpoint.steps import (
 from megamoe.checkpoint.writer import encode_json
 from megamoe.formats import fp8, nvfp4, recode
 from megamoe.formats.e8m0 import e8m0_from_bytes
+from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.scale_search import ScaleSearch
 from megamoe.models.deepseek_v4.config import load_config
+from megamoe.models.deepseek_v4.inventory import COMPANIONS
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.stored import StoredTensors
 from megamoe.models.deepseek_v4.weights import check_headers
@@ -153,6 +155,11 @@ class Planned:
 class RangeTensors(StoredTensors):
     """Stored tensors read into memory: nothing is mapped, and only the part that is asked for is read."""
 
+    def __init__(self, reader: CheckpointReader, num_experts: int) -> None:
+        """As StoredTensors."""
+        super().__init__(reader, num_experts)
+        self._paths: dict[str, pathlib.Path] = {}
+
     def byte_range(self, name: str) -> ByteRange:
         """Return where the bytes of a native tensor are; those of one expert in a fused tensor lie together."""
         source = self.source(name)
@@ -162,7 +169,8 @@ class RangeTensors(StoredTensors):
         if source.expert is not None:
             size //= self.num_experts * source.num_parts
             start += (source.expert * source.num_parts + source.part) * size
-        return ByteRange(self.reader.directory / info.shard, start, size)
+        path = self._paths.setdefault(info.shard, self.reader.directory / info.shard)
+        return ByteRange(path, start, size)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a native tensor."""
@@ -211,7 +219,7 @@ def convert(
             carried_bytes=planned.carried_bytes,
             input_scales="uncalibrated" if options.calibration is None else "calibrated",
         )
-        return {"report.json": encode_json(content), "report.html": report.render_html(content).encode()}
+        return {"report.json": report.encode_report(content), "report.html": report.render_html(content).encode()}
 
     result = files.run(planned.plan, destination, finish=finish, jobs=jobs, progress=show("convert"))
     return planned, result
@@ -347,8 +355,8 @@ class _Planner:
                 few = ", ".join(str(block) for block in listed(numbers[:_MANY_LINES], shape))
                 self.problems.append(
                     f"{module}: {numbers.numel()} of {shape[0] * shape[1] // recode.BLOCK} blocks have no equal in "
-                    f"NVFP4: their scales lie more than 2^17 under the largest, 2^{scan.top_exponent} ([row, block] {few}"
-                    f"{', …' if numbers.numel() > _MANY_LINES else ''}). Round them with --experts requantize."
+                    f"NVFP4: their scales lie more than 2^17 under the largest, 2^{scan.top_exponent} ([row, block] "
+                    f"{few}{', …' if numbers.numel() > _MANY_LINES else ''}). Round them with --experts requantize."
                 )
 
     def check_back(self, module: str, goal: Format | None) -> list[str]:
@@ -413,15 +421,18 @@ class _Planner:
         return sum(self.stored.byte_range(name).num_bytes for name in self.parts(module))
 
     def parts(self, module: str) -> list[str]:
-        from megamoe.models.deepseek_v4.inventory import COMPANIONS
-
         return [name for leaf in COMPANIONS if (name := f"{module}.{leaf}") in self.stored]
 
     def values(self, module: str) -> torch.Tensor:
         """Return the exact values of a weight that is not FP4."""
-        if self.formats[module] is Format.FP8:
-            return fp8.dequantize(self.stored.fp8(module))
-        return self.stored.read(f"{module}.weight")
+        if self.formats[module] is not Format.FP8:
+            return self.stored.read(f"{module}.weight")
+        weight = self.stored.fp8(module)
+        values = torch.empty(weight.shape)
+        for tile in range(weight.scales.shape[0]):  # in tiles, because dequantizing takes several times its result
+            rows = slice(tile * fp8.BLOCK, (tile + 1) * fp8.BLOCK)
+            values[rows] = fp8.dequantize(Fp8BlockTensor(weight.codes[rows], weight.scales[tile : tile + 1]))
+        return values
 
     # The plan
 
