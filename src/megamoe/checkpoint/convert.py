@@ -413,8 +413,9 @@ class _ShardWriter:
                 self._kept_bytes += shard.source_bytes
             else:
                 todo.append(shard)
-        for leftover in self.destination.glob(".*.partial"):
-            leftover.unlink()
+        for ending in ("partial", "tmp"):  # what a killed run left; everything with a name of its own is not hidden
+            for leftover in self.destination.rglob(f".*.{ending}"):
+                leftover.unlink()
         self._refuse_full_disk(todo)
         queue = _Queue(todo)
         try:
