@@ -688,8 +688,10 @@ def quantization_config(
     found = set(formats.values())
     if found <= {Format.PLAIN}:
         return None
-    if kept.get("quant_method") != "fp8":
-        kept = dict(_FP8_CONFIG) if Format.FP8 in found else {}
+    if Format.FP8 not in found:
+        kept = {}
+    elif kept.get("quant_method") != "fp8":
+        kept = dict(_FP8_CONFIG)
     if Format.NVFP4 not in found:
         return kept or dict(_FP8_CONFIG)
     quantized = sorted({_layer_of(module) for module, found in formats.items() if found is Format.NVFP4})
