@@ -167,7 +167,7 @@ def test_compressed_tensors_reads_exact_experts_bit_for_bit(official, converted)
 
 
 def test_compressed_tensors_reads_rounded_weights_bit_for_bit(converted):
-    """Codes and scales are the same bits; their product is theirs, made with a rounded reciprocal of the tensor scale."""
+    """Codes and scales are the same bits; the product is theirs, made with a rounded reciprocal of the tensor scale."""
     from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
 
     modules = theirs_of(converted / "all", [r"re:.*"])
