@@ -124,10 +124,11 @@ def generate(
 )
 @click.option(
     "--scale-search",
-    type=click.Choice(["max", "mse", "four-over-six"]),
     default="mse",
     show_default=True,
-    help="How block scales are chosen where values are rounded.",
+    metavar="SEARCH",
+    help="How block scales are chosen where values are rounded: max, mse or four-over-six; for one kind alone as in "
+    "max,shared=mse (kinds: experts, shared, attention).",
 )
 @click.option(
     "--calibration",

@@ -19,8 +19,7 @@ from calibrate import calibrate, training_windows
 from megamoe import __version__
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.checkpoint.writer import write_json, write_safetensors
-from megamoe.formats.scale_search import ScaleSearch
-from megamoe.models.deepseek_v4.convert import ConvertOptions, convert
+from megamoe.models.deepseek_v4.convert import ConvertOptions, SearchChoice, convert
 from megamoe.models.load import BUNDLED
 
 HERE = Path(__file__).parent
@@ -28,7 +27,7 @@ SHIPPED = ("config.json", "hf_quant_config.json", "model.safetensors", "tokenize
 SAMPLE_CHARS = 1500  # of each of two held-out documents, code and prose
 
 
-def write_quantized(master: Path, amax: dict[str, float], search: ScaleSearch, target: Path) -> float:
+def write_quantized(master: Path, amax: dict[str, float], search: SearchChoice, target: Path) -> float:
     """Convert every linear to NVFP4 and replace what is shipped in `target`; returns the mean relative L2 error."""
     options = ConvertOptions(
         experts="requantize",
@@ -61,7 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--master", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True, help="train.bin of data.py, for calibration")
-    parser.add_argument("--scale-search", choices=[search.value for search in ScaleSearch], default="mse")
+    # Training rounded by the maximum, and the model has learned with that; only its shared experts gain by searching.
+    parser.add_argument("--scale-search", type=SearchChoice.parse, default="max,shared=mse", metavar="SEARCH")
     parser.add_argument("--num-windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)
     args = parser.parse_args()
@@ -69,7 +69,7 @@ def main() -> None:
     amax = calibrate(args.master, training_windows(args.tokens, args.num_windows, args.window))
     write_json(HERE / "calibration.json", amax)
     target = BUNDLED["tiny"]
-    error = write_quantized(args.master, amax, ScaleSearch(args.scale_search), target)
+    error = write_quantized(args.master, amax, args.scale_search, target)
     num_bytes = write_originals(args.master, target, HERE / "master")
     documents = [json.loads(line) for line in (HERE / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     kinds = [next(d["text"] for d in documents if d["path"].startswith(kind)) for kind in ("code/", "docs/")]

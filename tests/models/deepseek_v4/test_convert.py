@@ -22,6 +22,7 @@ from megamoe.models.deepseek_v4.config import load_config
 from megamoe.models.deepseek_v4.convert import (
     UNCALIBRATED_INPUT_SCALE,
     ConvertOptions,
+    SearchChoice,
     convert,
     input_amax,
     plan,
@@ -374,6 +375,19 @@ def test_all_nvfp4(layout, search, seed, tmp_path):
         == max((r for r in report["tensors"] if r.get("relative_l2")), key=lambda r: r["relative_l2"])["name"]
     )
     assert sum(r["relative_l2"] or 0 for r in report["tensors"] if "relative_l2" in r) > 0
+
+
+def test_a_search_for_one_kind(official, tmp_path):
+    choice = SearchChoice.parse("max,shared=mse")
+    assert str(choice) == "max,shared=mse" and SearchChoice.parse(str(choice)) == choice
+    assert str(SearchChoice.parse("mse")) == "mse" == str(ConvertOptions().searches)
+    assert SearchChoice.parse("mse,experts=max").of("mtp.0.ffn.experts.1.w2") is ScaleSearch.MAX
+    convert(official[0], tmp_path / "out", dataclasses.replace(EVERYTHING, scale_search=choice))
+    report = report_of(tmp_path / "out")
+    methods = {record["name"]: record["method"] for record in report["tensors"]}
+    assert methods["layers.1.ffn.shared_experts.w2"] == methods["mtp.0.ffn.shared_experts.w1"] == "rounded, mse"
+    assert methods["layers.1.attn.wo_a"] == methods["mtp.0.e_proj"] == "rounded, max"
+    assert report["options"]["scale_search"] == "max,shared=mse"
 
 
 def test_metadata_of_the_all_nvfp4_layout(official, tmp_path):

@@ -21,7 +21,7 @@ from megamoe.checkpoint import CheckpointReader, write_safetensors
 from megamoe.checkpoint.manifest import MANIFEST_NAME
 from megamoe.checkpoint.overlay import write_overlay
 from megamoe.cli import main
-from megamoe.formats.scale_search import ScaleSearch
+from megamoe.models.deepseek_v4.convert import SearchChoice
 from megamoe.models.deepseek_v4.convert_command import read_calibration
 from megamoe.models.load import BUNDLED
 
@@ -87,6 +87,8 @@ def test_dry_run_writes_nothing_and_lists_inexact_blocks(official, tmp_path, cap
         (["--to", "int4"], "is not one of 'nvfp4', 'mxfp4', 'fp8'"),
         (["--to", "mxfp4", "--experts", "requantize"], "rounds to NVFP4 only"),
         (["--jobs", "0"], "--jobs"),
+        (["--scale-search", "best"], "--scale-search must be one of max, mse, four-over-six"),
+        (["--scale-search", "max,head=mse"], "got 'max,head=mse'"),
         (["--calibration", "nowhere.json"], "No such file or directory: nowhere.json"),
     ],
 )
@@ -172,7 +174,7 @@ def test_the_bundled_model_is_what_convert_writes(package, repository, tmp_path)
     amax = json.loads((tools / "calibration.json").read_text())
     made = tmp_path / "made"
     made.mkdir()
-    error = package.write_quantized(tmp_path / "master", amax, ScaleSearch.MAX, made)
+    error = package.write_quantized(tmp_path / "master", amax, SearchChoice.parse("max"), made)
     assert 0.08 < error < 0.12
     assert {path.name for path in made.iterdir()} == set(package.SHIPPED)
     with CheckpointReader(made) as ours, CheckpointReader(BUNDLED["tiny"]) as shipped:

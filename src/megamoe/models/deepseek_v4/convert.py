@@ -85,6 +85,56 @@ _NVFP4_KEYS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class SearchChoice:
+    """How block scales are chosen, for every kind of weight.
+
+    Attributes:
+        experts: routed experts.
+        shared: shared experts.
+        attention: all other linears.
+    """
+
+    experts: ScaleSearch = ScaleSearch.MSE
+    shared: ScaleSearch = ScaleSearch.MSE
+    attention: ScaleSearch = ScaleSearch.MSE
+
+    @classmethod
+    def parse(cls, text: str) -> SearchChoice:
+        """Read "max" (for all), or "max,shared=mse" (for all but the shared experts).
+
+        Raises:
+            ValueError: it is not of this form.
+        """
+        names = [search.value for search in ScaleSearch]
+        first, *others = text.split(",")
+        chosen = dict.fromkeys(("experts", "shared", "attention"), first)
+        for one in others:
+            kind, _, search = one.partition("=")
+            if kind not in chosen:
+                first = ""
+            chosen[kind] = search
+        if first not in names or not set(chosen.values()) <= set(names):
+            raise ValueError(
+                f"convert: --scale-search must be one of {', '.join(names)}, and after a comma perhaps experts=, "
+                f"shared= or attention= one of them; got {text!r}."
+            )
+        return cls(**{kind: ScaleSearch(search) for kind, search in chosen.items()})
+
+    def __str__(self) -> str:
+        """Return what `parse` reads."""
+        kinds = {"experts": self.experts, "shared": self.shared, "attention": self.attention}
+        first = self.attention
+        rest = [f",{kind}={search.value}" for kind, search in kinds.items() if search is not first]
+        return first.value + "".join(rest)
+
+    def of(self, module: str) -> ScaleSearch:
+        """Return the search for a weight."""
+        if ".shared_experts." in module:
+            return self.shared
+        return self.experts if ".experts." in module else self.attention
+
+
+@dataclasses.dataclass(frozen=True)
 class ConvertOptions:
     """What to make of a checkpoint.
 
@@ -93,7 +143,7 @@ class ConvertOptions:
         experts: "lossless" refuses what is not exact; "requantize" rounds it (to NVFP4 only).
         attention: what becomes of all other linears: "keep", "nvfp4" (rounded), or "fp8" (where exact).
         draft: "keep", or "convert" the linears of a classic draft like those of the backbone.
-        scale_search: how block scales are chosen where values are rounded.
+        scale_search: how block scales are chosen where values are rounded; a ScaleSearch stands for all kinds.
         calibration: largest magnitude of each weight's input, by weight; None writes UNCALIBRATED_INPUT_SCALE.
         proof: "codes" compares codes and scales, "values" every dequantized value as well.
         producer: name and version for the metadata.
@@ -103,7 +153,7 @@ class ConvertOptions:
     experts: str = "lossless"
     attention: str = "keep"
     draft: str = "keep"
-    scale_search: ScaleSearch = ScaleSearch.MSE
+    scale_search: SearchChoice | ScaleSearch = ScaleSearch.MSE
     calibration: Mapping[str, float] | None = None
     proof: str = "codes"
     producer: tuple[str, str] = ("megamoe", "0")
@@ -119,6 +169,12 @@ class ConvertOptions:
                 "refused."
             )
 
+    @property
+    def searches(self) -> SearchChoice:
+        """The search for every kind."""
+        chosen = self.scale_search
+        return SearchChoice(chosen, chosen, chosen) if isinstance(chosen, ScaleSearch) else chosen
+
     def as_json(self) -> dict[str, Any]:
         """Return everything that decides what is written."""
         return {
@@ -126,7 +182,7 @@ class ConvertOptions:
             "experts": self.experts,
             "attention": self.attention,
             "draft": self.draft,
-            "scale_search": self.scale_search.value,
+            "scale_search": str(self.searches),
             "calibration": None if self.calibration is None else dict(sorted(self.calibration.items())),
             "proof": self.proof,
             "producer": list(self.producer),
@@ -535,7 +591,7 @@ class _Planner:
             found=self.formats[members[0]].value,
             bytes_each=tuple(self.stored_bytes(module) for module in members),
             load=self.values,
-            search=self.options.scale_search,
+            search=self.options.searches.of(members[0]),
             input_scale=self.input_scales[members[0]],
         )
 

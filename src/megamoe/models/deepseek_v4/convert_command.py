@@ -12,8 +12,14 @@ import torch
 
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.checkpoint.progress import ProgressLine
-from megamoe.formats.scale_search import ScaleSearch
-from megamoe.models.deepseek_v4.convert import UNCALIBRATED_INPUT_SCALE, ConvertOptions, Planned, convert, plan
+from megamoe.models.deepseek_v4.convert import (
+    UNCALIBRATED_INPUT_SCALE,
+    ConvertOptions,
+    Planned,
+    SearchChoice,
+    convert,
+    plan,
+)
 from megamoe.models.deepseek_v4.layout import Format
 
 
@@ -44,7 +50,7 @@ def run(
         experts=experts,
         attention=attention,
         draft=draft,
-        scale_search=ScaleSearch(scale_search),
+        scale_search=SearchChoice.parse(scale_search),
         calibration=None if calibration is None else read_calibration(calibration),
         proof=proof,
         producer=("megamoe", version),
