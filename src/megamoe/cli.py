@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: megamoe generate | verify | inspect.
+"""The command: megamoe generate | verify | inspect | convert.
 
 Exit codes: 0 done · 1 a check of `verify` failed or `inspect` has findings · 2 bad input, told in one line on standard
 error · 130 interrupted · 141 whoever read our output has gone. Errors of ours are not caught and show their traceback.
@@ -89,6 +89,95 @@ def generate(
             f"[{len(pieces)} tokens, {speed:.1f} tokens/s, recipe {llm.model.recipe.name}, device {llm.model.device}]"
         )
     return 0
+
+
+@cli.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=pathlib.Path))
+@click.argument("destination", metavar="DST", type=click.Path(path_type=pathlib.Path))
+@click.option(
+    "--to",
+    type=click.Choice(["nvfp4", "mxfp4", "fp8"]),
+    default="nvfp4",
+    show_default=True,
+    help="Format of the routed experts; mxfp4 and fp8 are the exact way back.",
+)
+@click.option(
+    "--experts",
+    type=click.Choice(["lossless", "requantize"]),
+    default="lossless",
+    show_default=True,
+    help="Refuse experts that NVFP4 cannot hold exactly, or round what it cannot.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["keep", "nvfp4", "fp8"]),
+    default="keep",
+    show_default=True,
+    help="Attention projections, wo_a and shared experts: keep, round to NVFP4, or to FP8 where exact.",
+)
+@click.option(
+    "--draft",
+    type=click.Choice(["keep", "convert"]),
+    default="keep",
+    show_default=True,
+    help="Linears of a classic MTP draft: keep, or convert as those of the backbone.",
+)
+@click.option(
+    "--scale-search",
+    default="mse",
+    show_default=True,
+    metavar="SEARCH",
+    help="How block scales are chosen where values are rounded: max, mse or four-over-six; for one kind alone as in "
+    "max,shared=mse (kinds: experts, shared, attention).",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=pathlib.Path),
+    metavar="FILE",
+    help="JSON: weight to the largest magnitude of its input.  [default: input_scale is 0.125 everywhere]",
+)
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="Threads.")
+@click.option(
+    "--proof",
+    type=click.Choice(["codes", "values"]),
+    default="codes",
+    show_default=True,
+    help="Prove equality by codes and scales, or by every dequantized value as well (slower).",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, list blocks that cannot be exact, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def convert(
+    source: pathlib.Path,
+    destination: pathlib.Path,
+    to: str,
+    experts: str,
+    attention: str,
+    draft: str,
+    scale_search: str,
+    calibration: pathlib.Path | None,
+    jobs: int,
+    proof: str,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Convert a checkpoint between NVFP4 and DeepSeek's formats; the same command finishes one that was stopped."""
+    from megamoe.models.deepseek_v4.convert_command import run
+
+    return run(
+        source,
+        destination,
+        to=to,
+        experts=experts,
+        attention=attention,
+        draft=draft,
+        scale_search=scale_search,
+        calibration=calibration,
+        jobs=jobs,
+        proof=proof,
+        dry_run=dry_run,
+        as_json=as_json,
+        version=megamoe.__version__,
+    )
 
 
 @cli.command()

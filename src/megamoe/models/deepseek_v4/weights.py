@@ -273,6 +273,25 @@ def load_weights(
     return loader.load()
 
 
+def check_headers(stored: StoredTensors, config: ModelConfig) -> dict[str, Format]:
+    """Check names, dtypes and shapes of all tensors as `load_weights` does, mixed formats allowed.
+
+    Args:
+        stored: the checkpoint; afterwards every tensor of it is accounted for.
+        config: from the same checkpoint.
+
+    Returns:
+        The format of every weight of the backbone and of classic draft stages.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, stored twice, misshapen or of the wrong dtype.
+    """
+    loader = _Loader(stored, config, torch.float32, "cpu")
+    loader.check_entries(inventory(config, num_mtp=loader.claim_draft()))
+    loader.stop_if_refused()
+    return loader.formats
+
+
 _MTP_MODULE = re.compile(r"mtp\.\d+\.(attn|ffn|e_proj|h_proj)\..+")
 _DSPARK_MODULE = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\..+")
 _STAGE = re.compile(r"mtp\.(\d+)\..+")
