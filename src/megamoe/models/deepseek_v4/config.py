@@ -149,6 +149,11 @@ class ModelConfig:
     dspark: DSparkConfig | None
     unused_keys: tuple[str, ...]
 
+    @property
+    def chat_release(self) -> str:
+        """Which release's effort tiers the model was trained with (chat/protocol.py): DSpark came with the second."""
+        return "preview" if self.dspark is None else "0731"
+
 
 def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
     """Read config.json of a checkpoint directory.
