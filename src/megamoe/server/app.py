@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import importlib.resources
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -30,7 +30,7 @@ from megamoe.server.guard import ApiKey, BodyLimit, OpenRequests
 from megamoe.server.metrics import Metrics
 from megamoe.server.settings import ServerSettings
 from megamoe.server.streaming import ClientGone, EventStream, unless_gone
-from megamoe.text.chat import ChatFormat
+from megamoe.text.chat_format import ChatFormat
 from megamoe.text.grammar import GrammarCompiler
 from megamoe.text.prompts import PromptEncoder
 from megamoe.text.service import Request as TextRequest
@@ -63,13 +63,13 @@ _PAGE_HEADERS = {
 class _Prepared(Protocol):
     """A request that was checked and tokenized, of either API."""
 
-    requests: list[TextRequest]
+    requests: Sequence[TextRequest[Any]]
 
-    async def answer(self, generation: Generation) -> dict[str, Any]:
+    async def answer(self, generation: Generation[Any]) -> dict[str, Any]:
         """Return the whole answer."""
         ...
 
-    def events(self, generation: Generation) -> Any:
+    def events(self, generation: Generation[Any]) -> Any:
         """Return the chunks, an async generator."""
         ...
 
@@ -155,7 +155,7 @@ def _add_api(app: FastAPI, state: State) -> None:
 
         try:
             prepared = await asyncio.to_thread(prepare)
-            generation = Generation(state.service, metrics, prepared.requests, arrival=arrival)
+            generation = Generation[Any](state.service, metrics, prepared.requests, arrival=arrival)
             if not stream:
                 answer = await unless_gone(request, _whole(prepared, generation))
                 status = "200"
@@ -232,7 +232,7 @@ def _add_api(app: FastAPI, state: State) -> None:
         return card
 
 
-async def _whole(prepared: _Prepared, generation: Generation) -> dict[str, Any]:
+async def _whole(prepared: _Prepared, generation: Generation[Any]) -> dict[str, Any]:
     try:
         await generation.start()
         return await prepared.answer(generation)

@@ -11,7 +11,6 @@ from typing import Any
 from megamoe.engine.outputs import TokenLogprobs
 from megamoe.server.errors import ApiError
 from megamoe.server.generation import Generation
-from megamoe.server.metrics import Metrics
 from megamoe.server.prepare import (
     check_common,
     check_ids,
@@ -32,7 +31,8 @@ from megamoe.server.protocol import (
 )
 from megamoe.server.settings import ServerSettings
 from megamoe.text.prompts import PromptEncoder
-from megamoe.text.service import Piece, Request, Service
+from megamoe.text.service import Piece, Request
+from megamoe.text.stop import TextStream
 from megamoe.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -90,23 +90,22 @@ class Completion:
                 ids = list(prompt)
                 self._echoes.append(encoder.tokenizer.decode(ids))
             self._prompt_ids.append(ids)
-        self.requests: list[Request] = []
+        self.requests: list[Request[str]] = []
         for ids in self._prompt_ids:
             limit = max_new_tokens(request.max_tokens, DEFAULT_MAX_TOKENS, len(ids), "max_tokens", settings)
             for choice in range(n):
                 params = sampling_params(request, max_tokens=limit, logprobs=request.logprobs, choice=choice)
-                self.requests.append(
-                    Request(ids, params, stop_strings(request), timeout_s=settings.request_timeout_s)
-                )
+                reader = TextStream(encoder.tokenizer, stop_strings(request), min_tokens=request.min_tokens or 0)
+                self.requests.append(Request(ids, params, reader, timeout_s=settings.request_timeout_s))
 
-    async def answer(self, generation: Generation) -> dict[str, Any]:
+    async def answer(self, generation: Generation[str]) -> dict[str, Any]:
         """Return the whole answer."""
         builders = self._builders()
         texts = [self._echo(idx) for idx in range(len(builders))]
         logprobs: list[list[CompletionLogprobs]] = [[] for _ in builders]
         reasons: list[Any] = [None] * len(builders)
         async for idx, piece in generation.pieces():
-            texts[idx] += piece.text
+            texts[idx] += piece.read + (piece.rest or "")
             part = builders[idx].logprobs(piece)
             if part is not None:
                 logprobs[idx].append(part)
@@ -123,7 +122,7 @@ class Completion:
         answer = CompletionAnswer(**self._head, choices=choices, usage=self._usage(generation))
         return answer.model_dump(mode="json", exclude_unset=True)
 
-    async def events(self, generation: Generation) -> AsyncGenerator[dict[str, Any], None]:
+    async def events(self, generation: Generation[str]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the answer's chunks."""
         builders = self._builders()
         include_usage = self._request.stream_options is not None and self._request.stream_options.include_usage
@@ -136,10 +135,9 @@ class Completion:
         try:
             async for idx, piece in pieces:
                 part = builders[idx].logprobs(piece)
-                if piece.text or part is not None or piece.finish_reason is not None:
-                    choice = CompletionChoice(
-                        index=idx, text=piece.text, logprobs=part, finish_reason=piece.finish_reason
-                    )
+                text = piece.read + (piece.rest or "")
+                if text or part is not None or piece.finish_reason is not None:
+                    choice = CompletionChoice(index=idx, text=text, logprobs=part, finish_reason=piece.finish_reason)
                     yield self._chunk([choice], nothing)
         finally:
             await pieces.aclose()
@@ -156,7 +154,7 @@ class Completion:
     def _echo(self, idx: int) -> str:
         return self._echoes[idx // self._n] if self._request.echo else ""
 
-    def _usage(self, generation: Generation) -> Usage:
+    def _usage(self, generation: Generation[str]) -> Usage:
         return usage(sum(map(len, self._prompt_ids)), sum(generation.num_tokens), generation.cached_tokens, 0)
 
 
@@ -187,7 +185,7 @@ class _LogprobsBuilder:
         self._tokenizer = tokenizer
         self._offset = offset
 
-    def logprobs(self, piece: Piece) -> CompletionLogprobs | None:
+    def logprobs(self, piece: Piece[str]) -> CompletionLogprobs | None:
         if piece.logprobs is None or not piece.logprobs:
             return None
         tokens, offsets = [], []

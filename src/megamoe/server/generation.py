@@ -8,12 +8,14 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
+from typing import Generic, TypeVar
 
 from megamoe.engine.outputs import QueueFull
 from megamoe.server.errors import ApiError
 from megamoe.server.metrics import Metrics
-from megamoe.text.service import FilterFailed, Piece, Request, RequestTimeout, Service, ServiceStopped, TextStream
+from megamoe.text.service import FilterFailed, Piece, Request, RequestStream, RequestTimeout, Service, ServiceStopped
 
+T = TypeVar("T")
 ServiceError = (ValueError, QueueFull, RequestTimeout, ServiceStopped, FilterFailed)
 
 
@@ -31,19 +33,19 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(400, str(error), code="invalid_value")
 
 
-class Generation:
+class Generation(Generic[T]):
     """Several sequences that answer one request.
 
     Attributes:
         num_tokens: tokens generated so far, per sequence.
     """
 
-    def __init__(self, service: Service, metrics: Metrics, requests: Sequence[Request], *, arrival: float) -> None:
+    def __init__(self, service: Service, metrics: Metrics, requests: Sequence[Request[T]], *, arrival: float) -> None:
         self._service = service
         self._metrics = metrics
         self._requests = requests
         self._arrival = arrival
-        self._streams: list[TextStream] = []
+        self._streams: list[RequestStream[T]] = []
         self.num_tokens = [0] * len(requests)
 
     @property
@@ -71,7 +73,7 @@ class Generation:
         for stream in self._streams:
             stream.cancel()
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece[T]], None]:
         """Yield the pieces of all sequences as they come, each with its sequence's index.
 
         Closing this generator, or an error in one sequence, gives all of them up.
@@ -79,7 +81,7 @@ class Generation:
         Raises:
             ApiError: a sequence cannot be completed.
         """
-        merged: asyncio.Queue[tuple[int, Piece | ApiError]] = asyncio.Queue()
+        merged: asyncio.Queue[tuple[int, Piece[T] | ApiError]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._follow(idx, stream, merged)) for idx, stream in enumerate(self._streams)]
         num_open = len(tasks)
         try:
@@ -98,7 +100,7 @@ class Generation:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow(
-        self, idx: int, stream: TextStream, merged: asyncio.Queue[tuple[int, Piece | ApiError]]
+        self, idx: int, stream: RequestStream[T], merged: asyncio.Queue[tuple[int, Piece[T] | ApiError]]
     ) -> None:
         last = self._arrival
         try:
@@ -110,7 +112,7 @@ class Generation:
         except ServiceError as error:
             merged.put_nowait((idx, as_api_error(error)))
 
-    def _observe(self, idx: int, piece: Piece, seconds: float) -> None:
+    def _observe(self, idx: int, piece: Piece[T], seconds: float) -> None:
         new = len(piece.token_ids)
         if new and self.num_tokens[idx] == 0:
             self._metrics.first_token_s.observe(seconds)

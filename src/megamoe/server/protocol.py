@@ -129,6 +129,7 @@ class AssistantMessage(Strict):
     content: Content | None = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[CalledTool], Field(max_length=128)] | None = None
+    prefix: bool | None = Field(None, description="Extension: the answer goes on after this last message.")
     refusal: None = None
     audio: None = None
     function_call: None = None

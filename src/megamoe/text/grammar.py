@@ -22,7 +22,8 @@ from megamoe.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import llguidance
 
-ANY_TEXT = "/(?s:.*)/"
+_ANY_TEXT = "/(?s:.*)/"
+_UNBOUNDED = {"type", "title", "description", "default", "examples"}  # of a schema for any string
 
 
 class GrammarFilter:
@@ -95,10 +96,13 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """What llguidance reads of a tokenizer. A special token stands for no text, so it gets a name no text can spell."""
+    """What llguidance reads of a tokenizer. Added tokens are no text: a grammar names them by id, and text never is one."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> None:
-        texts = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.num_tokens)]
+        added = set(tokenizer.added_ids.values())
+        texts = [
+            b"" if token_id in added else tokenizer.token_bytes(token_id) for token_id in range(tokenizer.num_tokens)
+        ]
         self._encode = tokenizer.encode
         self.eos_token_id = eos_token_ids[0]
         self.bos_token_id = None
@@ -112,130 +116,107 @@ class _Vocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class ToolMarkup:
-    """How a model writes tool calls."""
-
-    token: str = "｜DSML｜"
-
-    @property
-    def begin_calls(self) -> str:
-        return f"\n\n<{self.token}tool_calls>\n"
-
-    @property
-    def end_calls(self) -> str:
-        return f"</{self.token}tool_calls>"
-
-    def begin_call(self, name: str) -> str:
-        return f'<{self.token}invoke name="{name}">\n'
-
-    @property
-    def end_call(self) -> str:
-        return f"</{self.token}invoke>\n"
-
-    def begin_parameter(self, name: str, is_string: bool) -> str:
-        return f'<{self.token}parameter name="{name}" string="{"true" if is_string else "false"}">'
-
-    @property
-    def end_parameter(self) -> str:
-        return f"</{self.token}parameter>\n"
-
-
-@dataclasses.dataclass(frozen=True)
 class CallableTool:
     """A tool of which a grammar makes calls.
 
     Attributes:
         name: its name.
         parameters: JSON schema of an object, or None for none.
+        is_strict: whether arguments must obey the schema; else any arguments are allowed.
     """
 
     name: str
     parameters: Mapping[str, Any] | None
+    is_strict: bool
 
 
-def json_rules(schema: Mapping[str, Any], *, after: str | None = None) -> str:
-    """Return rules for an answer that is JSON obeying `schema`, preceded by any text that ends in `after`."""
-    return "\n".join(_before(after, "answer") + [f"answer: %json {json.dumps(schema)}"])
+def json_rules(schema: Mapping[str, Any], *, after: int | None = None) -> str:
+    """Return rules for an answer that is JSON obeying `schema`, preceded by any text that ends in the token `after`."""
+    return "\n".join([*_before(after, "answer"), f"answer: %json {json.dumps(schema)}"])
 
 
 def tool_call_rules(
-    tools: Sequence[CallableTool], markup: ToolMarkup, *, after: str | None, is_forced: bool, is_single: bool
+    tools: Sequence[CallableTool], dsml: int, *, after: int | None, is_forced: bool, is_single: bool
 ) -> str:
     """Return rules for an answer whose tool calls obey their schemas, preceded by any text that ends in `after`.
 
     Args:
         tools: at least one.
-        markup: how the model writes calls.
-        after: the text that ends thinking, or None.
+        dsml: the control token of DeepSeek-V4's call markup, see docs/chat.md.
+        after: the token that ends thinking, or None.
         is_forced: whether the answer is calls only; else it is text, then calls or none.
         is_single: whether one call is all.
 
     Raises:
-        ValueError: the parameters of a tool are no object with named properties.
+        ValueError: the parameters of a strict tool are no object with named properties.
     """
-    calls = [f"call_{place}" for place in range(len(tools))]
-    begin = json.dumps(markup.begin_calls)
+    tag = f"<[{dsml}]>"
+    names = [f"call_{place}" for place in range(len(tools))]
+    block = f'{tag} "tool_calls>\\n" call{"" if is_single else "+"} "</" {tag} "tool_calls>"'
     if is_forced:
-        lines = [*_before(after, "calls"), f"calls: {begin} body"]
+        lines = [*_before(after, "calls"), f'calls: "\\n\\n<" {block}']
     else:
-        lines = [
-            *_before(after, "(text_and_calls | TEXT)"),
-            "text_and_calls: text body",
-            f"text[suffix={begin}]: {ANY_TEXT}",
-            f"TEXT: {ANY_TEXT} & ~/(?s:.*){_in_regex(markup.begin_calls)}(?s:.*)/",
-        ]
-    lines += [
-        f"body: call{'' if is_single else '+'} {json.dumps(markup.end_calls)}",
-        f"call: {' | '.join(calls)}",
-    ]
-    for rule, tool in zip(calls, tools, strict=True):
-        lines += _call_rules(rule, tool, markup)
+        lines = [*_before(after, "(TEXT | TEXT_BEFORE calls)"), f"calls: {block}", f"TEXT: {_ANY_TEXT}"]
+        lines += ["TEXT_BEFORE: /(?s:.*)\\n\\n</"]
+    lines += [f"call: {' | '.join(names)}", "VALUE: /(?s:.*)<\\//"]
+    for name, tool in zip(names, tools, strict=True):
+        lines += _call_rules(name, tool, tag)
     return "\n".join(lines)
 
 
-def _before(after: str | None, answer: str) -> list[str]:
+def _before(after: int | None, answer: str) -> list[str]:
     if after is None:
         return [f"start: {answer}"]
-    return [f"start: before {answer}", f"before[suffix={json.dumps(after)}]: {ANY_TEXT}"]
+    return [f"start: THOUGHT <[{after}]> {answer}", f"THOUGHT: {_ANY_TEXT}"]
 
 
-def _in_regex(text: str) -> str:
-    """Return a regular expression for `text`, for use between slashes."""
-    return "".join(f"\\x{{{ord(character):x}}}" for character in text)
-
-
-def _call_rules(rule: str, tool: CallableTool, markup: ToolMarkup) -> list[str]:
+def _call_rules(rule: str, tool: CallableTool, tag: str) -> list[str]:
+    """Return the rules of one tool. A line break stands before each parameter; a call without any has an empty line."""
+    begin = f'"<" {tag} {_quoted(f"""invoke name="{tool.name}">""")}'
+    end = f'"\\n</" {tag} "invoke>\\n"'
+    if not tool.is_strict:
+        some = "string=\\\"true\\\">", "string=\\\"false\\\">"
+        opening = f'"\\n<" {tag} "parameter name=\\"" /[^"\\n<>]+/ ("\\" {some[0]}" | "\\" {some[1]}")'
+        return [f'{rule}: {begin} ({rule}_any+ | "\\n") {end}', f'{rule}_any: {opening} VALUE {tag} "parameter>"']
     schema = tool.parameters or {}
     if schema.get("type", "object") != "object" or {"anyOf", "oneOf", "allOf", "$ref"} & set(schema):
         raise ValueError(
-            f"tools: the parameters of {tool.name!r} must be an object with 'properties' to be enforced; "
-            f"got {sorted(schema)}. Describe it with 'properties', or use tool_choice 'auto' without 'strict'."
+            f"tools: the parameters of {tool.name!r} must be an object with 'properties' to be enforced; got one with "
+            f"{', '.join(sorted(schema))}. Describe it with 'properties', or set 'strict' to false."
         )
     properties: Mapping[str, Any] = schema.get("properties") or {}
     required = schema.get("required") or []
-    missing = [name for name in required if name not in properties]
+    missing = [str(name) for name in required if name not in properties]
     if missing:
-        raise ValueError(f"tools: {tool.name!r} requires {missing}, which its 'properties' do not describe. Add them.")
+        raise ValueError(
+            f"tools: {tool.name!r} requires {', '.join(missing)}, not described in its 'properties'. Add it there."
+        )
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     parts, lines = [], []
     for place, (name, property_) in enumerate(properties.items()):
         parts.append(f"{rule}_{place}{'' if name in required else '?'}")
-        lines += _parameter_rules(f"{rule}_{place}", name, property_, shared, markup)
-    begin, end = json.dumps(markup.begin_call(tool.name)), json.dumps(markup.end_call)
-    return [" ".join([f"{rule}: {begin}", *parts, end]), *lines]
+        lines += _parameter_rules(f"{rule}_{place}", name, property_, shared, tag)
+    empty = [] if required else ['"\\n"']
+    body = " | ".join([*([" ".join(parts)] if parts else []), *empty])
+    return [f"{rule}: {begin} ({body}) {end}", *lines]
 
 
-def _parameter_rules(
-    rule: str, name: str, schema: Any, shared: Mapping[str, Any], markup: ToolMarkup
-) -> list[str]:
+def _parameter_rules(rule: str, name: str, schema: Any, shared: Mapping[str, Any], tag: str) -> list[str]:
     """A plain string is written as it is up to the closing tag; everything else, and a bounded string, as JSON."""
-    end = markup.end_parameter
-    text, value = (json.dumps(markup.begin_parameter(name, is_string)) for is_string in (True, False))
     is_object = isinstance(schema, Mapping)
     choices = schema.get("enum") if is_object else None
-    if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
-        return [f"{rule}: {text} ({' | '.join(json.dumps(choice) for choice in choices)}) {json.dumps(end)}"]
-    if is_object and schema.get("type") == "string" and set(schema) <= {"type", "description", "title", "default"}:
-        return [f"{rule}: {text} {rule}_text", f"{rule}_text[suffix={json.dumps(end)}]: {ANY_TEXT}"]
+    is_choice = isinstance(choices, list) and bool(choices) and all(isinstance(choice, str) for choice in choices)
+    is_text = is_object and schema.get("type") == "string" and set(schema) <= _UNBOUNDED
+    raw = "true" if is_choice or is_text else "false"
+    opening = f'"\\n<" {tag} {_quoted(f"""parameter name="{name}" string="{raw}">""")}'
+    closing = f'{tag} "parameter>"'
+    if is_choice:
+        return [f'{rule}: {opening} ({" | ".join(_quoted(choice) for choice in choices)}) "</" {closing}']
+    if is_text:
+        return [f"{rule}: {opening} VALUE {closing}"]
     body = {**schema, **shared} if is_object else schema
-    return [f"{rule}: {value} {rule}_json {json.dumps(end)}", f"{rule}_json: %json {json.dumps(body)}"]
+    return [f'{rule}: {opening} {rule}_json "</" {closing}', f"{rule}_json: %json {json.dumps(body)}"]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -2,14 +2,15 @@
 """Service: one thread that owns an engine, and any number of asyncio tasks that ask it for text.
 
 Only that thread calls the engine. Tasks hand it commands through a queue that is emptied before every step, so that a
-cancelled request has given its pages back before the next step runs. Per request the thread keeps the detokenizer and
-the stop-string matcher; it hands finished pieces of text back to the event loop, once per step for all requests.
+cancelled request has given its pages back before the next step runs. Each request brings a reader, which turns tokens
+into what is wanted (text, or the events of a chat) and knows the stop strings; the thread feeds it and hands what came
+out to the event loop, once per step for all requests.
 
-    service = Service(engine, tokenizer)
+    service = Service(engine)
     service.start()                                    # inside a running event loop
-    stream = await service.submit(Request(prompt_ids, params, stop_strings=("\\n\\n",)))
+    stream = await service.submit(Request(prompt_ids, params, TextStream(tokenizer, ["\\n\\n"])))
     async for piece in stream:
-        ...
+        print(piece.read)
     await service.stop()
 
 An error inside the engine is a defect of ours: it ends the thread with its traceback, every open stream raises
@@ -21,22 +22,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import logging
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from megamoe.engine.engine import Engine
 from megamoe.engine.outputs import EngineStats, QueueFull, RequestOutput, TokenLogprobs
 from megamoe.engine.sampling_params import SamplingParams
-from megamoe.text.detokenizer import Detokenizer
-from megamoe.text.stop import StopMatcher
-from megamoe.text.tokenizer import Tokenizer
+from megamoe.text.grammar import GrammarFilter
 
 FinishReason: TypeAlias = Literal["stop", "length"]
-log = logging.getLogger(__name__)
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 class ServiceStopped(Exception):
@@ -48,47 +47,71 @@ class RequestTimeout(Exception):
 
 
 class FilterFailed(Exception):
-    """The logits filter of a request could not go on; the request was ended."""
+    """The grammar of a request could not go on; the request was ended."""
+
+
+class Reader(Protocol[T_co]):
+    """Turns the tokens of one request into something; `TextStream` and `AnswerStream` are readers."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were read."""
+        ...
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the request, or None."""
+        ...
+
+    def feed(self, token_ids: Sequence[int]) -> T_co:
+        """Read tokens, none beyond a stop string, and return what is certain."""
+        ...
+
+    def finish(self) -> T_co:
+        """Return what was held back."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Request(Generic[T]):
     """What to generate.
 
     Attributes:
         prompt_ids: tokens of the prompt.
         params: sampling and limits.
-        stop_strings: end the text before the first of these that appears.
+        reader: reads the answer; belongs to this request alone, and to the service's thread from now on.
         logits_filter: what tokens a grammar allows; belongs to this request alone.
         timeout_s: ends the request with `RequestTimeout`, waiting included; None waits for ever.
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams
-    stop_strings: tuple[str, ...] = ()
-    logits_filter: LogitsFilter | None = None
+    reader: Reader[T]
+    logits_filter: GrammarFilter | None = None
     timeout_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Piece(Generic[T]):
     """What one step added to a request.
 
     Attributes:
-        text: text that is certain and before any stop string. Tokens and text need not go together: a character may
-            be incomplete, or a part of a stop string held back. The last piece brings everything held back.
-        token_ids: the new tokens.
+        read: what the reader made of the tokens. Tokens and text need not go together: a character may be incomplete,
+            or a part of a stop string held back.
+        rest: what the reader had held back; only in the last piece.
+        token_ids: the new tokens, up to the one that completed a stop string.
         logprobs: of each token, or None if not asked for.
         finish_reason: None, or why this is the last piece.
     """
 
-    text: str
+    read: T
+    rest: T | None
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason | None
 
 
-class TextStream:
+class RequestStream(Generic[T]):
     """The pieces of one request; iterate over it in the event loop that submitted it, and only once.
 
     Attributes:
@@ -97,21 +120,21 @@ class TextStream:
         cached_tokens: how many of them were found in the cache; known with the first piece.
     """
 
-    def __init__(self, request_id: str, request: Request, cancel: Callable[[TextStream], None]) -> None:
+    def __init__(self, request_id: str, request: Request[T], cancel: Callable[[RequestStream[T]], None]) -> None:
         self.request_id = request_id
         self.prompt_tokens = len(request.prompt_ids)
         self.cached_tokens = 0
         self._loop = asyncio.get_running_loop()
         self._accepted: asyncio.Future[None] = self._loop.create_future()
-        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._pieces: asyncio.Queue[Piece[T] | Exception] = asyncio.Queue()
         self._cancel = cancel
         self._is_done = False
         self._timer: asyncio.TimerHandle | None = None
 
-    def __aiter__(self) -> AsyncIterator[Piece]:
+    def __aiter__(self) -> AsyncIterator[Piece[T]]:
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> Piece[T]:
         if self._is_done and self._pieces.empty():
             raise StopAsyncIteration
         piece = await self._pieces.get()
@@ -131,7 +154,7 @@ class TextStream:
         if not self._accepted.done():
             self._accepted.set_result(None)
 
-    def _give(self, piece: Piece, cached_tokens: int) -> None:
+    def _give(self, piece: Piece[T], cached_tokens: int) -> None:
         if self._is_done:  # cancelled while this was on its way
             return
         self.cached_tokens = cached_tokens
@@ -161,8 +184,8 @@ class TextStream:
 
 @dataclasses.dataclass(frozen=True)
 class _Submit:
-    stream: TextStream
-    request: Request
+    stream: RequestStream[Any]
+    request: Request[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,22 +211,19 @@ _Delivery: TypeAlias = Callable[[], None]
 class _Running:
     """What the thread keeps of a request."""
 
-    stream: TextStream
-    request: Request
-    detokenizer: Detokenizer
-    stop: StopMatcher | None
+    stream: RequestStream[Any]
+    request: Request[Any]
+    num_read: int = 0
 
 
 class Service:
-    """Texts from an engine, for many at once.
+    """Answers from an engine, for many at once.
 
     Attributes:
-        tokenizer: what the streams' texts are made with.
         failed: set when the engine raised an error; the service is then over.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, engine: Engine) -> None:
         self.failed = asyncio.Event()
         self._engine = engine
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
@@ -213,7 +233,7 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._ended: asyncio.Future[None] | None = None
-        self._streams: set[TextStream] = set()
+        self._streams: set[RequestStream[Any]] = set()
         self._is_accepting = False
         self._step_started: float | None = None
 
@@ -239,7 +259,7 @@ class Service:
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
 
-    async def submit(self, request: Request) -> TextStream:
+    async def submit(self, request: Request[T]) -> RequestStream[T]:
         """Queue a request and return its stream once the engine has taken it.
 
         Raises:
@@ -250,7 +270,7 @@ class Service:
         """
         if not self._is_accepting:
             raise ServiceStopped("The server is shutting down.")
-        stream = TextStream(f"r{next(self._ids)}", request, self._cancel)
+        stream = RequestStream(f"r{next(self._ids)}", request, self._cancel)
         self._streams.add(stream)
         if request.timeout_s is not None:
             stream._timer = stream._loop.call_later(request.timeout_s, stream._time_out, request.timeout_s)
@@ -305,7 +325,7 @@ class Service:
             self._commands.put(_Stop())
             await self._ended
 
-    def _cancel(self, stream: TextStream) -> None:
+    def _cancel(self, stream: RequestStream[Any]) -> None:
         self._streams.discard(stream)
         self._commands.put(_Cancel(stream.request_id))
 
@@ -313,12 +333,12 @@ class Service:
         for delivery in deliveries:
             delivery()
 
-    def _give(self, stream: TextStream, piece: Piece, cached_tokens: int) -> None:
+    def _give(self, stream: RequestStream[Any], piece: Piece[Any], cached_tokens: int) -> None:
         stream._give(piece, cached_tokens)
         if piece.finish_reason is not None:
             self._streams.discard(stream)
 
-    def _fail(self, stream: TextStream, error: Exception) -> None:
+    def _fail(self, stream: RequestStream[Any], error: Exception) -> None:
         stream._fail(error)
         self._streams.discard(stream)
 
@@ -365,7 +385,7 @@ class Service:
                     return False
             self._hand_over()
 
-    def _add(self, stream: TextStream, request: Request) -> None:
+    def _add(self, stream: RequestStream[Any], request: Request[Any]) -> None:
         try:
             self._engine.add(
                 stream.request_id, request.prompt_ids, request.params, logits_filter=request.logits_filter
@@ -373,8 +393,7 @@ class Service:
         except (ValueError, QueueFull) as error:
             self._deliveries.append(lambda error=error: self._fail(stream, error))
             return
-        stop = StopMatcher(request.stop_strings) if request.stop_strings else None
-        self._running[stream.request_id] = _Running(stream, request, Detokenizer(self.tokenizer), stop)
+        self._running[stream.request_id] = _Running(stream, request)
         self._deliveries.append(stream._accept)
 
     def _step(self) -> None:
@@ -388,44 +407,43 @@ class Service:
 
     def _take(self, running: _Running, output: RequestOutput) -> None:
         """Turn one step's tokens into a piece; end the request at a stop string, whatever the engine made after it."""
-        texts: list[str] = []
-        num_tokens = 0
+        request, stream = running.request, running.stream
+        reader = request.reader
+        ids = output.token_ids
+        is_stop_id = output.finish_reason == "stop" and ids[-1] in request.params.stop_token_ids
         finish_reason: FinishReason | None = None
-        for token_id in output.token_ids:
-            num_tokens += 1
-            is_last = num_tokens == len(output.token_ids) and output.finish_reason is not None
-            is_stop_id = is_last and output.finish_reason == "stop" and token_id in running.request.params.stop_token_ids
-            text = "" if is_stop_id else running.detokenizer.add(token_id)
-            if is_last:
-                text += running.detokenizer.finish()
-            if running.stop is not None:
-                text, is_stopped = running.stop.add(text)
-                if is_stopped:
-                    finish_reason = "stop"
-                    self._engine.abort(output.request_id)
-            texts.append(text)
+        rest = None
+        try:
+            read = reader.feed(ids[:-1] if is_stop_id else ids)  # an id that was asked for as a stop is no text
+            num_tokens = len(ids)
+            if reader.matched_stop is not None:
+                finish_reason = "stop"
+                num_tokens -= (len(ids) - is_stop_id) - (reader.num_tokens - running.num_read)
+            elif output.finish_reason == "stop" or output.finish_reason == "length":
+                finish_reason = output.finish_reason
             if finish_reason is not None:
-                break
-        error: Exception | None = None
-        logits_filter = running.request.logits_filter
-        if logits_filter is not None and logits_filter.error is not None:
-            self._engine.abort(output.request_id)
-            error = FilterFailed(logits_filter.error)
-        elif output.finish_reason == "abort":
-            error = ServiceStopped("The engine gave up this request.")
-        elif finish_reason is None and output.finish_reason is not None:
-            finish_reason = output.finish_reason
-            if running.stop is not None:
-                texts.append(running.stop.finish())
-        if finish_reason is not None or error is not None:
-            del self._running[output.request_id]
-        stream = running.stream
-        if error is not None:
-            self._deliveries.append(lambda: self._fail(stream, error))
+                rest = reader.finish()
+        except ValueError as error:
+            self._end(running, output, error)
             return
-        logprobs = None if output.logprobs is None else output.logprobs[:num_tokens]
-        piece = Piece("".join(texts), output.token_ids[:num_tokens], logprobs, finish_reason)
-        self._deliveries.append(lambda: self._give(stream, piece, output.cached_tokens))
+        running.num_read = reader.num_tokens
+        if request.logits_filter is not None and request.logits_filter.error is not None:
+            self._end(running, output, FilterFailed(request.logits_filter.error))
+        elif output.finish_reason == "abort":
+            self._end(running, output, ServiceStopped("The engine gave up this request."))
+        else:
+            logprobs = None if output.logprobs is None else output.logprobs[:num_tokens]
+            piece = Piece(read, rest, ids[:num_tokens], logprobs, finish_reason)
+            self._deliveries.append(lambda: self._give(stream, piece, output.cached_tokens))
+            if finish_reason is not None:
+                self._end(running, output, None)
+
+    def _end(self, running: _Running, output: RequestOutput, error: Exception | None) -> None:
+        del self._running[output.request_id]
+        if output.finish_reason is None:
+            self._engine.abort(output.request_id)
+        if error is not None:
+            self._deliveries.append(lambda: self._fail(running.stream, error))
 
     def _hand_over(self) -> None:
         """Pass everything that happened since the last time to the event loop, with one wake-up."""
