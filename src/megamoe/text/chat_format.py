@@ -20,11 +20,66 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from megamoe.models.deepseek_v4 import chat as v4
+from megamoe.models.deepseek_v4.chat import (
+    CONTROL_TOKENS,
+    EFFORT_PREFIXES,
+    AnswerParser,
+    AssistantMessage,
+    ContentDelta,
+    Control,
+    DeveloperMessage,
+    Event,
+    Fault,
+    LatestReminder,
+    Malformed,
+    Message,
+    ReasoningDelta,
+    Release,
+    SystemMessage,
+    Tool,
+    ToolCall,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+    ToolResult,
+    UserMessage,
+    encode,
+    read_messages,
+    read_tools,
+)
 from megamoe.models.deepseek_v4.chat.protocol import ASSISTANT, EOS, USER
 from megamoe.text.detokenizer import Detokenizer
 from megamoe.text.stop import StopMatcher
 from megamoe.text.tokenizer import Tokenizer
+
+__all__ = [  # messages and events besides the formats: whoever stands above text imports them from here
+    "AnswerStream",
+    "AssistantMessage",
+    "ChatConfig",
+    "ChatFormat",
+    "ContentDelta",
+    "DeepSeekV4Format",
+    "DeveloperMessage",
+    "EncodedPrompt",
+    "Event",
+    "Fault",
+    "LatestReminder",
+    "Malformed",
+    "Message",
+    "PlainFormat",
+    "ReasoningDelta",
+    "Release",
+    "SystemMessage",
+    "Tool",
+    "ToolCall",
+    "ToolCallArguments",
+    "ToolCallEnd",
+    "ToolCallStart",
+    "ToolResult",
+    "UserMessage",
+    "read_messages",
+    "read_tools",
+]
 
 
 class ChatConfig(Protocol):
@@ -84,14 +139,14 @@ class ChatFormat(abc.ABC):
         Raises:
             ValueError: the tokenizer has a part of DeepSeek-V4's control tokens, or an unknown release.
         """
-        known = [one.value for one in v4.Release]
+        known = [one.value for one in Release]
         chosen = config.chat_release if release is None else release
         if chosen not in known:
             raise ValueError(f"chat: unknown release {chosen!r}; allowed are {', '.join(known)}.")
         added = tokenizer.added_ids
-        missing = [token for token in v4.CONTROL_TOKENS if token not in added]
+        missing = [token for token in CONTROL_TOKENS if token not in added]
         if not missing:
-            return DeepSeekV4Format(tokenizer, v4.Release(chosen))
+            return DeepSeekV4Format(tokenizer, Release(chosen))
         if USER in added or ASSISTANT in added:
             raise ValueError(
                 f"chat: {tokenizer.path} has a part of DeepSeek-V4's control tokens; missing are {', '.join(missing)}. "
@@ -107,9 +162,9 @@ class ChatFormat(abc.ABC):
     @abc.abstractmethod
     def encode(
         self,
-        messages: Sequence[v4.Message],
+        messages: Sequence[Message],
         *,
-        tools: Sequence[v4.Tool] = (),
+        tools: Sequence[Tool] = (),
         thinking: bool = False,
         effort: str | None = None,
         response_format: Mapping[str, Any] | None = None,
@@ -148,15 +203,15 @@ class ChatFormat(abc.ABC):
 class AnswerReader(Protocol):
     """What AnswerStream drives: text and control tokens in, events out."""
 
-    def text(self, text: str) -> list[v4.Event]:
+    def text(self, text: str) -> list[Event]:
         """Read ordinary characters."""
         ...
 
-    def control(self, token: str) -> list[v4.Event]:
+    def control(self, token: str) -> list[Event]:
         """Read a control token."""
         ...
 
-    def finish(self) -> list[v4.Event]:
+    def finish(self) -> list[Event]:
         """End the answer."""
         ...
 
@@ -211,9 +266,9 @@ class AnswerStream:
         """Everything that Malformed events reported, as text, to be logged."""
         return self._reader.withheld
 
-    def feed(self, token_ids: Sequence[int]) -> list[v4.Event]:
+    def feed(self, token_ids: Sequence[int]) -> list[Event]:
         """Read tokens and return what is certain; nothing is read beyond a stop string."""
-        events: list[v4.Event] = []
+        events: list[Event] = []
         for token_id in token_ids:
             if self._stops.matched is not None:
                 break
@@ -226,29 +281,29 @@ class AnswerStream:
             events += self._stopped(read)
         return events
 
-    def finish(self) -> list[v4.Event]:
+    def finish(self) -> list[Event]:
         """End the answer and return what was held; nothing after a stop string."""
         if self._stops.matched is not None:
             return []
         events = self._stopped(self._reader.text(self._detokenizer.finish()) + self._reader.finish())
         return events + self._content(self._stops.finish())
 
-    def _content(self, text: str) -> list[v4.Event]:
+    def _content(self, text: str) -> list[Event]:
         if self._strip_start:
             text = text.lstrip()
             self._strip_start = not text
-        return [v4.ContentDelta(text)] if text else []
+        return [ContentDelta(text)] if text else []
 
-    def _stopped(self, read: Iterable[v4.Event]) -> list[v4.Event]:
+    def _stopped(self, read: Iterable[Event]) -> list[Event]:
         """Return the events with their content up to a stop string."""
-        events: list[v4.Event] = []
+        events: list[Event] = []
         for event in read:
-            if isinstance(event, v4.ContentDelta):
+            if isinstance(event, ContentDelta):
                 events += self._content(self._stops.feed(event.text, may_stop=self.num_tokens > self._min_tokens))
                 if self._stops.matched is not None:
                     break
                 continue
-            if isinstance(event, v4.ToolCallStart):  # content before a call cannot go on
+            if isinstance(event, ToolCallStart):  # content before a call cannot go on
                 events += self._content(self._stops.finish())
             events.append(event)
         return events
@@ -260,25 +315,25 @@ class DeepSeekV4Format(ChatFormat):
     name = "deepseek-v4"
     has_tools = True
 
-    def __init__(self, tokenizer: Tokenizer, release: v4.Release) -> None:
+    def __init__(self, tokenizer: Tokenizer, release: Release) -> None:
         """Take a tokenizer that has every control token."""
         self.release = release
-        self.efforts = tuple(v4.EFFORT_PREFIXES[release])
+        self.efforts = tuple(EFFORT_PREFIXES[release])
         self._tokenizer = tokenizer
         self._ids = tokenizer.added_ids
         self._controls = {token_id: token for token, token_id in self._ids.items()}
 
     def encode(
         self,
-        messages: Sequence[v4.Message],
+        messages: Sequence[Message],
         *,
-        tools: Sequence[v4.Tool] = (),
+        tools: Sequence[Tool] = (),
         thinking: bool = False,
         effort: str | None = None,
         response_format: Mapping[str, Any] | None = None,
     ) -> EncodedPrompt:
         """Encode a conversation, see ChatFormat."""
-        prompt = v4.encode(
+        prompt = encode(
             messages,
             release=self.release,
             thinking=thinking,
@@ -286,7 +341,7 @@ class DeepSeekV4Format(ChatFormat):
             tools=tools,
             response_format=response_format,
         )
-        if prompt.pieces[-1] == v4.Control(EOS):
+        if prompt.pieces[-1] == Control(EOS):
             raise ValueError("chat: the last message is a finished answer. Add a user message, or make it an open one.")
         ids: list[int] = []
         for piece in prompt.pieces:
@@ -299,7 +354,7 @@ class DeepSeekV4Format(ChatFormat):
         """Return a parser, see ChatFormat. Every added token of the tokenizer is a control token."""
         matcher = StopMatcher(stops, include_stop_str=include_stop_str)
         return AnswerStream(
-            self._tokenizer, v4.AnswerParser(thinking=thinking), self._controls, matcher, min_tokens=min_tokens
+            self._tokenizer, AnswerParser(thinking=thinking), self._controls, matcher, min_tokens=min_tokens
         )
 
 
@@ -325,9 +380,9 @@ class PlainFormat(ChatFormat):
 
     def encode(
         self,
-        messages: Sequence[v4.Message],
+        messages: Sequence[Message],
         *,
-        tools: Sequence[v4.Tool] = (),
+        tools: Sequence[Tool] = (),
         thinking: bool = False,
         effort: str | None = None,
         response_format: Mapping[str, Any] | None = None,
@@ -343,23 +398,23 @@ class PlainFormat(ChatFormat):
             schema = json.dumps(dict(response_format), ensure_ascii=False)
             paragraphs.insert(0, f"Answers are JSON of this schema: {schema}")
         last = messages[-1]
-        if not isinstance(last, v4.AssistantMessage):
+        if not isinstance(last, AssistantMessage):
             paragraphs.append("Assistant:")
         text = "\n\n".join(paragraphs)
         bos = [] if self._bos_token_id is None else [self._bos_token_id]
         return EncodedPrompt([*bos, *self._tokenizer.encode_text(text)], text, thinking=False)
 
-    def _paragraph(self, idx: int, message: v4.Message, num_messages: int) -> str:
-        if isinstance(message, v4.SystemMessage | v4.DeveloperMessage):
+    def _paragraph(self, idx: int, message: Message, num_messages: int) -> str:
+        if isinstance(message, SystemMessage | DeveloperMessage):
             if message.tools or message.response_format is not None:
                 raise ValueError(
                     f"chat: message {idx} has tools or a response format; this model's format is plain text, which has "
                     "neither in messages. Leave them out."
                 )
             return message.content
-        if isinstance(message, v4.UserMessage) and message.task is None:
+        if isinstance(message, UserMessage) and message.task is None:
             return f"User: {message.content}"
-        if isinstance(message, v4.AssistantMessage) and not message.tool_calls:  # its reasoning is not shown again
+        if isinstance(message, AssistantMessage) and not message.tool_calls:  # its reasoning is not shown again
             if message.is_open != (idx + 1 == num_messages):
                 raise ValueError(
                     f"chat: message {idx} is {'open, but not' if message.is_open else 'a finished answer, and'} the "
@@ -386,14 +441,14 @@ class _PlainReader:
 
     withheld = ""
 
-    def text(self, text: str) -> list[v4.Event]:
+    def text(self, text: str) -> list[Event]:
         """Read ordinary characters."""
-        return [v4.ContentDelta(text)] if text else []
+        return [ContentDelta(text)] if text else []
 
-    def control(self, token: str) -> list[v4.Event]:
+    def control(self, token: str) -> list[Event]:
         """Read a control token: it stands for nothing."""
         return []
 
-    def finish(self) -> list[v4.Event]:
+    def finish(self) -> list[Event]:
         """End the answer: nothing is ever held."""
         return []
