@@ -32,8 +32,9 @@ class RequestOutput:
         request_id: the request.
         token_ids: new tokens, one or more (several when drafts were right); none only with max_tokens 0.
         logprobs: one per new token, or None where none were asked for.
-        finish_reason: None while it goes on; "stop" (the last token is an end-of-sequence or stop id), "length" (max_tokens
-            or the longest sequence is reached) or "abort" (never from `Engine.step`: an aborted request has no output).
+        finish_reason: None while it goes on; "stop" (the last token is an end-of-sequence or stop id), "length"
+            (max_tokens or the longest sequence is reached) or "abort" (never from `Engine.step`: an aborted request
+            has no output).
         prompt_tokens: tokens of the prompt.
         cached_tokens: how many of them came from another request's pages instead of being computed.
     """

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From logits to token ids: what each request asks for, gathered into one call per step.
+
+A row is one position of one request at which a token is needed; a request whose drafts are checked has several. The
+random number of a row depends on the request's seed and on which of its tokens it is, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megamoe.engine.outputs import TokenLogprobs
+from megamoe.engine.random_numbers import uniform
+from megamoe.engine.request import Request
+from megamoe.ops.penalize import penalize
+from megamoe.ops.sample import sample
+from megamoe.ops.token_logprobs import token_logprobs
+
+NO_TOKEN = -1  # a filter allows nothing: the request ends
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token per row.
+
+    Attributes:
+        token_ids: per row; NO_TOKEN where a filter allows none.
+        logprobs: per row; None where not asked for.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+
+
+def sample_rows(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> Sampled:
+    """Choose one token per row.
+
+    Args:
+        logits: [N, V] fp32; not changed.
+        requests: [N] whose row it is.
+        ahead: [N] how many drafts come between the request's last token and the row's.
+    """
+    edited, is_dead = logits, None
+    if any(_needs_edits(request, offset) for request, offset in zip(requests, ahead, strict=True)):
+        edited = logits.clone()
+        is_dead = _edit(edited, requests, ahead)
+    ids = _draw(edited, requests, ahead)
+    token_ids: list[int] = ids.tolist()
+    logprobs = None
+    if any(request.params.logprobs is not None for request in requests):
+        logprobs = _logprobs(logits, ids, requests)
+    for row in is_dead or ():
+        token_ids[row] = NO_TOKEN
+    return Sampled(token_ids, logprobs)
+
+
+def choose_drafts(logits: torch.Tensor, requests: Sequence[Request], ahead: int) -> torch.Tensor:
+    """Choose one draft per request, [N] int64, with the very number that its token will be drawn with.
+
+    Model and drafter draw by the same number, so they agree wherever their distributions do; which token is accepted is
+    the model's own draw either way.
+    """
+    return _draw(logits, requests, [ahead] * len(requests))
+
+
+def _draw(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> torch.Tensor:
+    rows = np.zeros((4, len(requests)), dtype=np.float32)  # temperature, top_p, min_p, uniform
+    rows[1] = 1.0
+    top_k = np.zeros(len(requests), dtype=np.int64)
+    needs_min_p = False
+    for row, (request, offset) in enumerate(zip(requests, ahead, strict=True)):
+        params = request.params
+        if params.temperature:
+            number = uniform(request.stream, len(request.ids) - request.num_prompt + offset)
+            rows[:, row] = (params.temperature, params.top_p, params.min_p, number)
+            top_k[row] = params.top_k
+            needs_min_p = needs_min_p or params.min_p > 0
+    temperature, top_p, min_p, number_rows = torch.from_numpy(rows).to(logits.device)
+    return sample(
+        logits,
+        temperature=temperature,
+        top_k=torch.from_numpy(top_k).to(logits.device),
+        top_p=top_p,
+        min_p=min_p if needs_min_p else None,
+        uniform=number_rows,
+    )
+
+
+def _needs_edits(request: Request, offset: int) -> bool:
+    params = request.params
+    return bool(
+        request.logits_filter is not None
+        or params.logit_bias
+        or params.has_penalties
+        or len(request.ids) - request.num_prompt + offset < params.min_tokens
+    )
+
+
+def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> list[int]:
+    """Apply biases, bans and penalties in place; return the rows in which nothing is allowed."""
+    dead = []
+    for row, (request, offset) in enumerate(zip(requests, ahead, strict=True)):
+        params = request.params
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=logits.device)
+            logits[row, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        allowed = None if request.logits_filter is None else request.logits_filter.allowed()
+        if allowed is not None:
+            allowed = allowed.to(logits.device)
+            if not bool(allowed.any()):
+                dead.append(row)  # the row is still drawn from, unrestricted, and its token dropped
+            else:
+                logits[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
+                logits[row, len(allowed) :] = -torch.inf
+        if request.num_generated + offset < params.min_tokens and request.stop_ids:
+            kept = logits[row].clone()
+            kept[torch.tensor(sorted(request.stop_ids), device=logits.device)] = -torch.inf
+            if allowed is None or bool((kept > -torch.inf).any()):  # where a filter allows the end alone, it ends
+                logits[row] = kept
+    _penalize(logits, requests)
+    return dead
+
+
+def _penalize(logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    """Apply penalties in place. Requests with penalties have no drafts, so each has one row."""
+    rows: list[int] = []
+    ids: list[int] = []
+    counts: list[int] = []
+    factors = np.zeros((3, len(requests)), dtype=np.float32)
+    factors[0] = 1.0
+    for row, request in enumerate(requests):
+        params = request.params
+        if not params.has_penalties:
+            continue
+        factors[:, row] = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        output = Counter(request.ids[request.num_prompt :])
+        seen = output if params.repetition_penalty == 1 else set(request.ids)
+        ids.extend(seen)
+        counts.extend(output[token_id] for token_id in seen)
+        rows.extend([row] * len(seen))
+    if not ids:
+        return
+    repetition, presence, frequency = torch.from_numpy(factors).to(logits.device)
+    penalize(
+        logits,
+        torch.tensor(rows, device=logits.device),
+        torch.tensor(ids, device=logits.device),
+        torch.tensor(counts, dtype=torch.float32, device=logits.device),
+        repetition=repetition,
+        presence=presence,
+        frequency=frequency,
+    )
+
+
+def _logprobs(logits: torch.Tensor, ids: torch.Tensor, requests: Sequence[Request]) -> list[TokenLogprobs | None]:
+    asked = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+    num_top = max(requests[row].params.logprobs or 0 for row in asked)
+    at = torch.tensor(asked, device=logits.device)
+    found = token_logprobs(logits[at], ids[at], num_top=num_top)
+    result: list[TokenLogprobs | None] = [None] * len(requests)
+    for row, token_id, chosen, top_ids, top in zip(
+        asked, ids[at].tolist(), found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist(), strict=True
+    ):
+        wanted = requests[row].params.logprobs or 0
+        result[row] = TokenLogprobs(token_id, chosen, tuple(zip(top_ids[:wanted], top[:wanted], strict=True)))
+    return result
