@@ -63,7 +63,10 @@ _PAGE_HEADERS = {
 class _Prepared(Protocol):
     """A request that was checked and tokenized, of either API."""
 
-    requests: Sequence[TextRequest[Any]]
+    @property
+    def requests(self) -> Sequence[TextRequest[Any]]:
+        """What the service is to do."""
+        ...
 
     async def answer(self, generation: Generation[Any]) -> dict[str, Any]:
         """Return the whole answer."""
@@ -212,7 +215,7 @@ def _add_api(app: FastAPI, state: State) -> None:
             lambda: Completion(body, state.encoder, settings, state.fingerprint),
         )
 
-    list_errors = {401: _ERRORS[401], 429: _ERRORS[429]}
+    list_errors: dict[int | str, dict[str, Any]] = {401: _ERRORS[401], 429: _ERRORS[429]}
 
     @app.get("/v1/models", responses=list_errors, tags=["OpenAI"], summary="The model that is served")
     async def models() -> protocol.ModelList:
@@ -254,7 +257,7 @@ def _streamed(whole: type[Any], chunk: type[Any]) -> dict[str, Any]:
 
 
 def _add_operations(app: FastAPI, state: State) -> None:
-    unavailable = {503: _ERRORS[503]}
+    unavailable: dict[int | str, dict[str, Any]] = {503: _ERRORS[503]}
 
     @app.get("/health", responses=unavailable, tags=["Operation"], summary="Is the process alive?")
     async def health() -> protocol.HealthAnswer:

@@ -87,7 +87,7 @@ class Chat:
         self._n = num_choices(request, 1, settings)
         self._request = request
         self._tokenizer = encoder.tokenizer
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": settings.model_name,
@@ -245,7 +245,7 @@ def _grammar(
         return None
     if schema is not None and tools:
         raise _refused(
-            "response_format together with tools is not supported. Leave one of them out, or set tool_choice to 'none'.",
+            "response_format together with tools is not supported. Leave one out, or set tool_choice to 'none'.",
             "response_format",
         )
     if request.ignore_eos or request.min_tokens:

@@ -72,7 +72,7 @@ class Completion:
         self._settings = settings
         self._tokenizer = encoder.tokenizer
         self._n = n
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
@@ -173,9 +173,8 @@ def _prompts(request: CompletionRequest) -> list[str | list[int]]:
     prompt = request.prompt
     if isinstance(prompt, str):
         return [prompt]
-    if prompt and isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]  # one prompt as ids
-    return prompt  # type: ignore[return-value]
+    ids = [one for one in prompt if isinstance(one, int)]
+    return [ids] if ids else [one for one in prompt if not isinstance(one, int)]
 
 
 class _LogprobsBuilder:

@@ -7,7 +7,6 @@ Clients choose what to do by the status: the official client retries 408, 409, 4
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +24,6 @@ _TYPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
 class ApiError(Exception):
     """What a client is told instead of an answer.
 
@@ -37,11 +35,21 @@ class ApiError(Exception):
         headers: more response headers, such as Retry-After.
     """
 
-    status: int
-    message: str
-    param: str | None = None
-    code: str | None = None
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """Return the JSON object."""
@@ -75,9 +83,10 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     ignoring it could change the meaning of the request.
     """
     unknown = [error for error in errors if error["type"] == "extra_forbidden"]
-    first = (unknown or list(errors))[0]
+    # Of the members of a union, the one that had the right type says what is wrong with it.
+    first = min(unknown or errors, key=lambda error: error["type"].endswith("_type"))
     path = _path(first["loc"], last_is_a_field=bool(unknown))
-    more = f" ({len(errors) - 1} more problems in this request.)" if len(errors) > 1 else ""
+    more = f" ({len(errors) - 1} more not listed.)" if len(errors) > 1 else ""
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}.")
     if unknown:
@@ -88,8 +97,10 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
             param=path,
             code="unsupported_parameter",
         )
-    where = f"Field '{path}'" if path else "The request body"
-    return ApiError(400, f"{where}: {first['msg']}.{more}", param=path or None, code="invalid_value")
+    if not path:
+        message = "The body must be a JSON object, sent with 'Content-Type: application/json'."
+        return ApiError(400, message, code="invalid_value")
+    return ApiError(400, f"Field '{path}': {first['msg']}.{more}", param=path, code="invalid_value")
 
 
 def _path(location: Sequence[int | str], *, last_is_a_field: bool) -> str:

@@ -36,9 +36,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._engine = _EngineCollector()
         self._registry.register(self._engine)
-        info = Gauge(
-            "megamoe_info", "What is served.", ("model", "recipe", "version"), registry=self._registry
-        )
+        info = Gauge("megamoe_info", "What is served.", ("model", "recipe", "version"), registry=self._registry)
         info.labels(model_name, recipe, version).set(1)
         self.open_requests = Gauge("megamoe_open_requests", "API requests under way.", registry=self._registry)
         self.requests = Counter(

@@ -96,7 +96,7 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """What llguidance reads of a tokenizer. Added tokens are no text: a grammar names them by id, and text never is one."""
+    """What llguidance reads of a tokenizer. Added tokens are no text: grammars name them by id, text never is one."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> None:
         added = set(tokenizer.added_ids.values())
@@ -175,7 +175,7 @@ def _call_rules(rule: str, tool: CallableTool, tag: str) -> list[str]:
     begin = f'"<" {tag} {_quoted(f"""invoke name="{tool.name}">""")}'
     end = f'"\\n</" {tag} "invoke>\\n"'
     if not tool.is_strict:
-        some = "string=\\\"true\\\">", "string=\\\"false\\\">"
+        some = 'string=\\"true\\">', 'string=\\"false\\">'
         opening = f'"\\n<" {tag} "parameter name=\\"" /[^"\\n<>]+/ ("\\" {some[0]}" | "\\" {some[1]}")'
         return [f'{rule}: {begin} ({rule}_any+ | "\\n") {end}', f'{rule}_any: {opening} VALUE {tag} "parameter>"']
     schema = tool.parameters or {}
@@ -204,8 +204,8 @@ def _call_rules(rule: str, tool: CallableTool, tag: str) -> list[str]:
 def _parameter_rules(rule: str, name: str, schema: Any, shared: Mapping[str, Any], tag: str) -> list[str]:
     """A plain string is written as it is up to the closing tag; everything else, and a bounded string, as JSON."""
     is_object = isinstance(schema, Mapping)
-    choices = schema.get("enum") if is_object else None
-    is_choice = isinstance(choices, list) and bool(choices) and all(isinstance(choice, str) for choice in choices)
+    choices: list[Any] = (schema.get("enum") or []) if is_object else []
+    is_choice = bool(choices) and all(isinstance(choice, str) for choice in choices)
     is_text = is_object and schema.get("type") == "string" and set(schema) <= _UNBOUNDED
     raw = "true" if is_choice or is_text else "false"
     opening = f'"\\n<" {tag} {_quoted(f"""parameter name="{name}" string="{raw}">""")}'

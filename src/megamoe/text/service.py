@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import queue
 import threading
@@ -380,18 +381,16 @@ class Service:
                     self._engine.abort(command.request_id)
                 case _AskStats():
                     stats = self._engine.stats()
-                    self._deliveries.append(lambda answer=command.answer, stats=stats: _set(answer, stats))
+                    self._deliveries.append(functools.partial(_set, command.answer, stats))
                 case _Stop():
                     return False
             self._hand_over()
 
     def _add(self, stream: RequestStream[Any], request: Request[Any]) -> None:
         try:
-            self._engine.add(
-                stream.request_id, request.prompt_ids, request.params, logits_filter=request.logits_filter
-            )
+            self._engine.add(stream.request_id, request.prompt_ids, request.params, logits_filter=request.logits_filter)
         except (ValueError, QueueFull) as error:
-            self._deliveries.append(lambda error=error: self._fail(stream, error))
+            self._deliveries.append(functools.partial(self._fail, stream, error))
             return
         self._running[stream.request_id] = _Running(stream, request)
         self._deliveries.append(stream._accept)
@@ -410,7 +409,7 @@ class Service:
         request, stream = running.request, running.stream
         reader = request.reader
         ids = output.token_ids
-        is_stop_id = output.finish_reason == "stop" and ids[-1] in request.params.stop_token_ids
+        is_stop_id = output.finish_reason == "stop" and any(i in request.params.stop_token_ids for i in ids[-1:])
         finish_reason: FinishReason | None = None
         rest = None
         try:
@@ -434,7 +433,7 @@ class Service:
         else:
             logprobs = None if output.logprobs is None else output.logprobs[:num_tokens]
             piece = Piece(read, rest, ids[:num_tokens], logprobs, finish_reason)
-            self._deliveries.append(lambda: self._give(stream, piece, output.cached_tokens))
+            self._deliveries.append(functools.partial(self._give, stream, piece, output.cached_tokens))
             if finish_reason is not None:
                 self._end(running, output, None)
 
@@ -443,7 +442,7 @@ class Service:
         if output.finish_reason is None:
             self._engine.abort(output.request_id)
         if error is not None:
-            self._deliveries.append(lambda: self._fail(running.stream, error))
+            self._deliveries.append(functools.partial(self._fail, running.stream, error))
 
     def _hand_over(self) -> None:
         """Pass everything that happened since the last time to the event loop, with one wake-up."""
