@@ -212,7 +212,7 @@ class FakeChatConfig:
     chat_release: str = "preview"
 
 
-def make_state(directory: pathlib.Path, engine: object, *, context: int = 512, **settings: object) -> State:
+def make_state(directory: pathlib.Path, engine: object, *, context: int = 3000, **settings: object) -> State:
     """Return a server's state around an engine."""
     tokenizer = Tokenizer(directory)
     encoder = PromptEncoder(tokenizer, 400, BOS, (EOS,))

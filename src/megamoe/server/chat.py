@@ -112,7 +112,9 @@ class Chat:
         if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
             raise _refused("max_tokens and max_completion_tokens differ. Send the second only.", "max_tokens")
         asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-        limit = max_new_tokens(asked, settings.max_tokens, self._num_prompt, param, settings)
+        limit = max_new_tokens(
+            asked, settings.max_tokens, self._num_prompt, settings, param=param, prompt_param="messages"
+        )
         grammar = _grammar(request, tools, schema, encoder.tokenizer, self._think_end, grammars)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         self.requests: list[Request[list[Event]]] = []
@@ -243,20 +245,14 @@ def _grammar(
     is_bound = is_forced or (bool(tools) and is_single) or any(tool.function.strict for tool in tools)
     if schema is None and not is_bound:
         return None
-    if schema is not None and tools:
-        raise _refused(
-            "response_format together with tools is not supported. Leave one out, or set tool_choice to 'none'.",
-            "response_format",
-        )
     if request.ignore_eos or request.min_tokens:
         raise _refused(
             "ignore_eos and min_tokens cannot be combined with response_format or bound tool calls, whose grammar says "
             "where the answer ends. Leave them out.",
             "ignore_eos" if request.ignore_eos else "min_tokens",
         )
-    param = "tools" if schema is None else "response_format"
     try:
-        if schema is not None:
+        if schema is not None and not tools:
             return grammars().compile(json_rules(schema, after=think_end))
         named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
         callable_ = [
@@ -269,10 +265,12 @@ def _grammar(
             if named in (None, tool.function.name)
         ]
         dsml = tokenizer.added_ids[DSML]
-        rules = tool_call_rules(callable_, dsml, after=think_end, is_forced=is_forced, is_single=is_single)
+        rules = tool_call_rules(
+            callable_, dsml, after=think_end, is_forced=is_forced, is_single=is_single, schema=schema
+        )
         return grammars().compile(rules)
     except ValueError as error:
-        raise _refused(str(error), param) from error
+        raise _refused(str(error), "tools" if tools else "response_format") from error
 
 
 # to the answer

@@ -55,21 +55,24 @@ def num_choices(request: Sampling, num_prompts: int, settings: ServerSettings) -
     return n
 
 
-def max_new_tokens(asked: int | None, default: int, num_prompt: int, param: str, settings: ServerSettings) -> int:
+def max_new_tokens(
+    asked: int | None, default: int, num_prompt: int, settings: ServerSettings, *, param: str, prompt_param: str
+) -> int:
     """Return how many tokens may be generated, after checking the prompt and the limit.
 
     Args:
         asked: what the request says.
         default: what it gets when it says nothing and the context allows it.
         num_prompt: tokens of the prompt.
-        param: the field's name.
         settings: the limits.
+        param: the name of the field that asks.
+        prompt_param: the name of the field that has the prompt.
     """
     if num_prompt > settings.longest_prompt:
         raise ApiError(
             400,
             f"The prompt has {num_prompt} tokens; the limit is {settings.longest_prompt}. Shorten it.",
-            param="messages" if param != "max_tokens" else None,
+            param=prompt_param,
             code="context_length_exceeded",
         )
     if asked is not None and asked > settings.max_tokens:

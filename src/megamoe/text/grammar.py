@@ -136,7 +136,13 @@ def json_rules(schema: Mapping[str, Any], *, after: int | None = None) -> str:
 
 
 def tool_call_rules(
-    tools: Sequence[CallableTool], dsml: int, *, after: int | None, is_forced: bool, is_single: bool
+    tools: Sequence[CallableTool],
+    dsml: int,
+    *,
+    after: int | None,
+    is_forced: bool,
+    is_single: bool,
+    schema: Mapping[str, Any] | None = None,
 ) -> str:
     """Return rules for an answer whose tool calls obey their schemas, preceded by any text that ends in `after`.
 
@@ -146,6 +152,7 @@ def tool_call_rules(
         after: the token that ends thinking, or None.
         is_forced: whether the answer is calls only; else it is text, then calls or none.
         is_single: whether one call is all.
+        schema: what the answer must obey where it is not calls; None allows any text, also before calls.
 
     Raises:
         ValueError: the parameters of a strict tool are no object with named properties.
@@ -155,6 +162,9 @@ def tool_call_rules(
     block = f'{tag} "tool_calls>\\n" call{"" if is_single else "+"} "</" {tag} "tool_calls>"'
     if is_forced:
         lines = [*_before(after, "calls"), f'calls: "\\n\\n<" {block}']
+    elif schema is not None:
+        lines = [*_before(after, "(answer | calls)"), f'calls: "\\n\\n<" {block}']
+        lines += [f"answer: %json {json.dumps(schema)}"]
     else:
         lines = [*_before(after, "(TEXT | TEXT_BEFORE calls)"), f"calls: {block}", f"TEXT: {_ANY_TEXT}"]
         lines += ["TEXT_BEFORE: /(?s:.*)\\n\\n</"]
