@@ -23,12 +23,13 @@ from megamoe.engine.outputs import EngineStats, QueueFull, RequestOutput, TokenL
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.models.deepseek_v4.chat import CONTROL_TOKENS
 from megamoe.server.app import State, build_app
-from megamoe.server.run import Listen, _listen, _Server, address_of, warm_up
+from megamoe.server.run import Listen, open_listener, HttpServer, address_of, warm_up
 from megamoe.server.settings import ServerSettings
 from megamoe.text.chat_format import ChatFormat
 from megamoe.text.prompts import PromptEncoder
 from megamoe.text.service import Service
 from megamoe.text.tokenizer import Tokenizer
+
 from ..fakes import BOS, EOS, next_after, write_tokenizer
 
 Script = Callable[[list[int], SamplingParams], Sequence[int]]
@@ -228,10 +229,10 @@ def running(state: State, engine: FakeEngine, *, warm: bool = True) -> Iterator[
     box: dict[str, object] = {}
 
     async def main() -> None:
-        listener = _listen(Listen("127.0.0.1", 0))
+        listener = open_listener(Listen("127.0.0.1", 0))
         app = build_app(state, version="0.0")
         config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", http="h11", access_log=False)
-        server = _Server(config)
+        server = HttpServer(config)
         state.service.start()
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         if warm:

@@ -83,7 +83,10 @@ class Completion:
         self._echoes: list[str] = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                ids = encoder.encode(prompt)
+                try:
+                    ids = encoder.encode(prompt)
+                except ValueError as error:
+                    raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
                 self._echoes.append(prompt)
             else:
                 check_ids(prompt, encoder.vocab_size, "prompt")

@@ -42,7 +42,7 @@ class Listen:
     port: int = 8000
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers: ours end requests first, then the connections."""
 
     @contextlib.contextmanager
@@ -94,7 +94,7 @@ async def serve(state: State, listen: Listen, *, version: str, say: Callable[[st
         OSError: the address cannot be used.
     """
     app = build_app(state, version=version)
-    listener = _listen(listen)
+    listener = open_listener(listen)
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -107,7 +107,7 @@ async def serve(state: State, listen: Listen, *, version: str, say: Callable[[st
         timeout_graceful_shutdown=LAST_WORDS_S,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    server = _Server(config)
+    server = HttpServer(config)
     state.service.start()
     ending = asyncio.create_task(_end_on_signal(state, server, say))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -124,7 +124,12 @@ async def serve(state: State, listen: Listen, *, version: str, say: Callable[[st
     return 1 if state.service.failed.is_set() else 0
 
 
-def _listen(listen: Listen) -> socket.socket:
+def open_listener(listen: Listen) -> socket.socket:
+    """Return a bound socket.
+
+    Raises:
+        OSError: the address cannot be used.
+    """
     family, kind, protocol, _, address = socket.getaddrinfo(
         listen.host, listen.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -153,7 +158,7 @@ async def _get_ready(state: State, listener: socket.socket, say: Callable[[str],
     say(f"ready at {address_of(listener)} (warm-up {seconds:.1f} s)")
 
 
-async def _end_on_signal(state: State, server: _Server, say: Callable[[str], None]) -> None:
+async def _end_on_signal(state: State, server: HttpServer, say: Callable[[str], None]) -> None:
     """Wait for a signal or the engine's failure, then end requests and the server."""
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
