@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from megamoe.cache.ring import IntArray
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)

@@ -12,12 +12,9 @@ Source     DeepSeek-V4 technical report (arXiv 2606.19348), compressed sparse at
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 
-from megamoe.cache.ring import Positions, offsets, ring_slots
+from megamoe.cache.ring import ring_slots
 
 
 def num_rows_pooled(ratio: int, overlap: bool) -> int:
@@ -59,13 +56,14 @@ def completed_entries(start_pos: int, num_tokens: int, ratio: int) -> range:
     return range(start_pos // ratio, (start_pos + num_tokens) // ratio)
 
 
-def num_visible_entries(positions: Positions, ratio: int) -> Positions:
+def num_visible_entries(positions: torch.Tensor, ratio: int) -> torch.Tensor:
     """Return how many entries a token at each position may use, int32 in the shape of positions: (t + 1) // ratio."""
-    visible = (positions + 1) // ratio
-    return visible.to(torch.int32) if isinstance(visible, torch.Tensor) else visible.astype(np.int32)
+    return ((positions + 1) // ratio).to(torch.int32)
 
 
-def block_row_slots(entry_idx: Positions, ratio: int, overlap: bool, capacity: int, *, ring_idx: Any = 0) -> Positions:
+def block_row_slots(
+    entry_idx: torch.Tensor, ratio: int, overlap: bool, capacity: int, *, ring_idx: torch.Tensor | int = 0
+) -> torch.Tensor:
     """Return the slots of the raw rows that each entry pools, oldest first.
 
     Args:
@@ -87,6 +85,6 @@ def block_row_slots(entry_idx: Positions, ratio: int, overlap: bool, capacity: i
             f"block_row_slots: capacity must be at least the {num_rows} rows of a block; got {capacity}. "
             f"Use state_capacity."
         )
-    rings = ring_idx if isinstance(ring_idx, int) else ring_idx[:, None]
-    rows = (entry_idx[:, None] + 1) * ratio + offsets(entry_idx, -num_rows, 0)
-    return ring_slots(rows, capacity, ring_idx=rings)
+    back = torch.arange(-num_rows, 0, dtype=torch.int64, device=entry_idx.device)
+    rings = ring_idx[:, None] if isinstance(ring_idx, torch.Tensor) else ring_idx
+    return ring_slots((entry_idx[:, None] + 1) * ratio + back, capacity, ring_idx=rings)

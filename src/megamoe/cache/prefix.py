@@ -139,7 +139,6 @@ class PrefixCache:
         """
         size = self._pages.tokens_per_page
         node = last if last is not None and last.is_kept and last.depth < num_pages else self._root
-        new: list[PrefixNode] = []
         for idx in range(node.depth, num_pages):
             tokens = tuple(token_ids[idx * size : (idx + 1) * size])
             child = node.children.get(tokens)
@@ -148,12 +147,11 @@ class PrefixCache:
                 self._pages.retain(child.page)
                 node.children[tokens] = child
                 self._num_nodes += 1
-                new.append(child)
             node = child
         if node.snapshot_idx is not None:
             self._recent.move_to_end(node)
             return node, False
-        node.snapshot_idx = self._take_snapshot()
+        node.snapshot_idx = self._take_snapshot(node)
         if node.snapshot_idx is None:
             self._prune(node)
             return None
@@ -179,13 +177,13 @@ class PrefixCache:
     def _is_spare(self, node: PrefixNode) -> bool:
         return not node.children and self._pages.num_owners(node.page) == 1
 
-    def _take_snapshot(self) -> int | None:
+    def _take_snapshot(self, node: PrefixNode) -> int | None:
         if not self._free_snapshots:
             if not self._recent:
                 return None
             oldest = next(iter(self._recent))
             self._drop_snapshot(oldest)
-            self._prune(oldest)
+            self._prune(oldest, keep=node)  # the oldest may be all that `node` led to until now
         return self._free_snapshots.popleft()
 
     def _drop_snapshot(self, node: PrefixNode) -> None:
@@ -194,9 +192,9 @@ class PrefixCache:
         node.snapshot_idx = None
         del self._recent[node]
 
-    def _prune(self, node: PrefixNode) -> None:
-        """Give up pages, from this one upwards, that lead to no snapshot."""
-        while node.parent is not None and node.snapshot_idx is None and not node.children:
+    def _prune(self, node: PrefixNode, keep: PrefixNode | None = None) -> None:
+        """Give up pages, from this one upwards, that lead to no snapshot; stop at `keep`."""
+        while node.parent is not None and node is not keep and node.snapshot_idx is None and not node.children:
             self._pages.release(node.page)
             node.is_kept = False
             self._num_nodes -= 1

@@ -8,6 +8,7 @@ random number of a row depends on the request's seed and on which of its tokens 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -69,26 +70,36 @@ def choose_drafts(logits: torch.Tensor, requests: Sequence[Request], ahead: int)
 
 
 def _draw(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> torch.Tensor:
-    rows = np.zeros((4, len(requests)), dtype=np.float32)  # temperature, top_p, min_p, uniform
-    rows[1] = 1.0
-    top_k = np.zeros(len(requests), dtype=np.int64)
-    needs_min_p = False
-    for row, (request, offset) in enumerate(zip(requests, ahead, strict=True)):
+    if all(request.params.temperature == 0 for request in requests):
+        return sample(logits, **_greedy(len(requests), logits.device))
+    rows, top_k = [], []
+    for request, offset in zip(requests, ahead, strict=True):
         params = request.params
-        if params.temperature:
-            number = uniform(request.stream, len(request.ids) - request.num_prompt + offset)
-            rows[:, row] = (params.temperature, params.top_p, params.min_p, number)
-            top_k[row] = params.top_k
-            needs_min_p = needs_min_p or params.min_p > 0
-    temperature, top_p, min_p, number_rows = torch.from_numpy(rows).to(logits.device)
+        index = len(request.ids) - request.num_prompt + offset
+        rows.append((params.temperature, params.top_p, params.min_p, uniform(request.stream, index)))
+        top_k.append(params.top_k)
+    columns = torch.from_numpy(np.array(rows, dtype=np.float32).T.copy()).to(logits.device)
+    temperature, top_p, min_p, number = columns.unbind()
     return sample(
         logits,
         temperature=temperature,
-        top_k=torch.from_numpy(top_k).to(logits.device),
+        top_k=torch.from_numpy(np.array(top_k)).to(logits.device),
         top_p=top_p,
-        min_p=min_p if needs_min_p else None,
-        uniform=number_rows,
+        min_p=min_p if any(request.params.min_p for request in requests) else None,
+        uniform=number,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _greedy(num_rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the arguments of `sample` for rows that are all greedy."""
+    zeros = torch.zeros(num_rows, device=device)
+    return {
+        "temperature": zeros,
+        "top_k": torch.zeros(num_rows, dtype=torch.int64, device=device),
+        "top_p": torch.ones(num_rows, device=device),
+        "uniform": zeros,
+    }
 
 
 def _needs_edits(request: Request, offset: int) -> bool:

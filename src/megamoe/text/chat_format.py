@@ -402,7 +402,7 @@ class PlainFormat(ChatFormat):
         last = messages[-1]
         if not isinstance(last, AssistantMessage):
             paragraphs.append("Assistant:")
-        text = "\n\n".join(paragraphs)
+        text = "\n\n".join(filter(None, paragraphs))
         bos = [] if self._bos_token_id is None else [self._bos_token_id]
         return EncodedPrompt([*bos, *self._tokenizer.encode_text(text)], text, thinking=False)
 

@@ -18,8 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from megamoe.cache.batch import Batch, Commit
-from megamoe.cache.ring import IntArray
+from megamoe.cache.batch import Batch, Commit, IntArray
 from megamoe.models.deepseek_v4.cache import SharedCache
 from megamoe.models.deepseek_v4.mtp import MtpStage
 from megamoe.models.deepseek_v4.snapshots import Snapshots
