@@ -3,9 +3,10 @@
 
     OMP_NUM_THREADS=1 python tools/engine_overhead.py
 
-The engine's own part is everything in `Engine.step` but the model's forward pass, its logits and the sampling operation:
-scheduling, the plan of the step, random numbers, outputs, bookkeeping. Processor time of this process, medians of steps;
-batch sizes take turns, so that whatever else the machine does meets all of them. The last line is JSON.
+The engine's own part is everything in `Engine.step` but the model's forward pass, its logits and the sampling
+operation: scheduling, the plan of the step, random numbers, outputs, bookkeeping. Processor time of this process,
+medians of steps; batch sizes take turns, so that whatever else the machine does meets all of them. The last line is
+JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a batch (who runs which tokens) to a plan (which slots the layers read and write).
 
-All index arithmetic of a step happens here, once, on the host, over the whole batch at a time: some forty numpy calls of
-a microsecond, where small tensors would cost ten times that. What the numbers mean is said, one position at a time, by
-`cache.ring` and `cache.compressor_state`; the tests compare. Layers of one kind share the result.
+All index arithmetic of a step happens here, once, on the host, over the whole batch at a time: some forty numpy calls
+of a microsecond, where small tensors would cost several times that. What the numbers mean is said, one position at a
+time, by `cache.ring` and `cache.compressor_state`; the tests compare. Layers of one kind share the result.
 """
 
 from __future__ import annotations
