@@ -23,7 +23,7 @@ from megamoe.engine.outputs import EngineStats, QueueFull, RequestOutput, TokenL
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.models.deepseek_v4.chat import CONTROL_TOKENS
 from megamoe.server.app import State, build_app
-from megamoe.server.run import Listen, open_listener, HttpServer, address_of, warm_up
+from megamoe.server.run import HttpServer, Listen, address_of, open_listener, warm_up
 from megamoe.server.settings import ServerSettings
 from megamoe.text.chat_format import ChatFormat
 from megamoe.text.prompts import PromptEncoder
