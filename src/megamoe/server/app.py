@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 import megamoe.server.protocol as protocol
@@ -122,6 +123,7 @@ def build_app(state: State, *, version: str) -> FastAPI:
     _add_operations(app, state)
     _add_pages(app)
     _add_errors(app)
+    _describe_chunks(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     if settings.api_key is not None:
         app.add_middleware(ApiKey, key=settings.api_key)
@@ -239,17 +241,38 @@ async def _whole(prepared: _Prepared, generation: Generation[Any]) -> dict[str, 
         generation.cancel()
 
 
-def _streamed(whole: type[Any], chunk: type[Any]) -> dict[str, Any]:
-    """Describe a 200 answer that comes as JSON or, if asked for, as events."""
+def _streamed(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
+    """Describe a 200 answer that comes as JSON or, if asked for, as events; the schema is that of one event."""
+
+    def holding(name: str) -> dict[str, Any]:
+        schema = {"$ref": f"#/components/schemas/{name}"}
+        return {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+
+    data = {
+        "description": "A chunk as JSON; or [DONE], the last event; or an error, the last event when something failed.",
+        "anyOf": [{"const": "[DONE]"}, holding(chunk.__name__), holding("ErrorAnswer")],
+    }
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     return {
         "model": whole,
         "description": "The answer, or with `stream` its chunks as server-sent events.",
-        "content": {
-            "text/event-stream": {
-                "schema": {"type": "string", "description": f"Events `data: <{chunk.__name__}>`, then `data: [DONE]`."}
-            }
-        },
+        "content": {"text/event-stream": {"schema": event}},
     }
+
+
+def _describe_chunks(app: FastAPI) -> None:
+    """Add the type of streamed chunks to the description of the API, which FastAPI cannot know of."""
+    complete = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        description = complete()
+        schema = protocol.ChatChunk.model_json_schema(ref_template="#/components/schemas/{model}")
+        types = description["components"]["schemas"]
+        for name, one in {**schema.pop("$defs"), "ChatChunk": schema}.items():
+            types.setdefault(name, one)
+        return description
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
 
 def _add_operations(app: FastAPI, state: State) -> None:

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
-INT64_MAX = 2**63 - 1
 
-TokenId: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+def _integral(value: Any) -> Any:
+    """Return 5 for 5.0: JSON has one kind of number, and both are its integer 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int: TypeAlias = Annotated[int, BeforeValidator(_integral)]
+Count: TypeAlias = Annotated[Int, Field(ge=1, le=2**31 - 1)]
+TokenId: TypeAlias = Annotated[Int, Field(ge=0, le=2**31 - 1)]
 Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 StopString: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
@@ -48,7 +55,7 @@ class Sampling(Strict):
     model: Annotated[str, StringConstraints(min_length=1, max_length=512)] = Field(description="As in /v1/models.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default 1.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="Extension: keep this many tokens; 0 keeps all.")
+    top_k: Int | None = Field(None, ge=0, le=2**31 - 1, description="Extension: keep this many tokens; 0 keeps all.")
     min_p: float | None = Field(
         None, ge=0, le=1, description="Extension: keep tokens at least this probable, relative to the most probable."
     )
@@ -56,16 +63,16 @@ class Sampling(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="Extension: 1 is none.")
     logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")], float] | None = Field(
-        None, max_length=1024, description="Token id to a number from -100 to 100."
+        None, description="Token id to a number from -100 to 100."
     )
-    seed: int | None = Field(None, ge=-(2**63), le=INT64_MAX, description="Choice i of n draws with seed + i.")
+    seed: Int | None = Field(None, description="Choice i of n draws with seed + i, modulo 2**63.")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="Ends the answer before the first of these; matched in the model's raw text."
     )
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = Field(None, description="Extension.")
+    stop_token_ids: list[TokenId] | None = Field(None, description="Extension.")
     ignore_eos: bool | None = Field(None, description="Extension: go on until a limit or another stop.")
-    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="Extension: no end before this many tokens.")
-    n: int | None = Field(None, ge=1, le=128, description="Choices per prompt.")
+    min_tokens: Int | None = Field(None, ge=0, le=2**31 - 1, description="Extension: no end before this many tokens.")
+    n: Int | None = Field(None, ge=1, le=128, description="Choices per prompt.")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     user: str | None = Field(None, description="Accepted and without effect, like the three below.")
@@ -83,7 +90,7 @@ class TextPart(Strict):
     text: str
 
 
-Content: TypeAlias = str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
+Content: TypeAlias = str | Annotated[list[TextPart], Field(min_length=1)]
 
 
 class SystemMessage(Strict):
@@ -217,11 +224,11 @@ class Thinking(Strict):
 class ChatRequest(Sampling):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Older name of max_completion_tokens.")
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    max_tokens: Count | None = Field(None, description="Older name of max_completion_tokens.")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with logprobs.")
+    top_logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Only with logprobs.")
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="False ends the answer after the first call.")
@@ -244,10 +251,10 @@ class CompletionRequest(Sampling):
         | Annotated[list[str], Field(min_length=1, max_length=128)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=128)]
     ) = Field(description="One text or several, or their token ids. BOS is put before a text, not before ids.")
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Default 16.")
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    max_tokens: Count | None = Field(None, description="Default 16.")
+    logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = Field(None, description="Put the prompt before the completion; not with logprobs.")
-    best_of: int | None = Field(None, ge=1, le=128, description="Only equal to n.")
+    best_of: Int | None = Field(None, ge=1, le=128, description="Only equal to n.")
 
 
 # responses

@@ -325,6 +325,8 @@ class Service:
         if self._ended is not None:
             self._commands.put(_Stop())
             await self._ended
+            assert self._thread is not None
+            self._thread.join()  # it has said its last word
 
     def _cancel(self, stream: RequestStream[Any]) -> None:
         self._streams.discard(stream)
