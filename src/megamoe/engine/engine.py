@@ -281,22 +281,29 @@ class Engine:
 
     def _sample(self, chunks: list[Chunk], row_starts: list[int], hidden: object) -> tuple[list[bool], Sampled]:
         """Draw a token after the last known token of each sequence, and after each of its drafts."""
-        sampling, rows, requests, ahead = [], [], [], []
+        sampling: list[bool] = []
+        rows: list[int] = []
+        requests: list[Request] = []
+        ahead: list[int] = []
         num_rows = 0
         for chunk, row in zip(chunks, row_starts, strict=True):
             last = row + chunk.num_tokens - 1
-            num_rows = last + chunk.num_drafts + 1
+            num_rows = last + 1 + chunk.num_drafts
             samples = chunk.start + chunk.num_tokens == len(chunk.request.ids)
             sampling.append(samples)
-            if samples:
-                for offset in range(1 + chunk.num_drafts):
-                    rows.append(last + offset)
-                    requests.append(chunk.request)
-                    ahead.append(offset)
+            if not samples:
+                continue
+            rows.append(last)
+            requests.append(chunk.request)
+            ahead.append(0)
+            for offset in range(1, 1 + chunk.num_drafts):
+                rows.append(last + offset)
+                requests.append(chunk.request)
+                ahead.append(offset)
         if not rows:
             return sampling, Sampled([], None)
-        everything = len(rows) == num_rows
-        at = None if everything else torch.from_numpy(np.array(rows)).to(self.model.device)
+        is_all = len(rows) == num_rows
+        at = None if is_all else torch.from_numpy(np.array(rows)).to(self.model.device)
         return sampling, sample_rows(self.model.logits_of(hidden, at), requests, ahead)
 
     def _take(self, chunk: Chunk, sampled: Sampled, row: int) -> tuple[RequestOutput, int]:

@@ -26,6 +26,9 @@ class Request:
         stop_ids: ids that end it.
         stream: its sequence of random numbers.
         can_draft: whether its next tokens may be guessed ahead.
+        is_edited: whether its logits are changed before a token is drawn, min_tokens aside.
+        is_greedy: whether it draws no numbers.
+        min_length: length below which it must not end.
         num_computed: tokens whose rows are in the caches.
         num_cached: prompt tokens that were reused when it first ran.
         ring: its ring, or None while it waits.
@@ -38,8 +41,11 @@ class Request:
         "can_draft",
         "drafts",
         "ids",
+        "is_edited",
+        "is_greedy",
         "logits_filter",
         "max_length",
+        "min_length",
         "node",
         "num_cached",
         "num_computed",
@@ -77,6 +83,9 @@ class Request:
         self.stream = stream_of(secrets.randbits(63) if params.seed is None else params.seed)
         # Penalties and filters look at every token before, so guesses would have to be judged one after the other.
         self.can_draft = logits_filter is None and not params.has_penalties
+        self.is_edited = bool(logits_filter is not None or params.logit_bias or params.has_penalties)
+        self.is_greedy = params.is_greedy
+        self.min_length = self.num_prompt + params.min_tokens if params.min_tokens else 0
         self.num_computed = 0
         self.num_cached = 0
         self.was_admitted = False

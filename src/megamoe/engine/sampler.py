@@ -46,16 +46,20 @@ def sample_rows(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequen
         requests: [N] whose row it is.
         ahead: [N] how many drafts come between the request's last token and the row's.
     """
-    edited, is_dead = logits, None
-    if any(_needs_edits(request, offset) for request, offset in zip(requests, ahead, strict=True)):
+    needs_edits = wants_logprobs = False
+    for request, offset in zip(requests, ahead, strict=True):
+        if request.is_edited or len(request.ids) + offset < request.min_length:
+            needs_edits = True
+        if request.params.logprobs is not None:
+            wants_logprobs = True
+    edited, dead_rows = logits, []
+    if needs_edits:
         edited = logits.clone()
-        is_dead = _edit(edited, requests, ahead)
+        dead_rows = _edit(edited, requests, ahead)
     ids = _draw(edited, requests, ahead)
     token_ids: list[int] = ids.tolist()
-    logprobs = None
-    if any(request.params.logprobs is not None for request in requests):
-        logprobs = _logprobs(logits, ids, requests)
-    for row in is_dead or ():
+    logprobs = _logprobs(logits, ids, requests) if wants_logprobs else None
+    for row in dead_rows:
         token_ids[row] = NO_TOKEN
     return Sampled(token_ids, logprobs)
 
@@ -70,22 +74,25 @@ def choose_drafts(logits: torch.Tensor, requests: Sequence[Request], ahead: int)
 
 
 def _draw(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> torch.Tensor:
-    if all(request.params.temperature == 0 for request in requests):
+    if all([request.is_greedy for request in requests]):  # a list: twice as fast as a generator
         return sample(logits, **_greedy(len(requests), logits.device))
-    rows, top_k = [], []
-    for request, offset in zip(requests, ahead, strict=True):
-        params = request.params
-        index = len(request.ids) - request.num_prompt + offset
-        rows.append((params.temperature, params.top_p, params.min_p, uniform(request.stream, index)))
-        top_k.append(params.top_k)
-    columns = torch.from_numpy(np.array(rows, dtype=np.float32).T.copy()).to(logits.device)
-    temperature, top_p, min_p, number = columns.unbind()
+    all_params = [request.params for request in requests]
+    rows = (
+        [params.temperature for params in all_params],
+        [params.top_p for params in all_params],
+        [params.min_p for params in all_params],
+        [
+            uniform(request.stream, len(request.ids) - request.num_prompt + offset)
+            for request, offset in zip(requests, ahead, strict=True)
+        ],
+    )
+    temperature, top_p, min_p, number = torch.from_numpy(np.array(rows, dtype=np.float32)).to(logits.device).unbind()
     return sample(
         logits,
         temperature=temperature,
-        top_k=torch.from_numpy(np.array(top_k)).to(logits.device),
+        top_k=torch.from_numpy(np.array([params.top_k for params in all_params])).to(logits.device),
         top_p=top_p,
-        min_p=min_p if any(request.params.min_p for request in requests) else None,
+        min_p=min_p if any(rows[2]) else None,
         uniform=number,
     )
 
@@ -100,16 +107,6 @@ def _greedy(num_rows: int, device: torch.device) -> dict[str, torch.Tensor]:
         "top_p": torch.ones(num_rows, device=device),
         "uniform": zeros,
     }
-
-
-def _needs_edits(request: Request, offset: int) -> bool:
-    params = request.params
-    return bool(
-        request.logits_filter is not None
-        or params.logit_bias
-        or params.has_penalties
-        or len(request.ids) - request.num_prompt + offset < params.min_tokens
-    )
 
 
 def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> list[int]:
@@ -128,7 +125,7 @@ def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int
             else:
                 logits[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
                 logits[row, len(allowed) :] = -torch.inf
-        if request.num_generated + offset < params.min_tokens and request.stop_ids:
+        if len(request.ids) + offset < request.min_length and request.stop_ids:
             kept = logits[row].clone()
             kept[torch.tensor(sorted(request.stop_ids), device=logits.device)] = -torch.inf
             if allowed is None or bool((kept > -torch.inf).any()):  # where a filter allows the end alone, it ends

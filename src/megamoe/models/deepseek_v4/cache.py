@@ -72,6 +72,7 @@ class SharedCache:
         size: rings, pages and the longest chunk.
         num_snapshots: page boundaries for which there is room.
         device: where the pools are.
+        specs: what every backbone layer keeps.
         draft_spec: what a draft stage keeps.
         layers: pools per backbone layer.
         draft_layers: pools per draft stage.
@@ -96,13 +97,13 @@ class SharedCache:
         self.size = size
         self.num_snapshots = num_snapshots
         self.device = device
-        specs = backbone_specs(config, recipe)
+        self.specs = backbone_specs(config, recipe)
         self.draft_spec = layer_cache_spec(config, recipe, LayerKind.SWA, 0)
-        self.layers: tuple[LayerPools, ...] = tuple(allocate_layer(spec, size, device) for spec in specs)
+        self.layers: tuple[LayerPools, ...] = tuple(allocate_layer(spec, size, device) for spec in self.specs)
         self.draft_layers: tuple[LayerPools, ...] = tuple(
             allocate_layer(self.draft_spec, size, device) for _ in range(num_draft_stages)
         )
-        self.snapshots = Snapshots(specs, self.layers, size, num_snapshots, device)
+        self.snapshots = Snapshots(self.specs, self.layers, size, num_snapshots, device)
         self._planner = Planner(config.sliding_window, entry_ratios(config), size, device)
 
     def plan(self, batch: Batch) -> StepPlan:

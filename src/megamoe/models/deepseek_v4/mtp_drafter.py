@@ -56,15 +56,15 @@ class MtpDrafter:
         """Write the stage's rows of certain tokens, then guess; see megamoe.engine.drafter.Drafter."""
         behind = commit.starts - self._lengths[commit.rings]  # 1 right after a restore, else 0
         rows, next_ids = commit.rows, commit.next_ids
+        in_order = len(rows) == len(hidden)
         if behind.any():
             assert 0 <= behind.min() and behind.max() <= 1
             late = behind.nonzero()[0]
             at = (commit.counts.cumsum() - commit.counts)[late]
             rows = np.insert(rows, at, len(hidden) + commit.rings[late])
             next_ids = np.insert(next_ids, at, commit.first_ids[late])
-            hidden = torch.cat((hidden, self._last_streams))
-        is_all = len(rows) == len(hidden)
-        streams = hidden if is_all else hidden[torch.from_numpy(rows).to(hidden.device)]
+            hidden, in_order = torch.cat((hidden, self._last_streams)), False
+        streams = hidden if in_order else hidden[torch.from_numpy(rows).to(hidden.device)]
         starts, counts = commit.starts - behind, commit.counts + behind
         self._lengths[commit.rings] = commit.starts + commit.counts
         streams = self._run(streams, next_ids, starts, counts, commit.rings)
