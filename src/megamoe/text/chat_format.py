@@ -47,12 +47,14 @@ from megamoe.models.deepseek_v4.chat import (
     read_messages,
     read_tools,
 )
-from megamoe.models.deepseek_v4.chat.protocol import ASSISTANT, EOS, USER
+from megamoe.models.deepseek_v4.chat.protocol import ASSISTANT, DSML, EOS, THINK_END, USER
 from megamoe.text.detokenizer import Detokenizer
 from megamoe.text.stop import StopMatcher
 from megamoe.text.tokenizer import Tokenizer
 
 __all__ = [  # messages and events besides the formats: whoever stands above text imports them from here
+    "DSML",
+    "THINK_END",
     "AnswerStream",
     "AssistantMessage",
     "ChatConfig",
