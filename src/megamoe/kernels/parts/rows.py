@@ -51,12 +51,17 @@ class RowTile:
         return max(1, self.lanes // WARP)
 
 
-def row_tile(width: int) -> RowTile:
-    """Return the tile for rows of `width` values, a multiple of 8 up to 32768."""
+def row_tile(width: int, min_lanes: int = 2) -> RowTile:
+    """Return the tile for rows of `width` values, a multiple of 8 up to 32768.
+
+    Args:
+        width: K.
+        min_lanes: fewest threads per row, a power of two up to 32.
+    """
     num_vectors = width // VECTOR
     wanted = math.ceil(num_vectors / _WANTED_VECTORS)
     if wanted <= WARP:
-        lanes = max(2, 1 << (wanted - 1).bit_length())
+        lanes = max(min_lanes, 1 << (wanted - 1).bit_length())
         rows = BLOCK_THREADS // lanes
     else:
         smallest = WARP * math.ceil(wanted / WARP)

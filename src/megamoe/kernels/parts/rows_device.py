@@ -118,6 +118,13 @@ def store_if(wanted, source: cute.Tensor, target: cute.Tensor):
 
 
 @cute.jit
+def store_scalar_if(wanted, lane: Int32, value: Float32, target: cute.Tensor, index: Int32):
+    """Let the first of a row's threads store a value if `wanted`."""
+    if both(wanted, lane == 0):
+        target[index] = value
+
+
+@cute.jit
 def share_among_warps(value: Float32, scratch: cute.Tensor):
     """Put each warp's value into shared memory, visible to the whole block."""
     if cute.arch.lane_idx() == 0:
