@@ -6,4 +6,10 @@
 reads it to run something, and imports a kernel module when it is first picked.
 """
 
-KERNELS: dict[str, dict[str, str]] = {}
+KERNELS: dict[str, dict[str, str]] = {
+    "rms_norm": {"portable": "megamoe.kernels.portable.rms_norm"},
+    "rms_norm_quantize_nvfp4": {"portable": "megamoe.kernels.portable.rms_norm_quantize_nvfp4"},
+    "quantize_nvfp4": {"portable": "megamoe.kernels.portable.quantize_nvfp4"},
+    "quantize_fp8_rows": {"portable": "megamoe.kernels.portable.quantize_fp8_rows"},
+    "hyper_connection_post": {"portable": "megamoe.kernels.portable.hyper_connection_post"},
+}

@@ -115,7 +115,9 @@ def num_workers(num_requests: int) -> int:
     """Return how many processes compile that many kernels."""
     wanted = os.environ.get("MEGAMOE_COMPILE_WORKERS", "")
     if wanted and not (wanted.isdigit() and int(wanted) > 0):
-        raise ValueError(f"MEGAMOE_COMPILE_WORKERS must be a positive number; got {wanted!r}. Unset it for the default.")
+        raise ValueError(
+            f"MEGAMOE_COMPILE_WORKERS must be a positive number; got {wanted!r}. Unset it for the default."
+        )
     return max(1, min(num_requests, int(wanted) if wanted else min(MAX_WORKERS, os.cpu_count() or 1)))
 
 

@@ -129,8 +129,9 @@ def _assert_equal_bits(op: str, got: torch.Tensor, want: torch.Tensor) -> None:
     if got.is_floating_point():
         nan = got.float().isnan() | want.float().isnan()
         _fail_at(op, nan, got, want, "is NaN")
-    as_bytes_got = got.contiguous().reshape(-1).view(torch.uint8).view(got.numel(), got.element_size())
-    as_bytes_want = want.contiguous().reshape(-1).view(torch.uint8).view(want.numel(), want.element_size())
+    got, want = (one.clone(memory_format=torch.contiguous_format) for one in (got, want))  # expanded ones, too
+    as_bytes_got = got.reshape(-1).view(torch.uint8).view(got.numel(), got.element_size())
+    as_bytes_want = want.reshape(-1).view(torch.uint8).view(want.numel(), want.element_size())
     _fail_at(op, (as_bytes_got != as_bytes_want).any(-1).view(want.shape), got, want, "must have equal bits")
 
 

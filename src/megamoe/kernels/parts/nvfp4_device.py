@@ -69,9 +69,7 @@ def store_nvfp4(thread: RowThread, registers, amaxes, tensor_scale, codes: cute.
         byte, scale = e4m3_of(max_keeping_nan(wanted, Float32(SMALLEST_SCALE)))
         step = multiply(tensor_scale, scale)
         word = quantize_vector(registers[None, index], step, amaxes[index], exact)
-        store_words(
-            both(thread.live, thread.has(index)), thread.row, thread.vector(index), word, byte, codes, scales
-        )
+        store_words(both(thread.live, thread.has(index)), thread.row, thread.vector(index), word, byte, codes, scales)
 
 
 @cute.jit

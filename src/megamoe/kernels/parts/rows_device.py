@@ -132,6 +132,17 @@ def share_among_warps(value: Float32, scratch: cute.Tensor):
     cute.arch.sync_threads()
 
 
+def row_rms_factor(thread: RowThread, registers, eps, scratch):
+    """Return rsqrt(mean(x^2) + eps) of a row in registers."""
+    square_sum = Float32(0.0)
+    for index in range(thread.tile.vectors):
+        values = registers[None, index].load().to(Float32)
+        for element in range(VECTOR):
+            square_sum = square_sum + values[element] * values[element]
+    mean_square = thread.sum(square_sum, scratch) / thread.tile.width
+    return cute.math.rsqrt(mean_square + eps)
+
+
 def both(a, b):
     """Return a and b, where either may be the constant True."""
     if a is True:

@@ -39,9 +39,7 @@ class HyperConnectionPost:
         self.tile = row_tile(config.width)
 
     @cute.jit
-    def __call__(
-        self, y: cute.Tensor, x: cute.Tensor, post: cute.Tensor, comb: cute.Tensor, out: cute.Tensor, stream
-    ):
+    def __call__(self, y: cute.Tensor, x: cute.Tensor, post: cute.Tensor, comb: cute.Tensor, out: cute.Tensor, stream):
         self.kernel(y, x, post, comb, out).launch(
             grid=(num_blocks(self.tile, y.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream
         )

@@ -12,6 +12,7 @@ from megamoe.kernels.parts.rows_device import (
     both,
     current_stream,
     num_blocks,
+    row_rms_factor,
     store_if,
     symbolic_rows,
     symbolic_vector,
@@ -55,17 +56,8 @@ class RmsNorm:
         scratch = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(tile.warps))
         thread = RowThread(tile, x.shape[0])
         registers = thread.load(x)
-
-        # mean_square = row_sum(values.square()) / K
-        square_sum = Float32(0.0)
-        for index in cutlass.range_constexpr(tile.vectors):
-            values = registers[None, index].load().to(Float32)
-            for element in cutlass.range_constexpr(VECTOR):
-                square_sum += values[element] * values[element]
-        mean_square = thread.sum(square_sum, scratch) / tile.width
-
         # y = values * rsqrt(mean_square + eps) * weight
-        factor = cute.math.rsqrt(mean_square + eps)
+        factor = row_rms_factor(thread, registers, eps, scratch)
         target = cute.zipped_divide(y[(thread.row, None)], (VECTOR,))
         for index in cutlass.range_constexpr(tile.vectors):
             result = registers[None, index].load().to(Float32) * factor
