@@ -86,11 +86,36 @@ def _eager_rms_norm_quantize(x: torch.Tensor, weight: torch.Tensor) -> Any:
     return y, _eager_nvfp4(y)
 
 
+def _eager_projection(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = x.float()
+    flat = values.flatten(1)
+    return values, (flat @ fn.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def _eager_pre(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor) -> Any:
+    values, m = _eager_projection(x, fn)
+    pre = torch.sigmoid(m[:, :4] * scale[0] + base[:4]) + 1e-6
+    post = 2.0 * torch.sigmoid(m[:, 4:8] * scale[1] + base[4:8])
+    comb = (m[:, 8:] * scale[2] + base[8:]).view(-1, 4, 4).softmax(-1) + 1e-6
+    comb = comb / (comb.sum(1, keepdim=True) + 1e-6)
+    for _ in range(19):
+        comb = comb / (comb.sum(2, keepdim=True) + 1e-6)
+        comb = comb / (comb.sum(1, keepdim=True) + 1e-6)
+    return (pre[:, :, None] * values).sum(1).to(x.dtype), post, comb
+
+
+def _eager_head(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    values, m = _eager_projection(x, fn)
+    return ((torch.sigmoid(m * scale + base) + 1e-6)[:, :, None] * values).sum(1).to(x.dtype)
+
+
 BASELINES: dict[str, Baseline] = {
     "rms_norm": Baseline("torch F.rms_norm", _eager_rms_norm),
     "rms_norm_quantize_nvfp4": Baseline("torch eager", _eager_rms_norm_quantize),
     "quantize_nvfp4": Baseline("torch eager", _eager_nvfp4),
     "quantize_fp8_rows": Baseline("torch eager", _eager_fp8_rows),
+    "hyper_connection_pre": Baseline("torch eager", _eager_pre),
+    "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
 }
 

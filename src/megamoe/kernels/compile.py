@@ -15,6 +15,7 @@ Environment   MEGAMOE_COMPILE_WORKERS   compiling processes (default: one per co
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -82,14 +83,40 @@ class Request:
 
 @functools.cache
 def source_hash(module: str) -> str:
-    """Return a digest of everything that decides what an object of this module computes, except compiler and key."""
+    """Return a digest of everything that decides what an object of this module computes, except compiler and key.
+
+    That is both halves of the kernel and every file of kernels/ that they import, directly or not.
+    """
     root = pathlib.Path(__file__).parent
-    base = root.joinpath(*module.split("."))
-    files = [base.with_suffix(".py"), base.with_name(base.name + "_device.py"), *sorted(root.glob("parts/*.py"))]
+    files: set[pathlib.Path] = set()
+    todo = [module, f"{module}_device"]
+    while todo:
+        path = root.joinpath(*todo.pop().split(".")).with_suffix(".py")
+        if path.is_file() and path not in files:
+            files.add(path)
+            todo += _imported(path)
     digest = hashlib.sha256(f"{RECIPE} {OPTIONS}".encode())
-    for path in files:
+    for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+MACHINERY = {"compile", "pack", "plan", "store"}
+"""Modules of this package that move objects about and are not part of any."""
+
+
+def _imported(path: pathlib.Path) -> list[str]:
+    """Return the modules below this package that a file imports."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found += [name.removeprefix(PACKAGE) for name in names if name.startswith(PACKAGE)]
+    return [name for name in found if name not in MACHINERY]
 
 
 def dsl_version() -> str | None:
@@ -163,8 +190,6 @@ def compile_objects(
         [str(pathlib.Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     with tempfile.TemporaryDirectory(prefix="megamoe-compile-") as scratch:
-        if keep_code:
-            environment |= {"CUTE_DSL_KEEP": "ptx,cubin", "CUTE_DSL_DUMP_DIR": scratch}
         count = num_workers(len(requests))
         parts = [list(requests[start::count]) for start in range(count)]
         processes = []
@@ -180,6 +205,10 @@ def compile_objects(
                     }
                 )
             )
+            if keep_code:  # a folder of its own: the DSL's file names do not tell all kernels apart
+                dumps = pathlib.Path(scratch) / f"{index}.dumps"
+                dumps.mkdir()
+                environment |= {"CUTE_DSL_KEEP": "ptx,cubin", "CUTE_DSL_DUMP_DIR": str(dumps)}
             log = open(f"{order}.log", "w+", encoding="utf-8")  # noqa: SIM115 (closed below, after the process)
             command = [sys.executable, "-m", "megamoe.kernels.compile", str(order)]
             processes.append((subprocess.Popen(command, env=environment, stdout=log, stderr=log), log, order))

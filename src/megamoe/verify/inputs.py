@@ -16,7 +16,7 @@ import torch
 
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.ops.hyper_connection import hyper_connection_post
+from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
 from megamoe.ops.quantize import quantize_fp8_rows, quantize_nvfp4
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
@@ -125,6 +125,26 @@ def _hyper_connection_post(dims: Mapping[str, int], num_tokens: int, generator: 
     }
 
 
+def _hyper_connection_pre(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return _mixing(dims, num_tokens, generator, (2 + dims["X"]) * dims["X"], 3)
+
+
+def _hyper_connection_head(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return _mixing(dims, num_tokens, generator, dims["X"], 1)
+
+
+def _mixing(
+    dims: Mapping[str, int], num_tokens: int, generator: torch.Generator, num_rows: int, num_scales: int
+) -> Arguments:
+    width = dims["X"] * dims["D"]
+    return {
+        "x": _streams(dims, num_tokens, generator),
+        "fn": scaled(generator, num_rows, width, scale=2.0 * width**-0.5),
+        "base": scaled(generator, num_rows, scale=0.5),
+        "scale": scaled(generator, num_scales, scale=0.3) + 1.0,
+    }
+
+
 INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "rms_norm": (OpInputs(rms_norm, _rms_norm, ("x",)),),
     "rms_norm_quantize_nvfp4": (OpInputs(rms_norm_quantize_nvfp4, _rms_norm_quantize, ("x",)),),
@@ -133,6 +153,8 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         OpInputs(quantize_nvfp4, _quantize_nvfp4_static, ("x",)),
     ),
     "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
+    "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
+    "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
     "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),
 }
 """Operation → the ways it is called. Every operation of KERNELS is here (a test sees to it)."""

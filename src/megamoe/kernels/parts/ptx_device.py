@@ -109,3 +109,10 @@ def e2m1_magnitude(a):
         write_only_types=[Int32],
         read_only_args=[a],
     )
+
+
+def bf16_word(low, high):
+    """Return two fp32 values as bf16 in one word, each rounded to nearest even."""
+    return inline_ptx(
+        "cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[low, high]
+    )
