@@ -109,17 +109,38 @@ def _eager_head(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: to
     return ((torch.sigmoid(m * scale + base) + 1e-6)[:, :, None] * values).sum(1).to(x.dtype)
 
 
+def _eager_route(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    top_k: int,
+    routed_scaling: float,
+    bias: torch.Tensor | None = None,
+    expert_table: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+) -> Any:
+    scores = F.softplus((x @ gate.T).float()).sqrt()  # bf16 logits: cheaper than the operation allows
+    if expert_table is not None:
+        ids = expert_table[token_ids].long()
+    else:
+        ids = (scores if bias is None else scores + bias).topk(top_k, dim=-1).indices
+    chosen = scores.gather(1, ids)
+    return chosen / chosen.sum(-1, keepdim=True) * routed_scaling, ids
+
+
 BASELINES: dict[str, Baseline] = {
     "rms_norm": Baseline("torch F.rms_norm", _eager_rms_norm),
     "rms_norm_quantize_nvfp4": Baseline("torch eager", _eager_rms_norm_quantize),
     "quantize_nvfp4": Baseline("torch eager", _eager_nvfp4),
     "quantize_fp8_rows": Baseline("torch eager", _eager_fp8_rows),
+    "route_experts": Baseline("torch eager, bf16 logits", _eager_route),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
 }
 
-FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {}
+FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
+    "route_experts": lambda dims, tokens: 2 * tokens * dims["E"] * dims["D"],
+}
 """Operation → products and sums that run on the matrix units; absent where memory alone counts."""
 
 

@@ -20,6 +20,7 @@ from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection
 from megamoe.ops.quantize import quantize_fp8_rows, quantize_nvfp4
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
+from megamoe.ops.route_experts import route_experts
 
 Arguments = dict[str, Any]
 
@@ -145,6 +146,42 @@ def _mixing(
     }
 
 
+def _route_experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return _routing(dims, num_tokens, generator, torch.int64)
+
+
+def _route_experts_biased(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _routing(dims, num_tokens, generator, torch.int32)
+    return arguments if "V" in dims else {**arguments, "bias": _tied(scaled(generator, dims["E"], scale=0.1))}
+
+
+def _routing(
+    dims: Mapping[str, int], num_tokens: int, generator: torch.Generator, table_dtype: torch.dtype
+) -> Arguments:
+    width, num_experts = dims["D"], dims["E"]
+    gate = _tied(scaled(generator, num_experts, width, scale=1.5 * width**-0.5))
+    arguments: Arguments = {
+        "x": scaled(generator, num_tokens, width).bfloat16(),
+        "gate": gate.bfloat16(),
+        "top_k": dims["A"],
+        "routed_scaling": 2.5,
+    }
+    if "V" in dims:
+        device = generator.device
+        table = torch.randint(num_experts, (dims["V"], dims["A"]), generator=generator, device=device)
+        arguments["expert_table"] = table.to(table_dtype)
+        arguments["token_ids"] = torch.randint(dims["V"], (num_tokens,), generator=generator, device=device)
+    return arguments
+
+
+def _tied(values: torch.Tensor) -> torch.Tensor:
+    """Return per-expert values with experts 0 and 1, and 2 and the last, alike and large: often chosen, always tied."""
+    values = values.clone()
+    values[0], values[2] = values[0] * 2.0, values[2] * 2.0
+    values[1], values[-1] = values[0], values[2]
+    return values
+
+
 INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "rms_norm": (OpInputs(rms_norm, _rms_norm, ("x",)),),
     "rms_norm_quantize_nvfp4": (OpInputs(rms_norm_quantize_nvfp4, _rms_norm_quantize, ("x",)),),
@@ -153,6 +190,10 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         OpInputs(quantize_nvfp4, _quantize_nvfp4_static, ("x",)),
     ),
     "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
+    "route_experts": (
+        OpInputs(route_experts, _route_experts, ("x", "token_ids")),
+        OpInputs(route_experts, _route_experts_biased, ("x", "token_ids")),
+    ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
     "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),

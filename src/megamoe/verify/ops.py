@@ -29,7 +29,7 @@ from megamoe.kernels.store import KernelStore, store_for, target_of
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.verify.guards import GuardedOutputs
 from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, parts, rows_of
-from megamoe.verify.tolerance import assert_within
+from megamoe.verify.tolerance import TOLERANCES, assert_within
 
 DONE, WRONG, NO_GPU = 0, 1, 2
 POISONS = (0xFF, 0x5A)
@@ -152,9 +152,51 @@ def compare(op: str, got: Any, want: Any, arguments: Arguments) -> None:
         assert_within("rms_norm", y, want[0])
         compare("quantize_nvfp4", quantized, quantize_nvfp4(y.cpu()), arguments)
         return
+    if op == "route_experts":
+        compare_routes(got, want, arguments)
+        return
     got_parts, want_parts = parts(got), parts(want)
     for name, part in want_parts.items():
         assert_within(op, got_parts[name], part)
+
+
+def compare_routes(got: Any, want: Any, arguments: Arguments) -> None:
+    """Compare expert choices: fp32 sums in another order may swap experts whose scores are that close, no others.
+
+    Raises:
+        AssertionError: an expert was chosen before a clearly better or an equal, lower one; or a weight is wrong.
+    """
+    op = "route_experts"
+    weights, ids = got[0].cpu(), got[1].cpu()
+    if arguments.get("expert_table") is not None or ids.numel() == 0:
+        assert_within("sample", ids, want[1])  # a lookup: every bit
+        assert_within(op, weights, want[0])
+        return
+    scores = torch.nn.functional.softplus(arguments["x"].double() @ arguments["gate"].double().T).sqrt()
+    bias = arguments.get("bias")
+    keys = scores if bias is None else scores + bias.double()
+    if int(ids.min()) < 0 or int(ids.max()) >= keys.shape[1]:
+        raise AssertionError(f"{op}: an expert id is outside 0..{keys.shape[1] - 1}: {ids.aminmax()}")
+    if bool((ids.sort(-1).values.diff(dim=-1) == 0).any()):
+        raise AssertionError(f"{op}: a token has the same expert twice")
+    lost = keys.gather(1, want[1]) - keys.gather(1, ids)  # [T, A]
+    close = TOLERANCES[op].relative_l2 * keys.abs().amax(-1, keepdim=True)
+    different = ids != want[1]
+    wrong = (lost > close) | (different & (lost.abs() < EQUAL))
+    if bool(wrong.any()):
+        token, slot = wrong.nonzero()[0].tolist()
+        raise AssertionError(
+            f"{op}: token {token} slot {slot}: got expert {int(ids[token, slot])} with "
+            f"{float(keys[token, ids[token, slot]])!r}, want {int(want[1][token, slot])} with "
+            f"{float(keys[token, want[1][token, slot]])!r}; equal ones go to the lowest"
+        )
+    chosen = scores.gather(1, ids)
+    expected = chosen / chosen.sum(-1, keepdim=True) * arguments["routed_scaling"]
+    assert_within(op, weights, expected.float())
+
+
+EQUAL = 1e-12
+"""Two experts whose fp64 scores are this close have the same gate row and bias."""
 
 
 def _plain(value: Any) -> dict[str, torch.Tensor]:

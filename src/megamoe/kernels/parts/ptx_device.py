@@ -113,6 +113,9 @@ def e2m1_magnitude(a):
 
 def bf16_word(low, high):
     """Return two fp32 values as bf16 in one word, each rounded to nearest even."""
-    return inline_ptx(
-        "cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[low, high]
-    )
+    return inline_ptx("cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[low, high])
+
+
+def square_root(a):
+    """Return the square root, rounded to nearest even."""
+    return inline_ptx("sqrt.rn.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])

@@ -2,7 +2,8 @@
 """hyper_connection_pre: project the streams, normalize, Sinkhorn, collapse; the streams are read once.
 
 Meaning    ops/hyper_connection.py; this file only makes it fast
-Grid       (C, ceil(T / tokens)): a cluster of C blocks shares a tile of tokens, each block D / C channels of all streams
+Grid       (C, ceil(T / tokens)): a cluster of C blocks shares a tile of tokens; a block has D / C channels of all
+           streams
 Warps      each holds 64 channels of all streams of the tile in registers, from the load to the weighted sum
 Product    fp32 weights are split into three bf16 parts, exactly; products of bf16 are exact in fp32, so the matrix unit
            gives the fp32 product up to the order of additions (parts/mma_device.py)

@@ -297,7 +297,12 @@ class HyperConnectionPre:
 
 @cute.jit
 def load_row(
-    fn: cute.Tensor, first_row: cutlass.Constexpr, row: Int32, column: Int32, outputs: cutlass.Constexpr, values: cute.Tensor
+    fn: cute.Tensor,
+    first_row: cutlass.Constexpr,
+    row: Int32,
+    column: Int32,
+    outputs: cutlass.Constexpr,
+    values: cute.Tensor,
 ):
     """Load four weights of row first_row + row, or zeros past the last row."""
     if cutlass.const_expr(first_row + 8 <= outputs):
