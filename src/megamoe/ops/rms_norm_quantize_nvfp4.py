@@ -16,7 +16,7 @@ import torch
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.ops import quantize, rms_norm
 from megamoe.ops.check import FLOATS, check
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import pick, traced
 
 
 def rms_norm_quantize_nvfp4(
@@ -50,3 +50,29 @@ def reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.
     """Compute rms_norm_quantize_nvfp4 in plain torch."""
     y = rms_norm.reference(x, weight, eps, x.dtype)
     return y, quantize.reference_nvfp4(y, None)
+
+
+_Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _run(x: torch.Tensor, weight: torch.Tensor, eps: float) -> _Parts:
+    y, q = pick("rms_norm_quantize_nvfp4", x.device, reference)(x, weight, eps)
+    return y, q.codes, q.scales, q.tensor_scale
+
+
+def _fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> _Parts:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), *quantize.fake_nvfp4(x)
+
+
+def _call(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, NvFp4Tensor]:
+    y, codes, scales, tensor_scale = torch.ops.megamoe.rms_norm_quantize_nvfp4(x, weight, eps)
+    return y, NvFp4Tensor(codes, scales, tensor_scale, scale_per="row")
+
+
+traced(
+    "rms_norm_quantize_nvfp4",
+    {"rms_norm_quantize_nvfp4": "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)"},
+    {"rms_norm_quantize_nvfp4": _run},
+    {"rms_norm_quantize_nvfp4": _fake},
+    _call,
+)
