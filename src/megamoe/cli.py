@@ -10,6 +10,7 @@ Nothing heavy is imported before it is needed: a bad flag is refused, and `--hel
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -95,6 +96,7 @@ def generate(
 @click.argument("ops", nargs=-1, metavar="[OP]...")
 @click.option("--arch", metavar="A", help="Kernels: refuse to run on another GPU (sm90a, sm100a, sm103a).")
 @click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernels: load from this pack.")
+@click.option("--seconds", default=math.inf, metavar="S", help="Kernels: start no further case after so many.")
 @click.option("--explain", is_flag=True, help="Kernels: print which were loaded, from where and how long it took.")
 @click.option("--model", metavar="tiny|DIR", help="Components: bundled model or checkpoint.  [default: tiny]")
 @click.option(
@@ -108,6 +110,7 @@ def verify(
     ops: tuple[str, ...],
     arch: str | None,
     pack: pathlib.Path | None,
+    seconds: float,
     explain: bool,
     model: str | None,
     originals: pathlib.Path | None,
@@ -124,7 +127,7 @@ def verify(
             raise click.UsageError("--model and --originals belong to the components; leave OP, --arch and --pack out.")
         from megamoe.verify import ops as verify_ops
 
-        return verify_ops.run(ops, arch=arch, pack=pack, as_json=as_json, explain=explain)
+        return verify_ops.run(ops, arch=arch, pack=pack, as_json=as_json, explain=explain, seconds=seconds)
     from megamoe.verify.components import run
 
     return run("tiny" if model is None else model, originals=originals, as_json=as_json)
@@ -136,6 +139,7 @@ def verify(
 @click.option("--arch", metavar="A", help="Refuse to run on another GPU (sm90a, sm100a, sm103a).")
 @click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Load kernels from this pack.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=pathlib.Path), metavar="FILE", help="Also write the rows.")
+@click.option("--seconds", default=math.inf, metavar="S", help="Start no further case after so many.")
 @click.option("--commit", metavar="ID", help="Recorded with the numbers; by default git is asked.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON document alone on standard output.")
 def bench(
@@ -144,6 +148,7 @@ def bench(
     arch: str | None,
     pack: pathlib.Path | None,
     csv_path: pathlib.Path | None,
+    seconds: float,
     commit: str | None,
     as_json: bool,
 ) -> int:
@@ -158,6 +163,7 @@ def bench(
         as_json=as_json,
         csv_path=csv_path,
         commit=commit,
+        seconds=seconds,
     )
 
 

@@ -20,11 +20,18 @@ from megamoe.kernels import KERNELS
 from megamoe.kernels.store import store_for, target_of
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, parts
-from megamoe.verify.ops import compare, token_counts, verify_case
+from megamoe.verify.ops import compare, verify_case
 
 pytestmark = pytest.mark.gpu
 
-CASES = [(call, inputs) for op in KERNELS for call in op_shapes(op)[:2] for inputs in INPUTS[op]]
+# The smallest model's first shape, and Flash's: rows inside a warp, and rows across warps.
+CASES = [
+    (call, inputs)
+    for op in KERNELS
+    for model in ("tiny", "flash")
+    for call in [one for one in op_shapes(op) if one.model == model][:1]
+    for inputs in INPUTS[op]
+]
 IDS = [f"{call.op} {call}" for call, _ in CASES]
 
 
@@ -46,7 +53,7 @@ def reference(inputs: OpInputs, arguments: Arguments) -> object:
 
 
 @pytest.mark.parametrize(("call", "inputs"), CASES, ids=IDS)
-@pytest.mark.parametrize("num_tokens", token_counts(16))
+@pytest.mark.parametrize("num_tokens", [1, 17, 67])
 def test_kernel_equals_reference(call: OpCall, inputs: OpInputs, num_tokens: int) -> None:
     verify_case(call, inputs, num_tokens)
 

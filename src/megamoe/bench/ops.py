@@ -6,7 +6,8 @@ tokens is compared with the CPU reference first, and a wrong one is not timed; t
 bench/timing.py and set against the ceiling of bench/roofline.py, whose rates are measured in the same run. The last
 line of standard output is one JSON document.
 
-Exit codes: 0 all measured · 1 a kernel is wrong and was not timed · 2 no GPU here, or not the one asked for.
+Exit codes: 0 all measured · 1 a kernel is wrong and was not timed, or not all was run · 2 no GPU here, or not the one
+asked for.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -138,6 +141,9 @@ BASELINES: dict[str, Baseline] = {
     "hyper_connection_post": Baseline("torch eager", _eager_post),
 }
 
+LOOKED_UP = ("expert_table",)
+"""Arguments of which a call reads a row a token: too little to count."""
+
 FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "route_experts": lambda dims, tokens: 2 * tokens * dims["E"] * dims["D"],
 }
@@ -182,7 +188,8 @@ def bench_case(
     check_sample(call, inputs, arguments, got, num_tokens)
     per_token = {name: value for name, value in arguments.items() if name in inputs.per_token}
     shared = {name: value for name, value in arguments.items() if name not in inputs.per_token}
-    num_bytes = tensor_bytes(arguments) + tensor_bytes(got)
+    read = {name: value for name, value in arguments.items() if name not in LOOKED_UP}
+    num_bytes = tensor_bytes(read) + tensor_bytes(got)
     rotated = tensor_bytes(per_token) + tensor_bytes(got)
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     count = timing.num_sets(rotated, l2_bytes, 8 << 30)
@@ -223,6 +230,18 @@ def _map_values(arguments: Arguments, function: Callable[[torch.Tensor], torch.T
     return copies
 
 
+def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str]) -> list[tuple[OpCall, OpInputs, int]]:
+    """Return what to measure, in order: the first number of tokens for all operations, then the next."""
+    return [
+        (call, inputs, tokens)
+        for tokens in num_tokens
+        for op in names
+        for call in op_shapes(op)
+        if call.model in models
+        for inputs in INPUTS[op]
+    ]
+
+
 def run(
     names: Sequence[str],
     *,
@@ -233,40 +252,44 @@ def run(
     as_json: bool = False,
     csv_path: pathlib.Path | None = None,
     commit: str | None = None,
+    seconds: float = math.inf,
 ) -> int:
-    """Measure, print, and return the exit code. With as_json only the JSON document is printed."""
+    """Measure, print, and return the exit code. With as_json only the JSON document is on standard output."""
     try:
         ops = known_ops(names)
         open_gpu(arch, pack)
     except (NoGpuError, ValueError) as error:
         print(f"megamoe: error: bench: {error}", file=sys.stderr)
         return NO_GPU
+    begin = time.perf_counter()
     copy_gbps, tflops = timing.copy_gbps(), matrix_tflops()
     log = sys.stderr if as_json else sys.stdout
     print(f"ceilings of this run: copy {copy_gbps:.0f} GB/s, bf16 matrix product {tflops:.0f} TFLOP/s", file=log)
     print(report.HEADER, file=log, flush=True)
-    rows, wrong = [], []
-    for op in ops:
-        for call in op_shapes(op):
-            if call.model not in models:
-                continue
-            for inputs in INPUTS[op]:
-                for tokens in num_tokens:
-                    try:
-                        row = bench_case(call, inputs, tokens, copy_gbps, tflops, BASELINES.get(op))
-                    except AssertionError as error:
-                        wrong.append(f"{call} T={tokens}: {error}")
-                        print(f"WRONG, not timed: {wrong[-1]}", file=log, flush=True)
-                        continue
-                    rows.append(row)
-                    print(report.table_line(row), file=log, flush=True)
-                    torch.cuda.empty_cache()
+    rows: list[report.Row] = []
+    wrong: list[str] = []
+    planned = plan(ops, num_tokens, models)
+    for call, inputs, tokens in planned:
+        if time.perf_counter() - begin > seconds:
+            break
+        try:
+            row = bench_case(call, inputs, tokens, copy_gbps, tflops, BASELINES.get(call.op))
+        except AssertionError as error:
+            wrong.append(f"{call.op} {call} T={tokens}: {error}")
+            print(f"WRONG, not timed: {wrong[-1]}", file=log, flush=True)
+            continue
+        rows.append(row)
+        print(report.table_line(row), file=log, flush=True)
+        torch.cuda.empty_cache()  # the graphs of this case are gone; their memory may be wanted in other sizes
+    not_run = len(planned) - len(rows) - len(wrong)
+    if not_run:
+        print(f"{not_run} cases were not run: --seconds {seconds:g} had passed", file=log)
     if csv_path is not None:
         csv_path.write_text(report.as_csv(rows), encoding="utf-8")
     ceilings = {"copy_gbps": round(copy_gbps, 1), "bf16_tflops": round(tflops, 1)}
     document = report.as_document(rows, report.machine(commit), ceilings)
-    print(json.dumps({**document, "wrong": wrong}))
-    return WRONG if wrong else DONE
+    print(json.dumps({**document, "wrong": wrong, "not_run": not_run}), flush=True)
+    return WRONG if wrong or not_run else DONE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pack", type=pathlib.Path, help="kernel pack to load from")
     parser.add_argument("--json", action="store_true", help="print the JSON document alone on standard output")
     parser.add_argument("--csv", type=pathlib.Path, help="also write the rows to this file")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no further case after so many")
     parser.add_argument("--commit", help="recorded in the document; by default git is asked")
     given = parser.parse_args(arguments)
     return run(
@@ -290,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         as_json=given.json,
         csv_path=given.csv,
         commit=given.commit,
+        seconds=given.seconds,
     )
 
 

@@ -16,3 +16,19 @@ KERNELS: dict[str, dict[str, str]] = {
     "hyper_connection_head": {"portable": "megamoe.kernels.portable.hyper_connection_head"},
     "hyper_connection_post": {"portable": "megamoe.kernels.portable.hyper_connection_post"},
 }
+
+ARCHITECTURES = ("sm90", "sm100", "sm103")
+"""Columns of the printed table. Portable kernels are compiled for all of them."""
+
+
+def support_table() -> str:
+    """Return the support table as Markdown, as docs/kernels.md and the README print it."""
+    lines = [
+        f"| operation | {' | '.join(ARCHITECTURES)} |",
+        f"| --- |{' --- |' * len(ARCHITECTURES)}",
+    ]
+    for op in sorted(KERNELS):
+        table = KERNELS[op]
+        cells = [arch if arch in table else "portable" if "portable" in table else "–" for arch in ARCHITECTURES]
+        lines.append(f"| `{op}` | {' | '.join(cells)} |")
+    return "\n".join(lines)

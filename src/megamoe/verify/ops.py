@@ -6,7 +6,7 @@ tile, and a few tiles. For each: the CPU reference of the same inputs within ver
 fenced (verify/guards.py); a second run over other poison and other addresses gives the same bits; inputs with other
 strides and alignments, too; and the last token alone gives the bits it had among the others.
 
-Exit codes: 0 all right · 1 a kernel is wrong · 2 no GPU here, or not the one that was asked for.
+Exit codes: 0 all right · 1 a kernel is wrong, or not all was run · 2 no GPU here, or not the one that was asked for.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -132,7 +133,8 @@ def verify_case(call: OpCall, inputs: OpInputs, num_tokens: int, device: str = "
     if num_tokens > 1:
         last = torch.tensor([num_tokens - 1])
         alone = {name: rows_of(value, last) if name in inputs.per_token else value for name, value in on_device.items()}
-        among = {name: part[last.to(part.device)] for name, part in _plain(runs[0]).items()}
+        # A scale of the whole tensor has no tokens.
+        among = {name: part[last.to(part.device)] for name, part in _plain(runs[0]).items() if part.dim()}
         single = _plain(inputs.door(**alone))
         for name, part in among.items():
             if not torch.equal(part, single[name]):
@@ -172,9 +174,10 @@ def compare_routes(got: Any, want: Any, arguments: Arguments) -> None:
         assert_within("sample", ids, want[1])  # a lookup: every bit
         assert_within(op, weights, want[0])
         return
-    scores = torch.nn.functional.softplus(arguments["x"].double() @ arguments["gate"].double().T).sqrt()
+    logits = arguments["x"].cpu().double() @ arguments["gate"].cpu().double().T
+    scores = torch.nn.functional.softplus(logits).sqrt()
     bias = arguments.get("bias")
-    keys = scores if bias is None else scores + bias.double()
+    keys = scores if bias is None else scores + bias.cpu().double()
     if int(ids.min()) < 0 or int(ids.max()) >= keys.shape[1]:
         raise AssertionError(f"{op}: an expert id is outside 0..{keys.shape[1] - 1}: {ids.aminmax()}")
     if bool((ids.sort(-1).values.diff(dim=-1) == 0).any()):
@@ -228,59 +231,74 @@ def _strided(value: Any, shift_bytes: int) -> Any:
     return view
 
 
-def verify_ops(names: Sequence[str], progress: bool = True) -> list[Outcome]:
-    """Run every case of some operations and return what came out."""
-    outcomes = []
+def verify_ops(names: Sequence[str], *, seconds: float = math.inf, log: TextIO | None = None) -> list[Outcome]:
+    """Run every case of some operations and return what came out, printing each operation as it ends.
+
+    Args:
+        names: the operations, most important first.
+        seconds: after so many, no further case is started.
+        log: where to print; None for nowhere.
+    """
+    outcomes: list[Outcome] = []
+    begin = time.perf_counter()
     for op in names:
-        for call, inputs, num_tokens in cases(op):
+        first = len(outcomes)
+        planned = list(cases(op))
+        for call, inputs, num_tokens in planned:
             start = time.perf_counter()
+            if start - begin > seconds:
+                break
             error = None
             try:
                 verify_case(call, inputs, num_tokens)
             except AssertionError as wrong:
                 error = str(wrong)
-                if progress:
-                    print(f"WRONG {call.op} {call} T={num_tokens}: {error}", file=sys.stderr, flush=True)
+                if log is not None:
+                    print(f"WRONG {op} {call} T={num_tokens}: {error}", file=log, flush=True)
             outcomes.append(Outcome(op, str(call), num_tokens, error, time.perf_counter() - start))
+        if log is not None:
+            mine = outcomes[first:]
+            wrong_count, spent = sum(one.error is not None for one in mine), sum(one.seconds for one in mine)
+            print(f"| {op} | {len(mine)} of {len(planned)} | {wrong_count} | {spent:.1f} |", file=log, flush=True)
     return outcomes
 
 
 def run(
-    names: Sequence[str], *, arch: str | None, pack: pathlib.Path | None, as_json: bool, explain: bool = False
+    names: Sequence[str],
+    *,
+    arch: str | None,
+    pack: pathlib.Path | None,
+    as_json: bool,
+    explain: bool = False,
+    seconds: float = math.inf,
 ) -> int:
-    """Verify, print a table (or one JSON object) and return the exit code."""
+    """Verify, print a table (with as_json, one JSON object alone) and return the exit code."""
     try:
         ops = known_ops(names)
         store = open_gpu(arch, pack)
     except (NoGpuError, ValueError) as error:
         print(f"megamoe: error: verify: {error}", file=sys.stderr)
         return NO_GPU
-    outcomes = verify_ops(ops)
+    log = sys.stderr if as_json else sys.stdout
+    print("| operation | cases | wrong | seconds |\n| --- | --- | --- | --- |", file=log, flush=True)
+    outcomes = verify_ops(ops, seconds=seconds, log=log)
     failed = [one for one in outcomes if one.error]
+    missing = sum(1 for op in ops for _ in cases(op)) - len(outcomes)
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cases right on {torch.cuda.get_device_name()}", file=log)
+    if missing:
+        print(f"{missing} cases were not run: --seconds {seconds:g} had passed", file=log)
     if explain:
-        print(store.explain(), file=sys.stderr)
+        print(store.explain(), file=log)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "gpu": torch.cuda.get_device_name(),
-                    "target": store.target,
-                    "passed": not failed,
-                    "cases": [dataclasses.asdict(one) for one in outcomes],
-                }
-            )
-        )
-        return WRONG if failed else DONE
-    print("| operation | cases | wrong | seconds |")
-    print("| --- | --- | --- | --- |")
-    for op in ops:
-        mine = [one for one in outcomes if one.op == op]
-        wrong = sum(one.error is not None for one in mine)
-        print(f"| {op} | {len(mine)} | {wrong} | {sum(one.seconds for one in mine):.1f} |")
-    for one in failed[:20]:
-        print(f"WRONG {one.op} {one.shape} T={one.num_tokens}: {one.error}")
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} cases right on {torch.cuda.get_device_name()}")
-    return WRONG if failed else DONE
+        content = {
+            "gpu": torch.cuda.get_device_name(),
+            "target": store.target,
+            "passed": not failed and not missing,
+            "not_run": missing,
+            "cases": [dataclasses.asdict(one) for one in outcomes],
+        }
+        print(json.dumps(content))
+    return WRONG if failed or missing else DONE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -291,8 +309,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pack", type=pathlib.Path, help="kernel pack to load from")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--explain", action="store_true", help="print the ledger of kernels")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no further case after so many")
     given = parser.parse_args(arguments)
-    return run(given.ops, arch=given.arch, pack=given.pack, as_json=given.json, explain=given.explain)
+    return run(
+        given.ops,
+        arch=given.arch,
+        pack=given.pack,
+        as_json=given.json,
+        explain=given.explain,
+        seconds=given.seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -127,8 +127,9 @@ def store_scalar_if(wanted, lane: Int32, value: Float32, target: cute.Tensor, in
 @cute.jit
 def share_among_warps(value: Float32, scratch: cute.Tensor):
     """Put each warp's value into shared memory, visible to the whole block."""
+    warp = cute.arch.warp_idx()  # a shuffle of the whole warp: inside the branch, one lane would wait for 31 others
     if cute.arch.lane_idx() == 0:
-        scratch[cute.arch.warp_idx()] = value
+        scratch[warp] = value
     cute.arch.sync_threads()
 
 
