@@ -17,7 +17,7 @@ from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats.nvfp4 import quantize
 from megamoe.kernels import KERNELS
 from megamoe.models.deepseek_v4.shapes import op_shapes
-from megamoe.verify.inputs import INPUTS
+from megamoe.verify.inputs import INPUTS, parts
 
 ROW = report.Row(
     "rms_norm",
@@ -75,7 +75,7 @@ def test_a_right_result_passes_and_a_wrong_one_is_not_timed(op: str, monkeypatch
     arguments = inputs.make(call.dims, 20, torch.Generator().manual_seed(0))
     got = inputs.door(**arguments)
     benching.check_sample(call, inputs, arguments, got, 20)
-    first = next(iter(benching.parts(got).values())).view(-1)
+    first = next(iter(parts(got).values())).view(-1)
     last = first.view(torch.uint8) if first.dtype.itemsize == 1 else first
     last[-1] = last[-1] + (1 if last.dtype == torch.uint8 else 1000)
     with pytest.raises(AssertionError):
@@ -88,7 +88,7 @@ def test_baselines_do_the_same_work(op: str) -> None:
     call = next(one for one in op_shapes(op))
     for inputs in INPUTS[op]:
         arguments = inputs.make(call.dims, 6, torch.Generator().manual_seed(3))
-        want = list(benching.parts(inputs.door(**arguments)).values())
+        want = list(parts(inputs.door(**arguments)).values())
         got = list(_flat(benching.BASELINES[op].run(**arguments)))
         for one, other in zip(got, want, strict=True):
             assert one.shape == other.shape

@@ -66,13 +66,15 @@ def _eager_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> A
         quotient.signbit().to(torch.uint8) << 3
     )
     pairs = codes.flatten(-2).unflatten(-1, (-1, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4), scales, g
+    codes = pairs[..., 0] | (pairs[..., 1] << 4)
+    return codes, scales, g if tensor_scale is None else tensor_scale.expand(x.shape[:-2])
 
 
 def _eager_fp8_rows(x: torch.Tensor) -> Any:
     values = F.pad(x.float(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
     scale = torch.exp2(torch.ceil(torch.log2(values.abs().amax(-1).clamp(min=1e-4) / 448.0)))
-    return (values / scale[..., None]).to(torch.float8_e4m3fn), scale
+    codes = (values / scale[..., None]).to(torch.float8_e4m3fn).flatten(-2)
+    return codes[..., : x.shape[-1]], scale
 
 
 def _eager_post(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:

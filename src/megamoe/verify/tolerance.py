@@ -39,6 +39,9 @@ _REQUANTIZED = (
 
 TOLERANCES: dict[str, Tolerance] = {
     "rms_norm": Tolerance(1e-5, "one fp32 sum of K squares in any order, and an approximate rsqrt"),
+    "rms_norm_quantize_nvfp4": Tolerance(
+        1e-5, "y as rms_norm; the codes must be quantize_nvfp4 of that very y, every bit"
+    ),
     "rope": Tolerance(1e-6, "fp32 cos and sin of the same fp32 angle, four products; a different angle is a fault"),
     "hyper_connection_pre": Tolerance(3e-5, "an fp32 product over X * D, then 39 normalizations that do not amplify"),
     "hyper_connection_post": Tolerance(1e-6, "X + 1 fp32 products a channel"),

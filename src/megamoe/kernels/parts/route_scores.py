@@ -37,6 +37,11 @@ class Config:
     row_tiles: int
     token_tiles: int
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: the sums of every warp."""
+        return 4 * 16 * self.row_tiles * 8 * self.token_tiles * WARPS
+
 
 def tiles(num_tokens: int) -> tuple[int, int]:
     """Return (row_tiles, token_tiles) for a number of tokens."""

@@ -56,6 +56,12 @@ class Config:
         return self.width // (self.cluster * WARP_CHANNELS)
 
     @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: sums of every warp, of the block, and the streams' weights."""
+        values = (self.outputs + 1) * self.tokens
+        return 4 * (values * self.warps + values + STREAMS * self.tokens)
+
+    @property
     def outputs(self) -> int:
         """Rows of fn."""
         return (2 + STREAMS) * STREAMS if self.sinkhorn_iters else STREAMS
