@@ -120,7 +120,7 @@ def test_json(fake: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
 def test_empty_prompt_is_bos(fake: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--prompt", "", "--max-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 1
-    assert fake.caches[0].ids[0] == BOS
+    assert fake.fed[0] == [BOS]
 
 
 def test_no_tokens(fake: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +279,7 @@ def test_closed_standard_input(repository: pathlib.Path) -> None:
 
 
 def test_an_error_of_ours_is_not_hidden(fake: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeModel, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(FakeModel, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["generate", "--prompt", "x"])
 

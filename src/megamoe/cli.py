@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: megamoe generate | verify | bench | compile.
+"""The command: megamoe generate | verify | inspect | bench | compile.
 
-Exit codes: 0 done · 1 a check of `verify` failed · 2 bad input, told in one line on standard error · 130 interrupted ·
-141 whoever read our output has gone. Errors of ours are not caught and show their traceback.
+Exit codes: 0 done · 1 a check of `verify` failed or `inspect` has findings · 2 bad input, told in one line on standard
+error · 130 interrupted · 141 whoever read our output has gone. Errors of ours are not caught and show their traceback.
 
 Nothing heavy is imported before it is needed: a bad flag is refused, and `--help` shown, without loading torch.
 """
@@ -201,6 +201,31 @@ def _shapes_of(model: str) -> str:
         return model
     config = json.loads((pathlib.Path(model) / "config.json").read_text(encoding="utf-8"))
     return known_model(int(config["hidden_size"]), int(config["n_routed_experts"]))
+
+
+@cli.command()
+@click.argument("directory", metavar="tiny|DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object that names every tensor.")
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Plan for N GPUs.  [default: 1, 2, 4 and 8]")
+@click.option("--gpu-memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory of one GPU.")
+@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Plan for sequences of N tokens.")
+@click.option("--sequences", type=click.IntRange(min=1), metavar="N", help="Say whether N sequences fit.")
+def inspect(
+    directory: str,
+    as_json: bool,
+    gpus: int | None,
+    gpu_memory: float | None,
+    context: int | None,
+    sequences: int | None,
+) -> int:
+    """Say what a checkpoint is, what is wrong with it and what memory it takes, from its headers.
+
+    Exit code: 0 good, 1 findings, 2 unreadable.
+    """
+    from megamoe.verify.checkpoint_report import PlanRequest, run
+
+    request = PlanRequest(gpus=gpus, gpu_memory_gb=gpu_memory, context=context, sequences=sequences)
+    return run(directory, request, as_json=as_json)
 
 
 def _read_standard_input() -> str:

@@ -123,3 +123,64 @@ def test_order_must_be_a_permutation(order):
 def test_counts_must_be_positive(num_pages, tokens_per_page):
     with pytest.raises(ValueError, match="num_pages must be >= 0 and tokens_per_page >= 1"):
         PageAllocator(num_pages, tokens_per_page)
+
+
+# --- sharing ---
+
+
+def test_a_fork_shares_whole_pages_and_grows_on_its_own():
+    pages = PageAllocator(6, 4)
+    pages.alloc(0, 10)
+    assert pages.fork(0, 1, 8) == (0, 1)
+    assert [pages.num_owners(page) for page in range(4)] == [2, 2, 1, 0]
+    assert pages.extend(1, 1) == (0, 1, 3)
+    pages.free(0)
+    assert [pages.num_owners(page) for page in range(4)] == [1, 1, 0, 1]
+    pages.free(1)
+    assert pages.num_free_pages == 6
+
+
+def test_rewind_lets_go_of_whole_pages():
+    pages = PageAllocator(4, 4)
+    pages.alloc(0, 13)
+    assert pages.rewind(0, 5) == (0, 1) and pages.num_free_pages == 2
+    assert pages.extend(0, 4) == (0, 1, 2)
+    assert pages.rewind(0, 0) == () and pages.length(0) == 0
+
+
+def test_others_can_own_a_page():
+    pages = PageAllocator(2, 4)
+    pages.alloc(0, 4)
+    pages.retain(0)
+    pages.free(0)
+    assert pages.num_free_pages == 1
+    assert pages.alloc(1, 5, shared=[0]) == (0, 1)
+    pages.free(1)
+    pages.release(0)
+    assert pages.num_free_pages == 2
+
+
+def test_refusals_of_sharing():
+    pages = PageAllocator(4, 4)
+    pages.alloc(0, 8)
+    for bad in (3, 12, -4):
+        with pytest.raises(ValueError, match="multiple of 4 up to the sequence's 8 tokens"):
+            pages.fork(0, 1, bad)
+    with pytest.raises(ValueError, match="hold 8 tokens; got num_tokens 7"):
+        pages.alloc(1, 7, shared=[0, 1])
+    for call in (pages.retain, pages.release, lambda page: pages.alloc(2, 4, shared=[page])):
+        for page in (3, 4, -1):
+            with pytest.raises(ValueError, match=f"page {page} has no owner"):
+                call(page)
+    pages.fork(0, 1, 8)
+    pages.rewind(1, 6)
+    with pytest.raises(ValueError, match="page 1 of sequence 1 is shared and would be written at token 6"):
+        pages.extend(1, 1)
+    assert pages.extend(1, 0) == (0, 1)
+    pages.rewind(1, 4)
+    assert pages.extend(1, 2) == (0, 2), "from a page boundary it grows on a page of its own"
+    with pytest.raises(ValueError, match="num_tokens must be 0 to 8"):
+        pages.rewind(0, 9)
+    with pytest.raises(OutOfPagesError):
+        pages.alloc(3, 16, shared=[0])
+    assert pages.num_owners(0) == 2, "a failed alloc owns nothing"

@@ -7,8 +7,8 @@ import pathlib
 
 import pytest
 
-from megamoe.engine import generate as module
-from megamoe.engine.generate import generate_tokens
+from megamoe.engine.config import EngineConfig
+from megamoe.engine.generate import config_for, generate_batch, generate_tokens
 from megamoe.engine.sampling_params import SamplingParams
 
 from ..fakes import BOS, EOS, FakeConfig, FakeModel, next_after
@@ -43,7 +43,7 @@ def test_greedy_follows_the_model(count: int) -> None:
 def test_no_tokens_asks_nothing_of_the_model() -> None:
     model = FakeModel(NOWHERE)
     assert ids_and_reasons(model, [BOS], SamplingParams(max_tokens=0)) == ([], [])
-    assert model.steps == [] and model.caches == []
+    assert model.steps == []
 
 
 def test_end_of_sequence_is_the_last_token() -> None:
@@ -71,7 +71,7 @@ def test_the_context_is_used_to_its_end(num_prompt: int, num_new: int) -> None:
     model = FakeModel(NOWHERE, config=FakeConfig(max_position_embeddings=64))
     ids, reasons = ids_and_reasons(model, [BOS] * num_prompt, SamplingParams(max_tokens=1000))
     assert len(ids) == num_new and reasons[-1] == "length"
-    assert len(model.caches[0].ids) == 64
+    assert sum(model.steps) == 64
 
 
 # properties
@@ -79,20 +79,39 @@ def test_the_context_is_used_to_its_end(num_prompt: int, num_new: int) -> None:
 
 def test_the_prompt_is_fed_once_and_then_single_tokens() -> None:
     model = FakeModel(NOWHERE)
-    ids, _ = ids_and_reasons(model, [BOS, 40, 41], SamplingParams(max_tokens=4))
+    ids_and_reasons(model, [BOS, 40, 41], SamplingParams(max_tokens=4))
     assert model.steps == [3, 1, 1, 1]
-    assert model.caches[0].ids == [BOS, 40, 41, *ids[:-1]]
-    assert model.caches[0].max_tokens == 3 + 4 - 1
 
 
 @pytest.mark.parametrize("num_prompt", [7, 8, 9, 16, 17])
-def test_long_prompts_are_fed_in_parts(num_prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PREFILL_CHUNK", 8)
+def test_long_prompts_are_fed_in_parts(num_prompt: int) -> None:
     model = FakeModel(NOWHERE)
     prompt = [BOS, *range(40, 40 + num_prompt - 1)]
-    ids, _ = ids_and_reasons(model, prompt, SamplingParams(max_tokens=2))
-    assert ids == greedy(prompt, 2)
+    config = EngineConfig(max_sequences=1, max_step_tokens=8, prefill_chunk=8)
+    tokens = list(generate_tokens(model, prompt, SamplingParams(max_tokens=2), config))
+    assert [token.token_id for token in tokens] == greedy(prompt, 2)
     assert max(model.steps) <= 8 and sum(model.steps) == num_prompt + 1
+
+
+def test_a_batch_is_its_prompts_one_by_one() -> None:
+    prompts = [[BOS, *range(10, 10 + length)] for length in (1, 9, 4, 30, 2, 2, 17, 5, 8, 11)]
+    params = SamplingParams(max_tokens=6)
+    model = FakeModel(NOWHERE)
+    tokens = list(generate_batch(model, prompts, params))
+    for idx, prompt in enumerate(prompts):
+        assert [token.token_id for token in tokens if token.prompt_idx == idx] == greedy(prompt, 6)
+    assert len(model.steps) < 30, "they run together"
+
+
+def test_no_prompts_need_no_engine() -> None:
+    model = FakeModel(NOWHERE)
+    assert list(generate_batch(model, [], SamplingParams())) == [] and model.steps == []
+
+
+def test_caches_hold_what_is_asked_for_and_no_more() -> None:
+    config = config_for(FakeModel(NOWHERE), [[BOS] * 9, [BOS]], SamplingParams(max_tokens=8))
+    assert (config.max_sequences, config.num_pages, config.prefix_cache) == (2, 2 * 2, False)
+    assert config_for(FakeModel(NOWHERE), [[BOS] * 9] * 20, SamplingParams(max_tokens=9)).num_pages == 8 * 3
 
 
 def test_tokens_come_one_by_one() -> None:

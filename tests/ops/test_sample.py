@@ -73,6 +73,28 @@ def test_top_p_counts_the_mass_that_top_k_left() -> None:
     assert _draw(LOGITS, [0.9999], top_k=2, top_p=0.65) == [0]
 
 
+def test_min_p_is_relative_to_the_best() -> None:
+    """Relative masses 1, 0.6 and 0.4; what is left is drawn from alone."""
+
+    def draw(least: float, uniform: float, top_p: float = 1.0) -> int:
+        one = torch.ones(1)
+        ids = sample(
+            LOGITS[None],
+            temperature=one,
+            top_k=torch.zeros(1, dtype=torch.int64),
+            top_p=one * top_p,
+            min_p=one * least,
+            uniform=one * uniform,
+        )
+        return int(ids[0])
+
+    assert draw(0.0, 0.9999) == draw(0.39, 0.9999) == 1
+    assert draw(0.41, 0.9999) == draw(0.59, 0.9999) == 0
+    assert draw(0.61, 0.9999) == draw(1.0, 0.9999) == 2
+    assert (draw(0.41, 0.62), draw(0.41, 0.63)) == (2, 0), "0.5 of 0.8"
+    assert draw(0.41, 0.9999, top_p=0.6) == 2, "top_p counts the mass that min_p left"
+
+
 def test_equal_logits_are_ordered_by_index() -> None:
     assert _draw(torch.zeros(4), [0.0, 0.26, 0.51, 0.76]) == [0, 1, 2, 3]
     assert _draw(torch.zeros(4), [0.0, 0.6], top_k=2) == [0, 1]
@@ -124,11 +146,12 @@ def test_row_invariant(seed: int) -> None:
     top_k = torch.randint(0, 20, (60,), generator=generator)
     top_p = torch.rand(60, generator=generator).clamp(min=0.01)
     uniform = torch.rand(60, generator=generator)
+    min_p = torch.rand(60, generator=generator) * 0.3
 
     def run(*rows: torch.Tensor) -> torch.Tensor:
-        return sample(rows[0], temperature=rows[1], top_k=rows[2], top_p=rows[3], uniform=rows[4])
+        return sample(rows[0], temperature=rows[1], top_k=rows[2], top_p=rows[3], min_p=rows[5], uniform=rows[4])
 
-    assert_row_invariant(run, logits, temperature, top_k, top_p, uniform)
+    assert_row_invariant(run, logits, temperature, top_k, top_p, uniform, min_p)
 
 
 # --- refusals ---
@@ -143,6 +166,8 @@ def test_row_invariant(seed: int) -> None:
         ("top_k", -1, "top_k must be at least 0; 0 keeps all tokens; got -1"),
         ("top_p", 0.0, "top_p must be above 0 and at most 1; got 0"),
         ("top_p", 1.5, "top_p must be above 0 and at most 1; got 1.5"),
+        ("min_p", -0.1, "min_p must be 0 to 1; got -0.1"),
+        ("min_p", math.nan, "min_p must be 0 to 1; got nan"),
         ("uniform", 1.0, r"uniform must be in \[0, 1\); got 1"),
         ("uniform", math.nan, r"uniform must be in \[0, 1\); got nan"),
     ],
@@ -152,6 +177,7 @@ def test_parameters_out_of_range(name: str, value: float, message: str) -> None:
         "temperature": torch.ones(3),
         "top_k": torch.zeros(3, dtype=torch.int64),
         "top_p": torch.ones(3),
+        "min_p": torch.zeros(3),
         "uniform": torch.zeros(3),
     }
     parameters[name][1] = value

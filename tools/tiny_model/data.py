@@ -3,10 +3,11 @@
 
 Two sources, both under the PSF licence: the Python standard library's own source files and the Python documentation in
 reStructuredText. Every file is one document. About 2 % of the documents are held out, chosen by the SHA-256 of their
-bytes, and are seen neither by the tokenizer's training nor by the model's.
+bytes, and are seen neither by the tokenizer's training nor by the model's. More source distributions (--extra, see
+sources.txt) may be added to the training stream; the tokenizer and the held-out split do not change with them.
 
     python data.py --code <folder of the standard library> --docs <folder with *.rst.txt> --out <work folder> \
-        --release <this folder>
+        --release <this folder> [--extra <folder with *.tar.gz source distributions>]
 
 Writes to --out: train.bin and heldout.bin (uint16 token ids, documents as BOS ... EOS), tokenizer.json, data.json
 (counts and hashes). Writes to --release: tokenizer.json, heldout.txt, heldout.jsonl (a sample of whole held-out
@@ -17,6 +18,7 @@ import argparse
 import hashlib
 import json
 import random
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 BOS_ID, EOS_ID = 0, 1
 HELDOUT_MODULUS = 50
 MAX_FILE_BYTES = 300_000
+MAIN_REPEATS = 2  # copies of the two main sources in a stream with --extra, so that they stay about a third of it
 
 # Folders that are tests, caches, generated, or data tables rather than readable source.
 SKIP_FOLDERS = {
@@ -62,6 +65,15 @@ def read_documents(root: Path, suffix: str, prefix: str) -> list[tuple[str, str]
         except UnicodeDecodeError:
             continue
         found.append((f"{prefix}/{relative.as_posix()}", text))
+    return found
+
+
+def unpack(archives: Path, out: Path) -> list[Path]:
+    """Unpack every source distribution (*.tar.gz) of a folder; returns the archives, sorted."""
+    found = sorted(archives.glob("*.tar.gz"))
+    for archive in found:
+        with tarfile.open(archive) as file:
+            file.extractall(out, filter="data")
     return found
 
 
@@ -125,9 +137,11 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, required=True, help="folder with the documentation's *.rst.txt")
     parser.add_argument("--out", type=Path, required=True, help="work folder for the token streams")
     parser.add_argument("--release", type=Path, required=True, help="folder for tokenizer.json and the held-out sample")
+    parser.add_argument("--extra", type=Path, help="folder with source distributions (*.tar.gz), for training only")
     parser.add_argument("--sample-bytes", type=int, default=125_000)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, args.release):
+        folder.mkdir(parents=True, exist_ok=True)
 
     documents = read_documents(args.code, ".py", "code") + read_documents(args.docs, ".rst.txt", "docs")
     seen: set[str] = set()
@@ -143,7 +157,17 @@ def main() -> None:
     for _, text in heldout:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text, "tokenizer does not round-trip"
 
-    train_ids = encode(tokenizer, [text for _, text in train])
+    extra: list[tuple[str, str]] = []
+    archives: list[Path] = []
+    if args.extra:
+        archives = unpack(args.extra, args.out / "extra")
+        for suffix in (".py", ".rst", ".txt"):
+            found = read_documents(args.out / "extra", suffix, "extra")
+            extra += [d for d in found if not (d[1] in seen or seen.add(d[1])) and not is_heldout(d[1])]
+        random.Random(1).shuffle(extra)
+
+    repeats = MAIN_REPEATS if extra else 1
+    train_ids = encode(tokenizer, [text for _, text in train * repeats + extra])
     heldout_ids = encode(tokenizer, [text for _, text in heldout])
     train_ids.tofile(args.out / "train.bin")
     heldout_ids.tofile(args.out / "heldout.bin")
@@ -162,6 +186,10 @@ def main() -> None:
         "num_documents_heldout": len(heldout),
         "num_bytes_train": {"code": num_bytes("code", train), "docs": num_bytes("docs", train)},
         "num_bytes_heldout": {"code": num_bytes("code", heldout), "docs": num_bytes("docs", heldout)},
+        "main_repeats": repeats,
+        "num_documents_extra": len(extra),
+        "num_bytes_extra": sum(len(text.encode()) for _, text in extra),
+        "sha256_extra": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in archives},
         "num_tokens_train": int(train_ids.size),
         "num_tokens_heldout": int(heldout_ids.size),
         "sample_documents": len(sample),

@@ -138,7 +138,7 @@ def export(master: Path, calibration: dict[str, float], out: Path, block_scale: 
         master: directory with a bf16 checkpoint in native names.
         calibration: input amax by weight.
         out: directory to write; created when missing.
-        block_scale: "amax" or "mse".
+        block_scale: "amax", "mse", or "mixed": mse for shared experts, amax for everything else.
 
     Returns:
         "bytes" of model.safetensors, and "error", the root mean square error of the quantised weights relative to
@@ -148,7 +148,8 @@ def export(master: Path, calibration: dict[str, float], out: Path, block_scale: 
         CheckpointError: the master is damaged or not bf16.
         ValueError: the calibration does not fit.
     """
-    quantize = {"amax": quantize_amax, "mse": quantize_mse}[block_scale]
+    searched = {"amax": lambda _: False, "mse": lambda _: True, "mixed": lambda name: ".shared_experts." in name}
+    by_error = searched[block_scale]
     config = load_config(master)
     with CheckpointReader(master) as reader:
         num_mtp = len({name.split(".")[1] for name in reader.names if name.startswith("mtp.")})
@@ -162,6 +163,7 @@ def export(master: Path, calibration: dict[str, float], out: Path, block_scale: 
         tensors = {name: reader.tensor(name) for name in reader.names}
         squared_error = squared = 0.0
         for group in sharing_groups(modules):
+            quantize = quantize_mse if by_error(group[0]) else quantize_amax
             originals = [tensors.pop(f"{module}.weight").float() for module in group]
             for module, original, quantized in zip(group, originals, quantize(originals), strict=True):
                 tensors[f"{module}.weight"] = quantized.codes
@@ -193,7 +195,7 @@ def main() -> None:
     parser.add_argument("--master", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--block-scale", choices=("amax", "mse"), default="amax")
+    parser.add_argument("--block-scale", choices=("amax", "mse", "mixed"), default="amax")
     args = parser.parse_args()
     calibration = json.loads(args.calibration.read_text(encoding="utf-8"))
     result = export(args.master, calibration, args.out, args.block_scale)

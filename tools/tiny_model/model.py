@@ -91,6 +91,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, eps)
 
 
+def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in fp32, under autocast too: routing and hyper-connections are fp32 in the released models."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float())
+
+
 def rope_frequencies(config: Config, ratio: int) -> Tensor:
     """Rotation frequencies of a layer: plain for ratio 0, YaRN on the compressed base otherwise. [R/2]"""
     num_rope = config.qk_rope_head_dim
@@ -436,7 +442,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return expert ids [T, A] and weights [T, A] for x [T, D]."""
-        scores = F.softplus(F.linear(x.float(), self.weight.float())).sqrt()
+        scores = F.softplus(linear_fp32(x, self.weight)).sqrt()
         if self.hashed:
             chosen = self.tid2eid[ids]
         else:
@@ -514,7 +520,7 @@ class Block(nn.Module):
         config, n = self.config, self.config.hc_mult
         fn, base, scale = (getattr(self, f"hc_{part}_{leaf}") for leaf in ("fn", "base", "scale"))
         flat = streams.flatten(1).float()
-        m = F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + config.rms_norm_eps)  # [N, 24]
+        m = linear_fp32(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + config.rms_norm_eps)  # [N, 24]
         pre = torch.sigmoid(m[:, :n] * scale[0] + base[:n]) + config.hc_eps
         post = 2 * torch.sigmoid(m[:, n : 2 * n] * scale[1] + base[n : 2 * n])
         logits = (m[:, 2 * n :] * scale[2] + base[2 * n :]).t().contiguous().unflatten(0, (n, n))  # [j, k, N]
@@ -551,7 +557,7 @@ class Head(nn.Module):
     def collapse(self, streams: Tensor, config: Config) -> Tensor:
         """[..., n, D] -> normed [..., D]."""
         flat = streams.flatten(-2).float()
-        m = F.linear(flat, self.hc_head_fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + config.rms_norm_eps)
+        m = linear_fp32(flat, self.hc_head_fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + config.rms_norm_eps)
         pre = torch.sigmoid(m * self.hc_head_scale + self.hc_head_base) + config.hc_eps
         return self.norm((pre.unsqueeze(-1) * streams.float()).sum(-2))
 

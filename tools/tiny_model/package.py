@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--master", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True, help="train.bin of data.py, for calibration")
-    parser.add_argument("--block-scale", choices=("amax", "mse"), default="mse")
+    parser.add_argument("--block-scale", choices=("amax", "mse", "mixed"), default="mixed")
     parser.add_argument("--num-windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)
     args = parser.parse_args()

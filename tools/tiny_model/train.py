@@ -49,17 +49,23 @@ class Batches:
     def __init__(self, stream: np.ndarray, context: int, seed: int) -> None:
         self.stream, self.context, self.seed = stream, context, seed
         self.num_rows = (stream.size - context - 2) // context
+        self._epoch, self._starts = -1, np.empty(0, dtype=np.int64)
+
+    def starts(self, epoch: int) -> np.ndarray:
+        """Start of every row of an epoch in the stream, in the order they are drawn."""
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, self.context, epoch))
+            offset = int(rng.integers(self.context))
+            starts = rng.permutation(self.num_rows) * self.context + offset
+            self._epoch, self._starts = epoch, np.minimum(starts, self.stream.size - self.context - 2)
+        return self._starts
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Rows number first .. first + count - 1, [count, context + 2]; every row starts with BOS."""
         out = np.empty((count, self.context + 2), dtype=np.int64)
         for i in range(count):
             epoch, index = divmod(first + i, self.num_rows)
-            rng = np.random.default_rng((self.seed, self.context, epoch))
-            offset = int(rng.integers(self.context))
-            start = min(
-                int(rng.permutation(self.num_rows)[index]) * self.context + offset, self.stream.size - self.context - 2
-            )
+            start = self.starts(epoch)[index]
             out[i] = self.stream[start : start + self.context + 2]
         out[:, 0] = BOS_ID
         return torch.from_numpy(out)
@@ -150,6 +156,7 @@ class Run:
         self.base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in (self.muon, self.adamw)]
         self.stream = np.fromfile(args.data / "train.bin", dtype=np.uint16)
         self.heldout = np.fromfile(args.data / "heldout.bin", dtype=np.uint16)
+        self.batches = {context: Batches(self.stream, context, args.seed) for context in set(CONTEXT.values())}
         self.phase, self.step, self.rows_drawn, self.tokens = args.start_phase, 0, 0, 0
         self.elapsed_before = 0.0
         self.stop_asked = False
@@ -219,6 +226,11 @@ class Run:
         """Write a DeepSeek-native directory below the run folder."""
         export(self.model.state_dict(), self.args.data / "tokenizer.json", self.args.out / name)
 
+    def draw(self) -> None:
+        """Draw the loss curve, unless --no-plot left that for later."""
+        if self.args.plot:
+            plot(self.args.out)
+
     def log(self, record: dict[str, float | int | str]) -> None:
         """Append one JSON line and print it."""
         with (self.args.out / "log.jsonl").open("a") as file:
@@ -233,8 +245,7 @@ class Run:
         early = self.args.early_batch_tokens and fraction < EARLY_BATCH_END
         batch_tokens = self.args.early_batch_tokens if early else self.args.batch_tokens
         count = max(1, batch_tokens // context)
-        batches = Batches(self.stream, context, self.args.seed)
-        rows = batches.rows(self.rows_drawn, count).to(self.device)
+        rows = self.batches[context].rows(self.rows_drawn, count).to(self.device)
         factor = self.lr_factor(fraction)
         for optimizer, base_lrs in zip((self.muon, self.adamw), self.base_lrs, strict=True):
             for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
@@ -322,7 +333,7 @@ class Run:
                 self.save("last.pt")
                 self.write_export(f"export_{name}")
                 self.write_export("export")
-                plot(self.args.out)
+                self.draw()
                 continue
             begin, tokens = time.time(), self.tokens
             totals = self.train_step(fraction)
@@ -339,25 +350,25 @@ class Run:
                     print(f"stopped at step {self.step}; the same command continues", flush=True)
                     return
                 self.write_export("export")
-                plot(self.args.out)
+                self.draw()
                 self.saved_at = time.time()
         for file in (f"{name}.pt", "last.pt"):
             self.save(file)
         self.write_export(f"export_{name}")
         self.write_export("export")
-        plot(self.args.out)
+        self.draw()
         print("finished", flush=True)
 
 
 def plot(folder: Path) -> None:
-    """Draw loss_curve.png and write loss.csv from log.jsonl."""
+    """Draw loss_curve.png and write loss.csv from log.jsonl, where there is one."""
+    if not (folder / "log.jsonl").exists():
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if not (folder / "log.jsonl").exists():
-        return
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     records = [r for r in records if "event" not in r]
     columns = [
@@ -414,6 +425,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--hours", type=float)
+    budget.add_argument("--plot-only", action="store_true", help="draw the curve of a run made with --no-plot, and end")
     budget.add_argument("--deadline", help="local time HH:MM at which training stops and the last files are written")
     parser.add_argument("--start-phase", choices=PHASES, default="A")
     parser.add_argument("--init", type=Path, help="take the weights of this checkpoint")
@@ -432,7 +444,13 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=0, help="stop early, for learning-rate probes")
     parser.add_argument("--compile", action="store_true", help="fuse pointwise pieces with torch.compile")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the loss curve as the run goes"
+    )
     args = parser.parse_args()
+    if args.plot_only:
+        plot(args.out)
+        return
     deadline = parse_deadline(args.deadline) if args.deadline else time.time() + args.hours * 3600
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)

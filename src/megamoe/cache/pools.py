@@ -210,6 +210,30 @@ def pool_shapes(spec: LayerCacheSpec, size: CacheSize) -> dict[str, PoolShape]:
     return shapes
 
 
+def resume_rows(spec: LayerCacheSpec) -> dict[str, int]:
+    """Return how many of the last rows of each ring continue a sequence at a multiple of every ratio.
+
+    The next token sees window - 1 rows before it. Where blocks overlap, the next block pools the raw rows of the block
+    before it too; where they do not, it begins here and needs none. Entries and index keys lie in pages, which are
+    shared and not copied.
+    """
+    rows = {"window": spec.window - 1}
+    if spec.ratio is not None and spec.overlap:
+        rows["state"] = spec.ratio
+        if spec.index_width is not None:
+            rows["index_state"] = spec.ratio
+    return {name: num_rows for name, num_rows in rows.items() if num_rows}
+
+
+def snapshot_shapes(spec: LayerCacheSpec, size: CacheSize, num_snapshots: int) -> dict[str, PoolShape]:
+    """Return the pools that keep the rings of one layer at page boundaries, by their name in LayerPools."""
+    rings = pool_shapes(spec, size)
+    return {
+        name: PoolShape(num_snapshots, num_rows, rings[name].row_format, rings[name].width)
+        for name, num_rows in resume_rows(spec).items()
+    }
+
+
 def allocate_layer(spec: LayerCacheSpec, size: CacheSize, device: torch.device | str = "cpu") -> LayerPools:
     """Allocate the pools of one layer, filled with zero bytes.
 
@@ -230,6 +254,7 @@ class LayerCapacity:
         ring_bytes_needed: the part of ring_bytes that single-token decoding needs; the rest is room for chunks.
         page_bytes: bytes per page of one such layer.
         tokens_per_page: positions a page covers.
+        snapshot_bytes: bytes per snapshot of one such layer: the rows that continue a sequence at a page boundary.
     """
 
     spec: LayerCacheSpec
@@ -238,6 +263,7 @@ class LayerCapacity:
     ring_bytes_needed: int
     page_bytes: int
     tokens_per_page: int
+    snapshot_bytes: int
 
     @property
     def bytes_per_token(self) -> float:
@@ -252,10 +278,12 @@ class CapacityReport:
     Attributes:
         size: the cache.
         layers: one line per kind of layer.
+        num_snapshots: page boundaries at which rings are kept for later sequences.
     """
 
     size: CacheSize
     layers: tuple[LayerCapacity, ...]
+    num_snapshots: int = 0
 
     @property
     def bytes_per_sequence(self) -> int:
@@ -273,9 +301,18 @@ class CapacityReport:
         return self.bytes_per_page / self.size.tokens_per_page
 
     @property
+    def bytes_per_snapshot(self) -> int:
+        """Bytes of the rows kept at one page boundary, all layers."""
+        return sum(layer.num_layers * layer.snapshot_bytes for layer in self.layers)
+
+    @property
     def total_bytes(self) -> int:
-        """Bytes of the whole cache: rings of every sequence and all pages."""
-        return self.size.num_sequences * self.bytes_per_sequence + self.size.num_pages * self.bytes_per_page
+        """Bytes of the whole cache: rings of every sequence, all pages and all snapshots."""
+        return (
+            self.size.num_sequences * self.bytes_per_sequence
+            + self.size.num_pages * self.bytes_per_page
+            + self.num_snapshots * self.bytes_per_snapshot
+        )
 
     def sequence_bytes(self, num_tokens: int) -> int:
         """Return the bytes that a sequence of `num_tokens` tokens occupies: its rings and its pages."""
@@ -291,18 +328,21 @@ class CapacityReport:
         lines.append(
             f"all layers: {self.bytes_per_sequence:,} B per sequence + {self.bytes_per_token:,.1f} B per token"
         )
+        if self.num_snapshots:
+            lines.append(f"snapshots: {self.num_snapshots} of {self.bytes_per_snapshot:,} B")
         lines.append(
             f"total: {self.total_bytes:,} B for {self.size.num_sequences} sequences and {self.size.num_tokens:,} tokens"
         )
         return "\n".join(lines)
 
 
-def capacity_report(specs: Sequence[LayerCacheSpec], size: CacheSize) -> CapacityReport:
+def capacity_report(specs: Sequence[LayerCacheSpec], size: CacheSize, num_snapshots: int = 0) -> CapacityReport:
     """Return what the caches of these layers cost, without allocating anything.
 
     Args:
         specs: one per layer; equal ones share a line.
         size: the cache.
+        num_snapshots: page boundaries at which rings are kept for later sequences.
 
     Raises:
         ValueError: a page is not a whole number of entries.
@@ -328,6 +368,7 @@ def capacity_report(specs: Sequence[LayerCacheSpec], size: CacheSize) -> Capacit
                 ),
                 page_bytes=sum(shapes[name].block_bytes for name in PAGES if name in shapes),
                 tokens_per_page=size.tokens_per_page,
+                snapshot_bytes=sum(shape.block_bytes for shape in snapshot_shapes(spec, size, 1).values()),
             )
         )
-    return CapacityReport(size, tuple(layers))
+    return CapacityReport(size, tuple(layers), num_snapshots)

@@ -12,6 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from megamoe.cache.batch import Batch
+from megamoe.cache.pools import CacheSize, CapacityReport
+from megamoe.engine.drafter import Drafter
+
 
 class NamedRecipe(Protocol):
     """The numeric choices of a forward pass, by name."""
@@ -88,9 +92,62 @@ class LanguageModel(Protocol):
         ...
 
 
+class SharedCache(Protocol):
+    """The storage of all sequences. Ring and page numbers are the engine's; what lies behind them is the model's."""
+
+    def plan(self, batch: Batch) -> Any:
+        """Return what `BatchModel.run` needs to know of a step."""
+        ...
+
+    def save(self, ring_idx: int, length: int, snapshot_idx: int) -> None:
+        """Keep what continues a sequence of `length` tokens (whole pages), beside its pages."""
+        ...
+
+    def restore(self, snapshot_idx: int, ring_idx: int, length: int) -> None:
+        """Let a ring continue where `save` was called with the same length."""
+        ...
+
+
+class BatchModel(LanguageModel, Protocol):
+    """A loaded model that runs many sequences in one step.
+
+    What a token gets must not depend on the other tokens of a step: the engine's promise that a request's tokens are
+    the same in any company rests on it.
+    """
+
+    @property
+    def tokens_per_page(self) -> int:
+        """The page the model would choose; other pages must be multiples of the same unit."""
+        ...
+
+    def capacity(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> CapacityReport:
+        """Return what a shared cache would cost."""
+        ...
+
+    def new_shared_cache(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> SharedCache:
+        """Return empty storage for many sequences."""
+        ...
+
+    def run(self, plan: Any, cache: Any) -> Any:
+        """Run the tokens of a step; returns what `logits_of` and the drafter read, one row per token."""
+        ...
+
+    def logits_of(self, hidden: Any, rows: torch.Tensor | None) -> torch.Tensor:
+        """Return fp32 logits [N, V] of some rows (int64 [N]) of what `run` returned, or of all."""
+        ...
+
+    def new_drafter(self, cache: Any, num_tokens: int) -> Drafter:
+        """Return the checkpoint's drafter for up to `num_tokens` tokens a step.
+
+        Raises:
+            ValueError: the checkpoint has no draft weights, or drafts fewer tokens.
+        """
+        ...
+
+
 def load_model(
     model: str | os.PathLike[str], *, recipe: str, device: str | torch.device, dtype: torch.dtype | None
-) -> LanguageModel:
+) -> BatchModel:
     """Load a model; arguments and errors are those of `megamoe.load`."""
     from megamoe.models.load import load  # imported late: importing the engine loads no architecture
 

@@ -5,22 +5,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 MAX_INT = 2**63 - 1  # what an int64 tensor holds
+MAX_LOGPROBS = 20  # most alternatives per token, as in OpenAI's API
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """What a request asks of sampling. The default is greedy and therefore reproducible to the token.
 
+    The order of application: logit_bias, tokens that may not be chosen (a logits filter, min_tokens), penalties,
+    temperature, top_k, min_p, top_p, then one draw.
+
     Attributes:
         max_tokens: most tokens to generate, 0 or more.
+        min_tokens: until this many are generated, ids that would end the sequence are not chosen.
         temperature: divides the logits; 0 takes the largest logit (the lowest id among equals).
         top_p: keep the most probable tokens that together reach this probability; in (0, 1], 1 keeps all.
         top_k: keep this many of the most probable tokens; 0 keeps all.
+        min_p: keep tokens at least this probable relative to the most probable one; in [0, 1], 0 keeps all.
+        repetition_penalty: positive logits of tokens that occur in prompt or output are divided by it, negative ones
+            multiplied; above 0, 1 for none.
+        presence_penalty: subtracted from the logits of tokens that occur in the output; -2 to 2.
+        frequency_penalty: subtracted once per occurrence in the output; -2 to 2.
+        logit_bias: added to the logits of these tokens; finite.
         seed: seeds this request's own random numbers, 0 to 2**63 - 1; None draws a fresh seed. Unused when greedy.
         stop_token_ids: ids that end the sequence besides the model's own end-of-sequence ids.
+        ignore_eos: the model's own end-of-sequence ids do not end it.
+        logprobs: None for no log-probabilities, else how many alternatives to report per token, 0 to 20.
     """
 
     max_tokens: int = 128
@@ -29,6 +42,14 @@ class SamplingParams:
     top_k: int = 0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
+    ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning.
@@ -38,21 +59,57 @@ class SamplingParams:
             ValueError: a field is out of its range.
         """
         _check_int("max_tokens", self.max_tokens)
+        _check_int("min_tokens", self.min_tokens)
         _check_number("temperature", self.temperature, lambda value: 0 <= value < math.inf, "0 (greedy) or more")
         _check_number("top_p", self.top_p, lambda value: 0 < value <= 1, "more than 0 and at most 1")
+        _check_number("min_p", self.min_p, lambda value: 0 <= value <= 1, "0 to 1")
+        _check_number("repetition_penalty", self.repetition_penalty, lambda value: 0 < value < math.inf, "above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), lambda value: -2 <= value <= 2, "-2 to 2")
         _check_int("top_k", self.top_k)
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"sampling: min_tokens must be at most max_tokens; got {self.min_tokens} and {self.max_tokens}."
+            )
         if self.seed is not None:
             _check_int("seed", self.seed)
-        if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Iterable):
-            raise TypeError(f"sampling: stop_token_ids must be a sequence of ids; got {self.stop_token_ids!r}.")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))  # frozen: the one place that sets
-        for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs)
+            if self.logprobs > MAX_LOGPROBS:
+                raise ValueError(f"sampling: logprobs must be at most {MAX_LOGPROBS}; got {self.logprobs}.")
+        if type(self.ignore_eos) is not bool:
+            raise TypeError(f"sampling: ignore_eos must be True or False; got {self.ignore_eos!r}.")
+        # Frozen: the only places that set. Tuples and copies, so that no caller can change them later.
+        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     @property
     def is_greedy(self) -> bool:
         """Whether no random number is needed."""
         return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _ids(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"sampling: {name} must be a sequence of ids; got {values!r}.")
+    ids = tuple(values)
+    for token_id in ids:
+        _check_int(name, token_id)
+    return ids
+
+
+def _biases(values: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"sampling: logit_bias must map token ids to numbers; got {values!r}.")
+    for token_id, bias in values.items():
+        _check_int("logit_bias", token_id)
+        _check_number("logit_bias", bias, math.isfinite, "finite")
+    return dict(values)
 
 
 def _check_int(name: str, value: int) -> None:

@@ -10,13 +10,13 @@ import torch
 
 from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
-from megamoe.models import architecture_of
+from megamoe.models import BUNDLED, architecture_of
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig, load_config
 from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.weights import load_weights
 from megamoe.models.recipe import Recipe, get_recipe
 
-BUNDLED = {"tiny": pathlib.Path(__file__).parent / "deepseek_v4" / "tiny"}
+__all__ = ["BUNDLED", "load"]
 
 
 def load(

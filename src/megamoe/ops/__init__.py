@@ -2,9 +2,23 @@
 """What is computed: one file per operation with its contract, its checks, its plain-torch meaning and its dispatch.
 
 Import an operation from the file with its name: `from megamoe.ops.rms_norm import rms_norm`. The package itself offers
-`use`, the switch that runs references everywhere.
+`use`, the switch that runs references everywhere. It is imported when it is first used, so that
+a file without tensors (yarn_scaling.py) does not load torch.
 """
 
-from megamoe.ops.dispatch import use
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megamoe.ops.dispatch import use
 
 __all__ = ["use"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "use":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}.")
+    from megamoe.ops.dispatch import use
+
+    return use

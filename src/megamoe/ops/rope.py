@@ -22,23 +22,9 @@ import torch
 
 from megamoe.ops.check import FLOAT32, FLOATS, INT64, check
 from megamoe.ops.dispatch import pick
+from megamoe.ops.yarn_scaling import YarnScaling
 
-
-@dataclasses.dataclass(frozen=True)
-class YarnScaling:
-    """How frequencies are stretched to reach beyond the original context.
-
-    Attributes:
-        factor: slow pairs are divided by it.
-        beta_fast: pairs that turn more often than this over the original context keep their frequency.
-        beta_slow: pairs that turn less often than this are divided by `factor`.
-        original_max_pos: length of the original context in tokens.
-    """
-
-    factor: float
-    beta_fast: float
-    beta_slow: float
-    original_max_pos: int
+__all__ = ["RopeTable", "YarnScaling", "reference", "rope", "rope_table"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

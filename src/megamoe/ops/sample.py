@@ -3,8 +3,9 @@
 
 Math       temperature 0: the lowest index among the largest logits.
            Otherwise sort logits from high to low, equal ones by index; keep the first top_k (0 keeps all); weigh them
-           by exp((logit - max) / temperature); keep a token while the mass before it is below top_p of the kept mass;
-           take the first token at which the running mass exceeds uniform * kept mass.
+           by exp((logit - max) / temperature); keep those of weight min_p and more (the best has weight 1); keep a
+           token while the mass before it is below top_p of the kept mass; take the first token at which the running
+           mass exceeds uniform * kept mass.
 Numerics   weights and running sums in fp64, so that a vocabulary of a hundred thousand loses nothing; the random number
            comes in as an argument. Row-invariant.
 Tolerance  verify/tolerance.py, "sample": exact
@@ -26,6 +27,7 @@ def sample(
     temperature: torch.Tensor,
     top_k: torch.Tensor,
     top_p: torch.Tensor,
+    min_p: torch.Tensor | None = None,
     uniform: torch.Tensor,
 ) -> torch.Tensor:
     """Draw one token id per row.
@@ -35,6 +37,7 @@ def sample(
         temperature: [T] fp32, at least 0; 0 takes the best token.
         top_k: [T] int64, at least 0; 0 keeps all tokens.
         top_p: [T] fp32, above 0 and at most 1.
+        min_p: [T] fp32, 0 to 1; None or 0 keeps all tokens.
         uniform: [T] fp32 in [0, 1), one random number per row.
 
     Returns:
@@ -52,16 +55,22 @@ def sample(
         temperature=(temperature, "T", FLOAT32),
         top_k=(top_k, "T", INT64),
         top_p=(top_p, "T", FLOAT32),
+        min_p=(min_p, "?T", FLOAT32),
         uniform=(uniform, "T", FLOAT32),
     )
     if dims["V"] == 0:
         raise ValueError("sample: logits must have at least one column; got [T, 0].")
     run = pick("sample", logits.device, reference)
-    return run(logits, temperature, top_k, top_p, uniform)  # type: ignore[no-any-return]
+    return run(logits, temperature, top_k, top_p, min_p, uniform)  # type: ignore[no-any-return]
 
 
 def reference(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor | None,
+    uniform: torch.Tensor,
 ) -> torch.Tensor:
     """Compute sample in plain torch."""
     best, ids = logits.max(dim=-1)  # the first of equal logits
@@ -70,20 +79,30 @@ def reference(
     _refuse_rows("top_k", top_k, top_k >= 0, "be at least 0; 0 keeps all tokens")
     _refuse_rows("top_p", top_p, (top_p > 0.0) & (top_p <= 1.0), "be above 0 and at most 1")
     _refuse_rows("uniform", uniform, (uniform >= 0.0) & (uniform < 1.0), "be in [0, 1)")
+    if min_p is not None:
+        _refuse_rows("min_p", min_p, (min_p >= 0.0) & (min_p <= 1.0), "be 0 to 1")
     rows = (temperature > 0.0).nonzero()[:, 0]
     if rows.numel():
-        ids[rows] = _draw(logits[rows], temperature[rows], top_k[rows], top_p[rows], uniform[rows])
+        least = None if min_p is None else min_p[rows]
+        ids[rows] = _draw(logits[rows], temperature[rows], top_k[rows], top_p[rows], least, uniform[rows])
     return ids
 
 
 def _draw(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor | None,
+    uniform: torch.Tensor,
 ) -> torch.Tensor:
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # [T, V]
     ordered = ordered.double()
     mass = ((ordered - ordered[:, :1]) / temperature.double()[:, None]).exp_()
     rank = torch.arange(logits.shape[1], device=logits.device)
     mass.masked_fill_((rank >= top_k[:, None]) & (top_k[:, None] > 0), 0.0)
+    if min_p is not None:
+        mass.masked_fill_(mass < min_p.double()[:, None], 0.0)
     running = mass.cumsum(-1)
     before = running - mass
     mass.masked_fill_(before >= top_p.double()[:, None] * running[:, -1:], 0.0)

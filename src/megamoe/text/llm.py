@@ -18,8 +18,9 @@ from typing import Self
 
 import torch
 
-from megamoe.engine.generate import FinishReason, GeneratedToken, generate_tokens
-from megamoe.engine.model import LanguageModel, load_model
+from megamoe.engine.generate import GeneratedToken, generate_batch, generate_tokens
+from megamoe.engine.model import BatchModel, load_model
+from megamoe.engine.outputs import FinishReason
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.text.detokenizer import Detokenizer
 from megamoe.text.tokenizer import Tokenizer
@@ -77,13 +78,13 @@ class LLM:
         self._set(load_model(model, recipe=recipe, device=device, dtype=dtype))
 
     @classmethod
-    def from_model(cls, model: LanguageModel) -> Self:
+    def from_model(cls, model: BatchModel) -> Self:
         """Return an LLM around a model that is loaded already; the tokenizer is read from `model.directory`."""
         llm = cls.__new__(cls)
         llm._set(model)
         return llm
 
-    def _set(self, model: LanguageModel) -> None:
+    def _set(self, model: BatchModel) -> None:
         self.model = model
         self.tokenizer = Tokenizer(model.directory)
         if self.tokenizer.num_tokens > model.config.vocab_size:
@@ -122,7 +123,7 @@ class LLM:
             yield TextPiece(text, token.token_id, token.finish_reason)
 
     def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
-        """Complete prompts one after the other.
+        """Complete prompts, several at a time.
 
         Args:
             prompts: one or more texts.
@@ -137,7 +138,10 @@ class LLM:
         """
         params = params or SamplingParams()
         all_ids = [self.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        streams = [self.stream(ids, params) for ids in all_ids]  # checks every prompt before the first token
+        tokens: list[list[GeneratedToken]] = [[] for _ in all_ids]
+        for token in generate_batch(self.model, all_ids, params):  # checks every prompt before the first token
+            tokens[token.prompt_idx].append(token)
+        streams = [self._pieces(iter(found)) for found in tokens]
         return [_complete(len(ids), pieces) for ids, pieces in zip(all_ids, streams, strict=True)]
 
 

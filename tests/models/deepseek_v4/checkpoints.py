@@ -231,8 +231,23 @@ def encode(weight: torch.Tensor, form: str) -> tuple[Tensors, torch.Tensor]:
         if form == "mxfp4":
             return {"weight": micro.codes.view(torch.int8), "scale": micro.scales}, mxfp4.dequantize(micro)
         return {"weight": micro.codes, "scale": micro.scales.view(torch.uint8)}, mxfp4.dequantize(micro)
-    assert form == "nvfp4"
+    if form == "fp8_ct":  # scales that bf16 holds
+        block = fp8.quantize_blocks(weight, torch.float8_e8m0fnu)
+        return {"weight": block.codes, "weight_scale": block.scales.float().bfloat16()}, fp8.dequantize(block)
+    if form == "mxfp4_ct":
+        micro = mxfp4.quantize(weight)
+        return {"weight_packed": micro.codes, "weight_scale": micro.scales.view(torch.uint8)}, mxfp4.dequantize(micro)
     quantized = nvfp4.quantize(weight)
+    if form == "nvfp4_ct":
+        reciprocal = 1 / quantized.tensor_scale
+        leaves = {
+            "weight_packed": quantized.codes,
+            "weight_scale": quantized.scales,
+            "weight_global_scale": reciprocal.reshape(1),
+            "input_global_scale": torch.tensor([1 / 0.001]),
+        }
+        return leaves, nvfp4.dequantize(NvFp4Tensor(quantized.codes, quantized.scales, 1 / reciprocal))
+    assert form == "nvfp4"
     leaves = {
         "weight": quantized.codes,
         "weight_scale": quantized.scales,
@@ -278,11 +293,24 @@ def all_nvfp4(name: str) -> str:
     return "nvfp4"
 
 
+def compressed(name: str) -> str:
+    """NVFP4 experts beside FP8 blocks, spelled by compressed-tensors; draft experts in MXFP4."""
+    if EXPERT.fullmatch(name):
+        return "mxfp4_ct" if name.startswith("mtp.") else "nvfp4_ct"
+    return "fp8_ct"
+
+
+def compressed_nvfp4(name: str) -> str:
+    """Every linear in NVFP4, spelled by compressed-tensors."""
+    return "nvfp4_ct"
+
+
 def mixed(name: str) -> str:
     """Another form for every linear; experts of a layer alternate between the two FP4 formats."""
     if EXPERT.fullmatch(name):
-        return ("nvfp4", "mxfp4", "mxfp4_u8")[sum(name.encode()) % 3]
-    return ("bf16", "f32", "fp8", "fp8_f32", "mxfp4", "mxfp4_u8", "nvfp4")[sum(name.encode()) % 7]
+        return ("nvfp4", "mxfp4", "mxfp4_u8", "nvfp4_ct", "mxfp4_ct")[sum(name.encode()) % 5]
+    forms = ("bf16", "f32", "fp8", "fp8_f32", "mxfp4", "mxfp4_u8", "nvfp4", "fp8_ct", "mxfp4_ct", "nvfp4_ct")
+    return forms[sum(name.encode()) % len(forms)]
 
 
 LAYOUTS: dict[str, Callable[[str], str]] = {
@@ -292,6 +320,8 @@ LAYOUTS: dict[str, Callable[[str], str]] = {
     "base": base,
     "nvidia": nvidia,
     "all_nvfp4": all_nvfp4,
+    "compressed": compressed,
+    "compressed_nvfp4": compressed_nvfp4,
     "mixed": mixed,
 }
 

@@ -336,8 +336,8 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("half a DSpark", {**CONFIG, "dspark_block_size": 5}, "dspark_block_size without dspark_markov_rank"),
     (
         "quantization method",
-        {**CONFIG, "quantization_config": {"quant_method": "compressed-tensors"}},
-        "quantization_config.quant_method is 'compressed-tensors'; readable is 'fp8' or 'modelopt'.",
+        {**CONFIG, "quantization_config": {"quant_method": "gptq"}},
+        "quantization_config.quant_method is 'gptq'; readable is 'fp8' or 'modelopt' or 'compressed-tensors'.",
     ),
     (
         "static activations",

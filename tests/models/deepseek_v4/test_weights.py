@@ -183,7 +183,8 @@ def test_every_layout_loads_the_values_it_stores(tmp_path, seed, layout, dequant
     weights = load(save(tmp_path, tensors), dequantize=dequantize)
     assert_same(values_of(weights), values)
     assert weights.unused_draft == ()
-    calibrated = {name.removesuffix(".input_scale") for name in tensors if name.endswith(".input_scale")}
+    scalars = (".input_scale", ".input_global_scale")
+    calibrated = {name.rpartition(".")[0] for name in tensors if name.endswith(scalars)}
     assert dict(weights.input_scales) == {name: pytest.approx(0.001) for name in calibrated}
 
 
@@ -288,6 +289,37 @@ def test_transformers_names_and_fused_experts(tmp_path, seed, form):
     assert_same(values_of(weights), values)
 
 
+@pytest.mark.parametrize("layout", ["compressed", "compressed_nvfp4"])
+def test_compressed_tensors_under_module_names(tmp_path, seed, layout):
+    tensors, values = encode_all(make_master(seed), LAYOUTS[layout])
+    module_names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        expert = re.fullmatch(r"(layers|mtp)\.(\d+)\.ffn\.experts\.(\d+)\.(w[123])\.(\w+)", name)
+        if expert:
+            part = module_names[expert[4]]
+            name = f"{expert[1]}.{expert[2]}.mlp.experts.{expert[3]}.{part}.{expert[5]}"
+        else:
+            name = name.replace(".attn.wq_a.", ".self_attn.q_a_proj.").replace(".attn.wo_b.", ".self_attn.o_b_proj.")
+        renamed[f"model.{name}"] = tensor
+    config = {**CONFIG, "quantization_config": {"quant_method": "compressed-tensors", "format": "mixed-precision"}}
+    assert_same(values_of(load(save(tmp_path, renamed, config))), values)
+
+
+def test_a_reciprocal_is_turned_over_once(tmp_path, seed):
+    tensors, values = encode_all(make_master(seed), LAYOUTS["compressed"])
+    module = "layers.1.ffn.experts.2.w2"
+    tensors[f"{module}.weight_global_scale"] = torch.tensor([512.0])
+    tensors[f"{module}.input_global_scale"] = torch.tensor([64.0])
+    weights = load(save(tmp_path, tensors))
+    assert isinstance(weights.blocks[1].moe.w2, NvFp4Tensor)
+    assert float(weights.blocks[1].moe.w2.tensor_scale[2]) == 1 / 512
+    assert weights.input_scales[module] == 1 / 64
+    codes, scales = tensors[f"{module}.weight_packed"], tensors[f"{module}.weight_scale"]
+    values[f"{module}.weight"] = e2m1.decode_packed(codes) * scales.float().repeat_interleave(16, 1) / 512
+    assert_same(values_of(weights), values)
+
+
 def test_mtp_may_be_absent(tmp_path, seed):
     master = make_master(seed, num_mtp=0)
     assert CONFIG["num_nextn_predict_layers"] == 1
@@ -333,6 +365,16 @@ def test_dspark_draft_is_listed_and_the_backbone_loads(tmp_path, seed):
     assert weights.unused_draft == tuple(sorted(name for name in tensors if name.startswith("mtp.")))
     _, values = encode_all(make_master(seed, num_mtp=3), LAYOUTS["official"])
     assert_same(values_of(weights), {name: value for name, value in values.items() if not name.startswith("mtp.")})
+
+
+def test_a_dspark_draft_must_be_whole(tmp_path, seed):
+    tensors = dspark_tensors(seed)
+    del tensors["mtp.1.ffn.experts.2.w2.scale"]
+    tensors["mtp.2.markov_head.markov_w2.weight"] = torch.zeros(48, 7).bfloat16()
+    message = refusal(save(tmp_path, tensors))
+    assert "2 problems" in message
+    assert "mtp.1.ffn.experts.2.w2.scale: missing, expected F8_E8M0 or U8 [160, 1]." in message
+    assert "mtp.2.markov_head.markov_w2.weight: BF16 [48, 7], expected BF16 or F32 [48, 8]." in message
 
 
 def test_norms_of_a_stripped_draft_are_listed(tmp_path, seed):
@@ -498,6 +540,16 @@ def rename(old: str, new: str) -> Callable[[Tensors], None]:
     return edit
 
 
+def replace(old: str, new: str, value: torch.Tensor) -> Callable[[Tensors], None]:
+    """Return an edit that puts another tensor under another name in a tensor's place."""
+
+    def edit(tensors: Tensors) -> None:
+        del tensors[old]
+        tensors[new] = value
+
+    return edit
+
+
 ATTENTION, EXPERT = "layers.1.attn.wq_a", "layers.1.ffn.experts.2.w2"
 REFUSALS: list[tuple[str, str, Callable[[Tensors], None], str]] = [
     (
@@ -599,8 +651,8 @@ REFUSALS: list[tuple[str, str, Callable[[Tensors], None], str]] = [
     (
         "FP8 per tensor",
         "official",
-        rename(f"{ATTENTION}.scale", f"{ATTENTION}.weight_scale"),
-        f"{ATTENTION}.weight_scale: unknown tensor F8_E8M0 [1, 2]. {ATTENTION}.weight is F8_E4M3, which has no",
+        replace(f"{ATTENTION}.scale", f"{ATTENTION}.weight_scale", torch.ones(1)),
+        f"{ATTENTION}.weight_scale: F32 [1], expected F8_E8M0 or U8 or F32 or BF16 [1, 2]. FP8 weights must have one",
     ),
     (
         "FP4 without scales",
@@ -639,10 +691,53 @@ REFUSALS: list[tuple[str, str, Callable[[Tensors], None], str]] = [
         f"{EXPERT}.weight_scale: F8_E4M3 [160, 1], expected F8_E4M3 [160, 2].",
     ),
     (
-        "compressed-tensors",
+        "two conventions of tensor scale",
         "all_nvfp4",
         rename(f"{EXPERT}.weight", f"{EXPERT}.weight_packed"),
-        f"{EXPERT}.weight_packed: unknown tensor U8 [160, 16]. This is the compressed-tensors layout",
+        f"{EXPERT}.weight_scale_2: unknown tensor F32 []. {EXPERT}.weight_packed is U8, which has no such part.",
+    ),
+    (
+        "compressed-tensors without tensor scale",
+        "compressed",
+        change(f"{EXPERT}.weight_global_scale", None),
+        f"{EXPERT}.weight_global_scale: missing, expected F32 [].",
+    ),
+    (
+        "reciprocal beside weights that have none",
+        "all_nvfp4",
+        change(f"{EXPERT}.weight_global_scale", torch.ones(1)),
+        f"{EXPERT}.weight_global_scale: unknown tensor F32 [1]. It lies beside no packed weight.",
+    ),
+    (
+        "codes twice",
+        "compressed",
+        change(f"{EXPERT}.weight", torch.zeros(160, 16, dtype=torch.uint8)),
+        f"{EXPERT}.weight_packed: unknown tensor U8 [160, 16].",
+    ),
+    (
+        "integer codes of compressed-tensors",
+        "compressed",
+        change(f"{EXPERT}.weight_packed", torch.zeros(160, 4, dtype=torch.int32)),
+        f"{EXPERT}.weight_packed: dtype I32; readable are BF16, F32, F8_E4M3 with block scales and packed FP4. "
+        "Integer weights of compressed-tensors are not readable.",
+    ),
+    (
+        "zero reciprocal",
+        "compressed",
+        poke(f"{EXPERT}.weight_global_scale", 0.0),
+        f"{EXPERT}.weight_global_scale: 0.0; a scale must be positive and finite.",
+    ),
+    (
+        "reciprocal that has no reciprocal",
+        "compressed",
+        poke(f"{EXPERT}.input_global_scale", 1e-39),
+        f"{EXPERT}.input_global_scale: 1.0000",
+    ),
+    (
+        "FP8 with a scale per row",
+        "compressed",
+        change(f"{ATTENTION}.weight_scale", torch.ones(64, 1)),
+        f"{ATTENTION}.weight_scale: F32 [64, 1], expected F8_E8M0 or U8 or F32 or BF16 [1, 2].",
     ),
     (
         "codes of an unreadable dtype",

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of one sequence: its pools, its length, and the plan of the next step.
+"""The caches of many sequences (`SharedCache`) and of one (`Cache`).
 
-The only mutable things are `length` and `draft_lengths`. Every slot follows from absolute positions, so moving a length
-back forgets tokens (`rewind`), and nothing else has to be undone.
+Every slot follows from absolute positions, so a sequence is a ring number, a list of pages and a length. Moving the
+length back forgets tokens, and nothing else has to be undone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
-from megamoe.cache.compressor_state import block_row_slots, completed_entries, num_visible_entries, state_capacity
+from megamoe.cache.batch import Batch
 from megamoe.cache.pools import (
     CacheSize,
     CapacityReport,
@@ -19,12 +22,13 @@ from megamoe.cache.pools import (
     capacity_report,
     fit_tokens_per_page,
 )
-from megamoe.cache.ring import paged_slots, ring_slots, window_read_slots
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
-from megamoe.models.deepseek_v4.plan import EntryPlan, StepPlan
+from megamoe.models.deepseek_v4.plan import StepPlan
+from megamoe.models.deepseek_v4.planner import Planner
+from megamoe.models.deepseek_v4.snapshots import Snapshots
 from megamoe.models.recipe import Recipe
 
-MAX_CHUNK = 256  # most tokens of one forward pass; rings hold this many rows beyond what a token reads
+MAX_CHUNK = 256  # most tokens of one forward pass over a Cache; its rings hold this many rows beyond what a token reads
 
 
 def layer_cache_spec(config: ModelConfig, recipe: Recipe, kind: LayerKind, ratio: int) -> LayerCacheSpec:
@@ -43,6 +47,82 @@ def layer_cache_spec(config: ModelConfig, recipe: Recipe, kind: LayerKind, ratio
     )
 
 
+def backbone_specs(config: ModelConfig, recipe: Recipe) -> list[LayerCacheSpec]:
+    """Return what every backbone layer keeps."""
+    return [
+        layer_cache_spec(config, recipe, kind, ratio)
+        for kind, ratio in zip(config.layer_kinds, config.ratios, strict=True)
+    ]
+
+
+def entry_ratios(config: ModelConfig) -> dict[LayerKind, int]:
+    """Return tokens per entry, by the kind of layer that has entries."""
+    return {k: r for k, r in zip(config.layer_kinds, config.ratios, strict=True) if k is not LayerKind.SWA}
+
+
+def tokens_per_page(config: ModelConfig, at_least: int = 256) -> int:
+    """Return the smallest page of at least `at_least` tokens that is whole in every layer."""
+    return fit_tokens_per_page(entry_ratios(config).values(), at_least)
+
+
+class SharedCache:
+    """The pools that all sequences of a model share.
+
+    Attributes:
+        size: rings, pages and the longest chunk.
+        num_snapshots: page boundaries for which there is room.
+        device: where the pools are.
+        specs: what every backbone layer keeps.
+        draft_spec: what a draft stage keeps.
+        layers: pools per backbone layer.
+        draft_layers: pools per draft stage.
+        snapshots: the backbone's rings at page boundaries, for sequences that share a prefix.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        recipe: Recipe,
+        size: CacheSize,
+        *,
+        num_draft_stages: int = 0,
+        num_snapshots: int = 0,
+        device: torch.device,
+    ) -> None:
+        """Allocate all pools.
+
+        Raises:
+            ValueError: a page is not a whole number of entries of every layer.
+        """
+        self.size = size
+        self.num_snapshots = num_snapshots
+        self.device = device
+        self.specs = backbone_specs(config, recipe)
+        self.draft_spec = layer_cache_spec(config, recipe, LayerKind.SWA, 0)
+        self.layers: tuple[LayerPools, ...] = tuple(allocate_layer(spec, size, device) for spec in self.specs)
+        self.draft_layers: tuple[LayerPools, ...] = tuple(
+            allocate_layer(self.draft_spec, size, device) for _ in range(num_draft_stages)
+        )
+        self.snapshots = Snapshots(self.specs, self.layers, size, num_snapshots, device)
+        self._planner = Planner(config.sliding_window, entry_ratios(config), size, device)
+
+    def plan(self, batch: Batch) -> StepPlan:
+        """Return the plan of a step of the backbone."""
+        return self._planner.plan(batch)
+
+    def draft_plan(self, batch: Batch) -> StepPlan:
+        """Return the plan of a step of a draft stage, which keeps a window only."""
+        return self._planner.plan(batch, with_entries=False)
+
+    def save(self, ring_idx: int, length: int, snapshot_idx: int) -> None:
+        """Copy the rows that continue a sequence of `length` tokens (whole pages) from its ring to a snapshot."""
+        self.snapshots.save(ring_idx, length, snapshot_idx)
+
+    def restore(self, snapshot_idx: int, ring_idx: int, length: int) -> None:
+        """Copy the rows of a snapshot into the ring of a new sequence, which then has `length` tokens."""
+        self.snapshots.restore(snapshot_idx, ring_idx, length)
+
+
 class Cache:
     """Everything one sequence keeps between steps.
 
@@ -50,8 +130,6 @@ class Cache:
         max_tokens: tokens the sequence may have.
         length: tokens it has.
         draft_lengths: positions each MTP stage has processed.
-        layers: pools per backbone layer.
-        draft_layers: pools per MTP stage.
     """
 
     def __init__(
@@ -70,27 +148,23 @@ class Cache:
         self.max_tokens = max_tokens
         self.length = 0
         self._longest = 0  # rows of positions below this may have overwritten older ones in the rings
-        self._device = device
-        self._window = config.sliding_window
-        self._ratios: dict[LayerKind, int] = {
-            k: r for k, r in zip(config.layer_kinds, config.ratios, strict=True) if k is not LayerKind.SWA
-        }
-        self._specs = [
-            layer_cache_spec(config, recipe, kind, ratio)
-            for kind, ratio in zip(config.layer_kinds, config.ratios, strict=True)
-        ]
+        self._specs = backbone_specs(config, recipe)
         self._size = CacheSize.for_one_sequence(
-            max_tokens,
-            tokens_per_page=fit_tokens_per_page(self._ratios.values()),
-            max_chunk=MAX_CHUNK,
+            max_tokens, tokens_per_page=tokens_per_page(config), max_chunk=MAX_CHUNK
         )
-        self._block_table = torch.arange(self._size.num_pages, dtype=torch.int32, device=device)
-        self.layers: tuple[LayerPools, ...] = tuple(allocate_layer(spec, self._size, device) for spec in self._specs)
-        draft_spec = layer_cache_spec(config, recipe, LayerKind.SWA, 0)
-        self.draft_layers: tuple[LayerPools, ...] = tuple(
-            allocate_layer(draft_spec, self._size, device) for _ in range(num_draft_stages)
-        )
+        self._block_tables = np.arange(self._size.num_pages, dtype=np.int32)[None]
+        self._shared = SharedCache(config, recipe, self._size, num_draft_stages=num_draft_stages, device=device)
         self.draft_lengths = [0] * num_draft_stages
+
+    @property
+    def layers(self) -> Sequence[LayerPools]:
+        """Pools per backbone layer."""
+        return self._shared.layers
+
+    @property
+    def draft_layers(self) -> Sequence[LayerPools]:
+        """Pools per MTP stage."""
+        return self._shared.draft_layers
 
     def capacity_report(self) -> CapacityReport:
         """Return what this cache costs, bytes per token and bytes per sequence apart (backbone layers)."""
@@ -134,47 +208,15 @@ class Cache:
 
     def plan(self, ids: torch.Tensor) -> StepPlan:
         """Return the plan that appends `ids` ([T] int64, T <= MAX_CHUNK) at the current length."""
-        return self._plan(ids, self.length, self._ratios)
+        return self._shared.plan(self._batch(ids, self.length))
 
     def draft_plan(self, ids: torch.Tensor, stage: int) -> StepPlan:
         """Return the plan of an MTP stage over its next T positions."""
-        return self._plan(ids, self.draft_lengths[stage], {})
+        return self._shared.draft_plan(self._batch(ids, self.draft_lengths[stage]))
 
-    def _plan(self, ids: torch.Tensor, start: int, ratios: dict[LayerKind, int]) -> StepPlan:
+    def _batch(self, ids: torch.Tensor, start: int) -> Batch:
         num_tokens = ids.shape[0]
-        if num_tokens > MAX_CHUNK:
-            raise ValueError(f"plan: at most {MAX_CHUNK} tokens a step; got {num_tokens}. Split the step.")
         if start + num_tokens > self.max_tokens:
             raise ValueError(f"plan: position {start + num_tokens - 1} is beyond the cache's {self.max_tokens} tokens.")
-        positions = torch.arange(start, start + num_tokens, device=self._device)
-        capacity = self._window + MAX_CHUNK
-        return StepPlan(
-            token_ids=ids,
-            positions=positions,
-            query_starts=torch.tensor([0, num_tokens], dtype=torch.int32, device=self._device),
-            window_slots=ring_slots(positions, capacity),
-            window_read_slots=window_read_slots(positions, self._window, capacity),
-            entries={kind: self._entry_plan(positions, start, ratio, kind) for kind, ratio in ratios.items()},
-        )
-
-    def _entry_plan(self, positions: torch.Tensor, start: int, ratio: int, kind: LayerKind) -> EntryPlan:
-        overlap = kind is LayerKind.CSA
-        rows_per_page = self._size.tokens_per_page // ratio
-        capacity = state_capacity(ratio, overlap, MAX_CHUNK)
-        done = completed_entries(start, positions.shape[0], ratio)
-        entry_idx = torch.arange(done.start, done.stop, device=self._device)
-        num_visible = num_visible_entries(positions, ratio)
-        visible_slots = None
-        if kind is LayerKind.HCA:
-            all_idx = torch.arange((start + positions.shape[0]) // ratio, device=self._device)
-            idx = torch.where(all_idx[None] < num_visible[:, None], all_idx[None], -1)  # [T, J]
-            visible_slots = paged_slots(idx, self._block_table, rows_per_page)
-        return EntryPlan(
-            state_slots=ring_slots(positions, capacity),
-            row_slots=block_row_slots(entry_idx, ratio, overlap, capacity),
-            entry_pos=entry_idx * ratio,
-            entry_slots=paged_slots(entry_idx, self._block_table, rows_per_page),
-            block_tables=self._block_table[None],
-            num_visible=num_visible,
-            visible_slots=visible_slots,
-        )
+        one = np.array([num_tokens, start, 0])
+        return Batch(ids.cpu().numpy(), starts=one[1:2], counts=one[:1], rings=one[2:], block_tables=self._block_tables)

@@ -24,8 +24,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from megamoe.checkpoint.reader import CheckpointError
-from megamoe.ops.rope import YarnScaling
+from megamoe.checkpoint.problem import CheckpointError
+from megamoe.ops.yarn_scaling import YarnScaling
 
 
 class LayerKind(enum.Enum):
@@ -72,6 +72,10 @@ _ELSEWHERE = (
     "quantization_config rope_parameters rope_scaling rope_theta".split()
 )
 _KNOWN = _IGNORED.union(_FIXED, _INTEGERS, _NUMBERS, _DSPARK, _ELSEWHERE)
+
+# Beyond these a number is damage, not a size: nothing is allocated or counted to for it.
+_LARGEST_INTEGER, _LARGEST_NUMBER = 2**40, 1e30
+_LARGEST = {"num_hidden_layers": 1024, "n_routed_experts": 16384}
 
 _YARN_KEYS = frozenset(
     "type rope_type factor beta_fast beta_slow original_max_position_embeddings attention_factor truncate "
@@ -233,6 +237,10 @@ class _Parser:
         if type(value) is not int or value < minimum:
             self.problem(f"{name} is {value!r}; expected an integer of at least {minimum}.")
             return minimum
+        largest = _LARGEST.get(name, _LARGEST_INTEGER)
+        if value > largest:
+            self.problem(f"{name} is {value}; expected an integer of at most {largest}.")
+            return minimum
         return value
 
     def number(self, name: str, source: Mapping[str, Any] | None = None, label: str | None = None) -> float:
@@ -242,7 +250,7 @@ class _Parser:
             self.problem(f"{label} is missing. Use the config.json that belongs to the weights.")
             return 1.0
         value = source[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
             self.problem(f"{label} is {value!r}; expected a positive number.")
             return 1.0
         return float(value)
@@ -472,7 +480,7 @@ class _Parser:
         """Refuse declared quantization whose tensors would be misread."""
         content = self.object("quantization_config")
         allowed: dict[str, tuple[Any, ...]] = {
-            "quant_method": ("fp8", "modelopt"),
+            "quant_method": ("fp8", "modelopt", "compressed-tensors"),
             "fmt": ("e4m3", None),
             "activation_scheme": ("dynamic", None),
             "weight_block_size": ([128, 128], None),

@@ -14,12 +14,20 @@ from collections.abc import Sequence
 
 import torch
 
-from megamoe.cache.pools import LayerPools
+from megamoe.cache.pools import CacheSize, CapacityReport, LayerPools, capacity_report
 from megamoe.models.deepseek_v4.block import Block
-from megamoe.models.deepseek_v4.cache import MAX_CHUNK, Cache
+from megamoe.models.deepseek_v4.cache import (
+    MAX_CHUNK,
+    Cache,
+    SharedCache,
+    backbone_specs,
+    layer_cache_spec,
+    tokens_per_page,
+)
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.hyper_connection import collapse_streams
 from megamoe.models.deepseek_v4.mtp import MtpStage
+from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.weights import ModelWeights
 from megamoe.models.recipe import Recipe
@@ -92,6 +100,60 @@ class Model:
         return Cache(
             self.config, self.recipe, max_tokens=max_tokens, num_draft_stages=len(self.mtp), device=self.device
         )
+
+    # Many sequences at once: what megamoe.engine asks of a model.
+
+    @property
+    def tokens_per_page(self) -> int:
+        """The smallest page of at least 256 tokens that is whole in every layer."""
+        return tokens_per_page(self.config)
+
+    @property
+    def num_draft_stages(self) -> int:
+        """Draft stages that keep rows of their own."""
+        return len(self.mtp)
+
+    def capacity(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> CapacityReport:
+        """Return what a shared cache costs, draft stages included if they are used."""
+        specs = backbone_specs(self.config, self.recipe)
+        if with_drafts:
+            specs += [layer_cache_spec(self.config, self.recipe, LayerKind.SWA, 0)] * self.num_draft_stages
+        return capacity_report(specs, size, num_snapshots)
+
+    def new_shared_cache(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> SharedCache:
+        """Return empty pools for many sequences.
+
+        Raises:
+            ValueError: a page is not a whole number of entries of every layer.
+        """
+        return SharedCache(
+            self.config,
+            self.recipe,
+            size,
+            num_draft_stages=self.num_draft_stages if with_drafts else 0,
+            num_snapshots=num_snapshots,
+            device=self.device,
+        )
+
+    def run(self, plan: StepPlan, cache: SharedCache) -> torch.Tensor:
+        """Run the tokens of a step; returns the last block's streams [T, X, D]."""
+        return self.forward(plan, cache.layers)
+
+    def logits_of(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """Return fp32 logits [N, V] of some rows (int64 [N]) of what `run` returned, or of all."""
+        return self.head(hidden if rows is None else hidden[rows])
+
+    def new_drafter(self, cache: SharedCache, num_tokens: int) -> MtpDrafter:
+        """Return the drafter of this checkpoint over a shared cache made with drafts.
+
+        Raises:
+            ValueError: the checkpoint has no draft stage.
+        """
+        if not self.mtp:
+            raise ValueError(
+                f"drafts: model {self.name!r} has no draft weights that can be used. Set speculative_tokens to 0."
+            )
+        return MtpDrafter(self.mtp[0], self.embed, self.weights.head, cache)
 
     @torch.inference_mode()
     def logits(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ Who writes what:
                          the attention's latent as attn.norm.weight instead of attn.kv_norm.weight
     state_dict           model.layers.3.self_attn.q_a_proj.weight, model.layers.3.mlp.experts.gate_up_proj (all experts
                          in one tensor, gate rows first), lm_head.weight
+    compressed-tensors   module names with weight_packed, weight_scale, weight_global_scale, input_global_scale
     other tools          per-expert mlp.experts.7.gate_proj.weight; scales as weight_scale_inv instead of scale
 
 Renaming drops nothing: a name that fits no rule comes back unchanged (without "model."), and the loader refuses it.
@@ -64,7 +65,10 @@ _PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _LAYER = re.compile(r"((?:layers|mtp)\.(?:0|[1-9]\d*))\.(.+)")
 _EXPERT = re.compile(r"(ffn\.experts\.(?:0|[1-9]\d*))\.(gate_proj|up_proj|down_proj)")
 _FUSED = re.compile(r"((?:layers|mtp)\.\d+\.ffn\.experts)\.(gate_up_proj|down_proj)(|\.weight|_scale_inv|\.scale)")
-_LEAF = re.compile(r"(.+?)((?:\.(?:weight|weight_scale|weight_scale_2|input_scale|scale))?)")
+_LEAF = re.compile(
+    r"(.+?)((?:\.(?:weight|weight_scale|weight_scale_2|input_scale|scale|weight_packed|weight_global_scale"
+    r"|input_global_scale|weight_shape|weight_zero_point))?)"
+)
 
 
 def native_name(name: str) -> str:

@@ -18,10 +18,9 @@ Draft      which draft there is, the tensors say. Classic MTP stages are loaded.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -31,7 +30,9 @@ from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.mxfp4 import mxfp4_to_nvfp4, shared_top_exponent
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
-from megamoe.models.deepseek_v4.stored import FLOATS, Format, StoredTensors
+from megamoe.models.deepseek_v4.inventory import Entry, Role, draft_names, inventory
+from megamoe.models.deepseek_v4.layout import FLOATS, Format, dspark_shape
+from megamoe.models.deepseek_v4.stored import StoredTensors
 
 LinearWeight = torch.Tensor | Fp8BlockTensor | NvFp4Tensor
 
@@ -211,117 +212,6 @@ class ModelWeights:
     input_scales: Mapping[str, float]
 
 
-class Role(enum.Enum):
-    """What a checkpoint entry is, and so which forms it may be stored in."""
-
-    LINEAR = "linear"  # a weight in any format
-    EXPERT = "expert"  # the same, one of a stack
-    PLAIN = "plain"  # BF16 or F32
-    FLOAT32 = "float32"  # BF16 or F32, used in FP32
-    TABLE = "table"  # I64 or I32
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One thing a checkpoint must hold.
-
-    Attributes:
-        name: native tensor name; for LINEAR and EXPERT without ".weight" and its companions.
-        shape: logical shape.
-        role: which forms it may be stored in.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-
-
-def inventory(config: ModelConfig, *, num_mtp: int) -> tuple[Entry, ...]:
-    """Return everything a checkpoint of this model holds.
-
-    Args:
-        config: sizes.
-        num_mtp: classic MTP stages.
-    """
-    return tuple(_inventory(config, num_mtp))
-
-
-def _inventory(config: ModelConfig, num_mtp: int) -> Iterator[Entry]:
-    hidden, vocab = config.hidden_size, config.vocab_size
-    yield Entry("embed.weight", (vocab, hidden), Role.PLAIN)
-    yield Entry("head.weight", (vocab, hidden), Role.PLAIN)
-    yield Entry("norm.weight", (hidden,), Role.PLAIN)
-    yield from _hyper_connection(config, "hc_head", config.hc_mult, 1)
-    layers = zip(config.layer_kinds, config.ratios, config.hash_routed, strict=True)
-    for layer, (kind, ratio, hash_routed) in enumerate(layers):
-        yield from _block(config, f"layers.{layer}", kind, ratio, hash_routed)
-    for stage in range(num_mtp):
-        yield from _mtp(config, f"mtp.{stage}")
-
-
-def _mtp(config: ModelConfig, prefix: str) -> Iterator[Entry]:
-    yield from _block(config, prefix, LayerKind.SWA, 0, False)
-    for name in ("enorm", "hnorm", "norm"):
-        yield Entry(f"{prefix}.{name}.weight", (config.hidden_size,), Role.PLAIN)
-    for name in ("e_proj", "h_proj"):
-        yield Entry(f"{prefix}.{name}", (config.hidden_size, config.hidden_size), Role.LINEAR)
-    yield from _hyper_connection(config, f"{prefix}.hc_head", config.hc_mult, 1)
-
-
-def _hyper_connection(config: ModelConfig, prefix: str, num_rows: int, num_scales: int) -> Iterator[Entry]:
-    yield Entry(f"{prefix}_fn", (num_rows, config.hc_mult * config.hidden_size), Role.FLOAT32)
-    yield Entry(f"{prefix}_base", (num_rows,), Role.FLOAT32)
-    yield Entry(f"{prefix}_scale", (num_scales,), Role.FLOAT32)
-
-
-def _compressor(config: ModelConfig, prefix: str, ratio: int, channels: int, overlap: bool) -> Iterator[Entry]:
-    width = channels * (2 if overlap else 1)
-    yield Entry(f"{prefix}.wkv.weight", (width, config.hidden_size), Role.PLAIN)
-    yield Entry(f"{prefix}.wgate.weight", (width, config.hidden_size), Role.PLAIN)
-    yield Entry(f"{prefix}.ape", (ratio, width), Role.FLOAT32)
-    yield Entry(f"{prefix}.norm.weight", (channels,), Role.PLAIN)
-
-
-def _attention(config: ModelConfig, prefix: str, kind: LayerKind, ratio: int) -> Iterator[Entry]:
-    hidden, latent = config.hidden_size, config.q_lora_rank
-    all_heads = config.num_attention_heads * config.head_dim
-    low_rank = config.o_groups * config.o_lora_rank
-    yield Entry(f"{prefix}.wq_a", (latent, hidden), Role.LINEAR)
-    yield Entry(f"{prefix}.q_norm.weight", (latent,), Role.PLAIN)
-    yield Entry(f"{prefix}.wq_b", (all_heads, latent), Role.LINEAR)
-    yield Entry(f"{prefix}.wkv", (config.head_dim, hidden), Role.LINEAR)
-    yield Entry(f"{prefix}.kv_norm.weight", (config.head_dim,), Role.PLAIN)
-    yield Entry(f"{prefix}.wo_a", (low_rank, all_heads // config.o_groups), Role.LINEAR)
-    yield Entry(f"{prefix}.wo_b", (hidden, low_rank), Role.LINEAR)
-    yield Entry(f"{prefix}.attn_sink", (config.num_attention_heads,), Role.FLOAT32)
-    if kind is not LayerKind.SWA:
-        yield from _compressor(config, f"{prefix}.compressor", ratio, config.head_dim, kind is LayerKind.CSA)
-    if kind is LayerKind.CSA:
-        yield Entry(f"{prefix}.indexer.wq_b", (config.index_n_heads * config.index_head_dim, latent), Role.LINEAR)
-        yield Entry(f"{prefix}.indexer.weights_proj.weight", (config.index_n_heads, hidden), Role.PLAIN)
-        yield from _compressor(config, f"{prefix}.indexer.compressor", ratio, config.index_head_dim, True)
-
-
-def _block(config: ModelConfig, prefix: str, kind: LayerKind, ratio: int, hash_routed: bool) -> Iterator[Entry]:
-    hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
-    yield Entry(f"{prefix}.attn_norm.weight", (hidden,), Role.PLAIN)
-    yield Entry(f"{prefix}.ffn_norm.weight", (hidden,), Role.PLAIN)
-    for name in ("hc_attn", "hc_ffn"):
-        yield from _hyper_connection(config, f"{prefix}.{name}", (2 + config.hc_mult) * config.hc_mult, 3)
-    yield from _attention(config, f"{prefix}.attn", kind, ratio)
-    yield Entry(f"{prefix}.ffn.gate.weight", (num_experts, hidden), Role.PLAIN)
-    if hash_routed:
-        yield Entry(f"{prefix}.ffn.gate.tid2eid", (config.vocab_size, config.num_experts_per_tok), Role.TABLE)
-    else:
-        yield Entry(f"{prefix}.ffn.gate.bias", (num_experts,), Role.FLOAT32)
-    projections = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
-    for name, shape in projections.items():
-        yield Entry(f"{prefix}.ffn.shared_experts.{name}", shape, Role.LINEAR)
-    for expert in range(num_experts):
-        for name, shape in projections.items():
-            yield Entry(f"{prefix}.ffn.experts.{expert}.{name}", shape, Role.EXPERT)
-
-
 def load_weights(
     reader: CheckpointReader,
     config: ModelConfig,
@@ -358,7 +248,6 @@ def load_weights(
 _MTP_MODULE = re.compile(r"mtp\.\d+\.(attn|ffn|e_proj|h_proj)\..+")
 _DSPARK_MODULE = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\..+")
 _STAGE = re.compile(r"mtp\.(\d+)\..+")
-_COMPANIONS = ("weight", "scale", "weight_scale", "weight_scale_2", "input_scale")
 
 
 class _Loader:
@@ -395,12 +284,18 @@ class _Loader:
     def claim_draft(self) -> int:
         """Claim draft tensors that are not loaded; return the number of classic MTP stages to load."""
         draft = [name for name in self.stored.names if _STAGE.fullmatch(name)]
-        is_dspark = self.config.dspark is not None or any(_DSPARK_MODULE.fullmatch(name) for name in draft)
+        has_dspark = any(_DSPARK_MODULE.fullmatch(name) for name in draft)
+        is_dspark = self.config.dspark is not None or has_dspark
         stages = {int(name.split(".")[1]) for name in draft}
+        if has_dspark:  # not loaded, and yet whole
+            shape = dspark_shape(self.stored, self.config, max(stages) + 1)
+            for entry in inventory(self.config, dspark=shape):
+                if entry.name.startswith("mtp."):
+                    self.check_entry(entry)
         loaded: set[int] = set()
         if not is_dspark:
             loaded = {int(name.split(".")[1]) for name in draft if _MTP_MODULE.fullmatch(name)}
-        unused = {name for stage in stages - loaded for name in _draft_names(self.config, f"mtp.{stage}")}
+        unused = {name for stage in stages - loaded for name in draft_names(self.config, f"mtp.{stage}")}
         for name in draft:
             copied = re.sub(r"mtp\.\d+\.", "", name)
             if copied in ("embed.weight", "head.weight"):
@@ -417,20 +312,23 @@ class _Loader:
         if original in self.stored:
             copy, first = self.stored.read(name), self.stored.read(original)
             if copy.dtype != first.dtype or not torch.equal(copy, first):
-                self.stored.problem(
-                    f"{self.stored.label(name)}: differs from {original}. A draft shares embedding and head."
-                )
+                text = f"{self.stored.label(name)}: differs from {original}."
+                remedy = "A draft shares embedding and head."
+                self.stored.problem("draft-copy", self.stored.stored_name(name), text, remedy)
+
+    def check_entry(self, entry: Entry) -> None:
+        if entry.role in (Role.LINEAR, Role.EXPERT):
+            num_rows, num_columns = entry.shape
+            found = self.stored.detect(entry.name, (num_rows, num_columns))
+            if found is not None:
+                self.formats[entry.name] = found
+        else:
+            dtypes = ("I64", "I32") if entry.role is Role.TABLE else FLOATS
+            self.stored.expect(entry.name, dtypes, entry.shape)
 
     def check_entries(self, entries: tuple[Entry, ...]) -> None:
         for entry in entries:
-            if entry.role in (Role.LINEAR, Role.EXPERT):
-                num_rows, num_columns = entry.shape
-                found = self.stored.detect(entry.name, (num_rows, num_columns))
-                if found is not None:
-                    self.formats[entry.name] = found
-            else:
-                dtypes = ("I64", "I32") if entry.role is Role.TABLE else FLOATS
-                self.stored.expect(entry.name, dtypes, entry.shape)
+            self.check_entry(entry)
         self.stored.refuse_unclaimed()
         stacks: dict[str, list[str]] = {}
         for entry in entries:
@@ -445,17 +343,11 @@ class _Loader:
             return
         kinds: dict[str, str] = {}
         for module in modules:
-            found = self.formats[module]
-            if found is Format.PLAIN:
-                kind = self.stored.dtype(f"{module}.weight")
-            elif found is Format.FP8:
-                kind = f"FP8 with {'F32' if self.stored.dtype(f'{module}.scale') == 'F32' else 'E8M0'} scales"
-            else:
-                kind = "FP4"
-            kinds.setdefault(kind, module)
+            kinds.setdefault(self.stored.stack_kind(module, self.formats[module]), module)
         if len(kinds) > 1:
             said = ", ".join(f"{module} is {kind}" for kind, module in kinds.items())
-            self.stored.problem(f"{prefix}: experts of one layer must share a format: {said}. Convert them alike.")
+            text = f"{prefix}: experts of one layer must share a format: {said}."
+            self.stored.problem("experts-mixed", prefix, text, "Convert them alike.")
 
     # Step 2: scales and tables.
 
@@ -463,8 +355,9 @@ class _Loader:
         for entry in entries:
             if entry.name in self.formats:
                 self.stored.check_scales(entry.name, self.formats[entry.name])
-                if f"{entry.name}.input_scale" in self.stored:
-                    self.input_scales[entry.name] = self.stored.scalar(f"{entry.name}.input_scale")
+                input_scale = self.stored.input_scale(entry.name)
+                if input_scale is not None:
+                    self.input_scales[entry.name] = input_scale
             elif entry.role is Role.TABLE:
                 self.check_table(entry.name)
 
@@ -473,11 +366,12 @@ class _Loader:
         bad = (table < 0) | (table >= self.config.n_routed_experts)
         if bool(bad.any()):
             token, slot = (int(index) for index in bad.nonzero()[0])
-            self.stored.problem(
+            text = (
                 f"{self.stored.label(name)}: expert {int(table[token, slot])} at [{token}, {slot}] "
-                f"({int(bad.sum())} such entries); experts are 0 to {self.config.n_routed_experts - 1}. "
-                "Use the config.json that belongs to the weights."
+                f"({int(bad.sum())} such entries); experts are 0 to {self.config.n_routed_experts - 1}."
             )
+            remedy = "Use the config.json that belongs to the weights."
+            self.stored.problem("expert-table", self.stored.stored_name(name), text, remedy)
 
     # Step 3: values.
 
@@ -635,12 +529,14 @@ class _Loader:
         converted, exact = mxfp4_to_nvfp4(weight, top_exponent=top)
         if not bool(exact.all()):
             first = [int(index) for index in (~exact).nonzero()[0]]
-            self.stored.problem(
-                f"{self.stored.label(f'{module}.weight')}: MXFP4 block {first} has no equal in NVFP4 "
+            name = self.stored.codes_name(module)
+            text = (
+                f"{self.stored.label(name)}: MXFP4 block {first} has no equal in NVFP4 "
                 f"({int((~exact).sum())} of {exact.numel()} blocks): scales"
-                f"{f' of it and of {partner}' if is_pair else ''} span more than 2^17. "
-                "Load with dequantize=True (recipe 'exact')."
+                f"{f' of it and of {partner}' if is_pair else ''} span more than 2^17."
             )
+            remedy = "Load with dequantize=True (recipe 'exact')."
+            self.stored.problem("not-exact", self.stored.stored_name(name), text, remedy)
         return converted
 
     def own_nvfp4(self, weight: NvFp4Tensor) -> NvFp4Tensor:
@@ -686,15 +582,3 @@ class _Loader:
             stack[index].copy_(part)
         assert stack is not None
         return stack
-
-
-def _draft_names(config: ModelConfig, prefix: str) -> Iterator[str]:
-    """Yield every tensor name a classic or DSpark stage may have, in any format."""
-    for entry in _mtp(config, prefix):
-        if entry.role in (Role.LINEAR, Role.EXPERT):
-            yield from (f"{entry.name}.{companion}" for companion in _COMPANIONS)
-        else:
-            yield entry.name
-    yield from (f"{prefix}.main_proj.{companion}" for companion in _COMPANIONS)
-    for name in ("main_norm", "markov_head.markov_w1", "markov_head.markov_w2", "confidence_head.proj"):
-        yield f"{prefix}.{name}.weight"

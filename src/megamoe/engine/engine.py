@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine: many requests at once. One step = schedule, run, sample, return.
+
+    engine = Engine(model, EngineConfig(max_sequences=8))
+    engine.add("a", prompt_ids, SamplingParams(max_tokens=32))
+    while engine.has_work():
+        for output in engine.step():
+            print(output.request_id, output.token_ids, output.finish_reason)
+
+A request's tokens and log-probabilities depend on its prompt, its parameters and its seed, and on nothing else: not on
+the other requests, on chunk sizes, on what was reused or preempted, or on speculation.
+
+The engine is not thread-safe: one thread calls it. Nothing runs between calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megamoe.cache.batch import Batch, Commit
+from megamoe.cache.pages import PageAllocator
+from megamoe.cache.prefix import PrefixCache
+from megamoe.engine.config import EngineConfig, EnginePlan, resolve
+from megamoe.engine.drafter import Drafter
+from megamoe.engine.logits_filter import LogitsFilter
+from megamoe.engine.model import BatchModel
+from megamoe.engine.outputs import EngineStats, FinishReason, QueueFull, RequestOutput, TokenLogprobs
+from megamoe.engine.request import Request
+from megamoe.engine.sampler import NO_TOKEN, Sampled, choose_drafts, sample_rows
+from megamoe.engine.sampling_params import SamplingParams
+from megamoe.engine.scheduler import Chunk, Scheduler, Step
+
+
+class Engine:
+    """Runs requests against one model.
+
+    Attributes:
+        model: the model.
+        config: what the user set.
+        plan: page, ring and snapshot counts, and what the caches cost.
+    """
+
+    def __init__(self, model: BatchModel, config: EngineConfig | None = None) -> None:
+        """Allocate the caches.
+
+        Raises:
+            ValueError: the configuration does not fit the model; see `resolve`.
+        """
+        self.model = model
+        self.config = config or EngineConfig()
+        self.plan: EnginePlan = resolve(self.config, model)
+        size, num_snapshots = self.plan.size, self.plan.num_snapshots
+        num_drafts = self.config.speculative_tokens
+        self._cache = model.new_shared_cache(size, num_snapshots, with_drafts=num_drafts > 0)
+        self._drafter: Drafter | None = model.new_drafter(self._cache, num_drafts) if num_drafts else None
+        self._pages = PageAllocator(size.num_pages, size.tokens_per_page)
+        self._prefix = PrefixCache(self._pages, num_snapshots) if num_snapshots else None
+        self._scheduler = Scheduler(
+            self._pages,
+            self._prefix,
+            max_sequences=size.num_sequences,
+            max_step_tokens=self.config.max_step_tokens,
+            prefill_chunk=self.config.prefill_chunk,
+        )
+        most_pages = -(-(self.plan.max_sequence_tokens + num_drafts) // size.tokens_per_page)
+        self._tables = np.full((size.num_sequences, most_pages), -1, dtype=np.int32)  # by ring
+        self._requests: dict[str, Request] = {}
+        self._empty: list[Request] = []  # max_tokens 0: done without a step
+        self._next_number = 0
+        self._counts = dict.fromkeys(_COUNTERS, 0)
+        self._finish_interval_s = 1.0
+        self._last_finish_s: float | None = None
+
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        logits_filter: LogitsFilter | None = None,
+    ) -> None:
+        """Queue a request.
+
+        Args:
+            request_id: a name that no unfinished request has.
+            prompt_ids: at least one id; begins with the model's BOS id if it has one.
+            params: sampling and when to stop.
+            logits_filter: restricts the tokens; it must allow ids below the vocabulary's size only.
+
+        Raises:
+            ValueError: the id is taken, the prompt is empty, too long or holds an id outside the vocabulary, a
+                parameter names such an id, or the request could never fit the pages.
+            QueueFull: too many requests wait; nothing was changed.
+        """
+        if request_id in self._requests:
+            raise ValueError(f"request: {request_id!r} is not finished; use another id, or abort it first.")
+        self._check(prompt_ids, params)
+        if len(self._scheduler.waiting) >= self.config.max_waiting + self._free_rings():
+            retry_after_s = min(max(1.0, self._finish_interval_s), 60.0)
+            raise QueueFull(
+                f"engine: {len(self._scheduler.waiting)} requests wait, the most that may; try again in about "
+                f"{retry_after_s:.0f} s.",
+                retry_after_s,
+            )
+        own_stops = () if params.ignore_eos else self.model.config.eos_token_ids
+        request = Request(
+            request_id,
+            self._next_number,
+            prompt_ids,
+            params,
+            max_length=min(len(prompt_ids) + params.max_tokens, self.plan.max_sequence_tokens + 1),
+            stop_ids=frozenset((*own_stops, *params.stop_token_ids)),
+            logits_filter=logits_filter,
+        )
+        self._next_number += 1
+        self._requests[request_id] = request
+        if params.max_tokens == 0:
+            self._empty.append(request)
+        else:
+            self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request and free its pages at once; no output names it after that.
+
+        Returns:
+            Whether there was such a request; False for one that has finished.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return False
+        if request in self._empty:
+            self._empty.remove(request)
+        else:
+            self._scheduler.remove(request)
+        self._counts["aborted"] += 1
+        return True
+
+    def has_work(self) -> bool:
+        """Return whether `step` would do anything."""
+        return bool(self._requests)
+
+    def stats(self) -> EngineStats:
+        """Return counters and gauges."""
+        cached = self._prefix.pages() if self._prefix is not None else []
+        spare = sum(self._pages.num_owners(page) == 1 for page in cached)
+        return EngineStats(
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            pages_used=self._pages.num_pages - self._pages.num_free_pages - spare,
+            pages_cached=len(cached),
+            pages_total=self._pages.num_pages,
+            **self._counts,
+        )
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every page that is kept for reuse; running requests go on."""
+        if self._prefix is not None:
+            self._prefix.clear()
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return what is new, in order of arrival; requests without a new token are not named."""
+        outputs = [self._finish_empty(request) for request in self._empty]
+        self._empty.clear()
+        step = self._scheduler.next_step()
+        self._prepare(step)
+        if not step.chunks:
+            return outputs
+        batch, row_starts = self._batch(step.chunks)
+        hidden = self.model.run(self._cache.plan(batch), self._cache)
+        sampling, sampled = self._sample(step.chunks, row_starts, hidden)
+        committed = []  # per chunk: how many of its tokens are certain
+        finished: list[Request] = []
+        row = 0
+        for chunk, samples in zip(step.chunks, sampling, strict=True):
+            if not samples:
+                committed.append(chunk.num_tokens)
+                chunk.request.num_computed += chunk.num_tokens
+                continue
+            output, num_accepted = self._take(chunk, sampled, row)
+            row += 1 + chunk.num_drafts
+            committed.append(chunk.num_tokens + num_accepted)
+            chunk.request.num_computed += committed[-1]
+            outputs.append(output)
+            if output.finish_reason is not None:
+                finished.append(chunk.request)
+        if self._drafter is not None:
+            self._draft(self._drafter, step.chunks, row_starts, committed, sampling, hidden)
+        if self._prefix is not None:
+            self._keep(self._prefix, step.chunks, row_starts, hidden)
+        for request in finished:
+            self._finish(request)
+        self._counts["steps"] += 1
+        return outputs
+
+    def _check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Refuse a request that can never run."""
+        longest, vocab_size = self.plan.max_sequence_tokens, self.model.config.vocab_size
+        if not len(prompt_ids):
+            raise ValueError("prompt: got no token ids; a sequence needs at least one, the BOS id.")
+        if len(prompt_ids) > longest:
+            context = self.model.config.max_position_embeddings
+            limit = f"the context of model {self.model.name!r}" if longest == context else "the longest sequence"
+            raise ValueError(f"prompt: got {len(prompt_ids)} tokens; {limit} is {longest} tokens. Shorten the prompt.")
+        low, high = min(prompt_ids), max(prompt_ids)
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"prompt: token ids must be 0 to {vocab_size - 1}; got {low if low < 0 else high}. "
+                "Encode it with this model's tokenizer."
+            )
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for token_id in ids:
+                if token_id >= vocab_size:
+                    raise ValueError(f"sampling: {name} must name ids 0 to {vocab_size - 1}; got {token_id}.")
+        num_tokens = min(len(prompt_ids) + max(params.max_tokens - 1, 0), longest)
+        per_page = self._pages.tokens_per_page
+        if -(-num_tokens // per_page) > self._pages.num_pages:
+            raise ValueError(
+                f"request: {num_tokens} tokens need {-(-num_tokens // per_page)} pages of {per_page}; the engine has "
+                f"{self._pages.num_pages}. Lower max_tokens, or give the engine more memory."
+            )
+
+    def _free_rings(self) -> int:
+        return self.config.max_sequences - len(self._scheduler.running)
+
+    def _finish_empty(self, request: Request) -> RequestOutput:
+        del self._requests[request.request_id]
+        self._counts["finished"] += 1
+        return RequestOutput(request.request_id, (), None, "length", request.num_prompt, 0)
+
+    def _prepare(self, step: Step) -> None:
+        """Bring rings and tables in line with what the scheduler decided."""
+        for request, match in step.admitted:
+            assert request.ring is not None
+            self._write_table(request)
+            if request.num_generated == 0:
+                self._counts["prefix_query_tokens"] += request.num_prompt
+                self._counts["prefix_hit_tokens"] += request.num_computed
+            if match is not None:
+                self._cache.restore(match.snapshot_idx, request.ring, match.num_tokens)
+                if self._drafter is not None:
+                    self._drafter.restore(match.snapshot_idx, request.ring, match.num_tokens)
+            elif self._drafter is not None:
+                self._drafter.start(request.ring)
+        for request in step.grown:
+            if request.ring is not None:
+                self._write_table(request)
+        self._counts["preemptions"] += len(step.preempted)
+
+    def _write_table(self, request: Request) -> None:
+        pages = self._pages.block_table(request.number)
+        self._tables[request.ring, : len(pages)] = pages
+
+    def _batch(self, chunks: list[Chunk]) -> tuple[Batch, list[int]]:
+        """Return the batch of a step, and the row of each chunk's first token in it."""
+        token_ids: list[int] = []
+        row_starts, starts, counts, rings = [], [], [], []
+        longest = 0
+        for chunk in chunks:
+            request, start = chunk.request, chunk.start
+            count = chunk.num_tokens + chunk.num_drafts
+            row_starts.append(len(token_ids))
+            token_ids += request.ids[start : start + chunk.num_tokens]
+            if chunk.num_drafts:
+                token_ids += request.drafts
+            starts.append(start)
+            counts.append(count)
+            rings.append(request.ring)
+            longest = max(longest, start + count)
+            if start >= request.num_prompt:
+                continue
+            self._counts["prompt_tokens"] += min(chunk.num_tokens, request.num_prompt - start)
+        ring_idx = np.array(rings)
+        width = -(-longest // self._pages.tokens_per_page)
+        batch = Batch(np.array(token_ids), np.array(starts), np.array(counts), ring_idx, self._tables[ring_idx, :width])
+        return batch, row_starts
+
+    def _sample(self, chunks: list[Chunk], row_starts: list[int], hidden: object) -> tuple[list[bool], Sampled]:
+        """Draw a token after the last known token of each sequence, and after each of its drafts."""
+        sampling: list[bool] = []
+        rows: list[int] = []
+        requests: list[Request] = []
+        ahead: list[int] = []
+        num_rows = 0
+        for chunk, row in zip(chunks, row_starts, strict=True):
+            last = row + chunk.num_tokens - 1
+            num_rows = last + 1 + chunk.num_drafts
+            samples = chunk.start + chunk.num_tokens == len(chunk.request.ids)
+            sampling.append(samples)
+            if not samples:
+                continue
+            rows.append(last)
+            requests.append(chunk.request)
+            ahead.append(0)
+            for offset in range(1, 1 + chunk.num_drafts):
+                rows.append(last + offset)
+                requests.append(chunk.request)
+                ahead.append(offset)
+        if not rows:
+            return sampling, Sampled([], None)
+        is_all = len(rows) == num_rows
+        at = None if is_all else torch.from_numpy(np.array(rows)).to(self.model.device)
+        return sampling, sample_rows(self.model.logits_of(hidden, at), requests, ahead)
+
+    def _take(self, chunk: Chunk, sampled: Sampled, row: int) -> tuple[RequestOutput, int]:
+        """Append a chunk's tokens to its request: the first, and one more for every draft that was right."""
+        request = chunk.request
+        drafts, params = request.drafts, request.params
+        token_ids: list[int] = []
+        reason: FinishReason | None = None
+        num_accepted = 0
+        while True:
+            token_id = sampled.token_ids[row + num_accepted]
+            if token_id == NO_TOKEN:
+                reason = "stop"
+                break
+            request.ids.append(token_id)
+            token_ids.append(token_id)
+            if request.logits_filter is not None:
+                request.logits_filter.accept(token_id)
+            if token_id in request.stop_ids:
+                reason = "stop"
+            elif len(request.ids) >= request.max_length:
+                reason = "length"
+            if reason is not None or num_accepted == chunk.num_drafts or drafts[num_accepted] != token_id:
+                break
+            num_accepted += 1
+        self._counts["draft_tokens"] += chunk.num_drafts
+        self._counts["accepted_tokens"] += num_accepted
+        self._counts["generated_tokens"] += len(token_ids)
+        request.drafts = []
+        logprobs: tuple[TokenLogprobs, ...] | None = None
+        if params.logprobs is not None and sampled.logprobs is not None:
+            logprobs = tuple(one for one in sampled.logprobs[row : row + len(token_ids)] if one is not None)
+        output = RequestOutput(
+            request.request_id, tuple(token_ids), logprobs, reason, request.num_prompt, request.num_cached
+        )
+        return output, num_accepted
+
+    def _draft(
+        self,
+        drafter: Drafter,
+        chunks: list[Chunk],
+        row_starts: list[int],
+        committed: list[int],
+        sampling: list[bool],
+        hidden: object,
+    ) -> None:
+        """Show the drafter what is certain and take its guesses."""
+        num_drafts = self.config.speculative_tokens
+        rows: list[int] = []
+        next_ids: list[int] = []
+        first_ids, wants, drafting = [], [], []
+        for chunk, row, count, samples in zip(chunks, row_starts, committed, sampling, strict=True):
+            request, start = chunk.request, chunk.start
+            rows += range(row, row + count)
+            # A sequence that has just ended without a token has none after its last; it needs no guesses either.
+            following = request.ids[start + 1 : start + 1 + count]
+            next_ids += following + [0] * (count - len(following))
+            first_ids.append(request.ids[start])
+            wanted = samples and request.can_draft and request.max_length - len(request.ids) >= 2
+            wants.append(wanted)
+            if wanted:
+                drafting.append(request)
+        commit = Commit(
+            rows=np.array(rows),
+            rings=np.array([chunk.request.ring for chunk in chunks]),
+            starts=np.array([chunk.start for chunk in chunks]),
+            counts=np.array(committed),
+            first_ids=np.array(first_ids),
+            next_ids=np.array(next_ids),
+            wants_drafts=np.array(wants),
+        )
+        drafts = drafter.observe(
+            hidden, commit, num_drafts, lambda logits, offset: choose_drafts(logits, drafting, offset)
+        )
+        for request, guesses in zip(drafting, drafts.tolist(), strict=True):
+            request.drafts = guesses[: request.max_length - len(request.ids) - 1]
+
+    def _keep(self, prefix: PrefixCache, chunks: list[Chunk], row_starts: list[int], hidden: object) -> None:
+        """Keep the pages that were filled in this step, with what continues a sequence at their ends."""
+        size = self._pages.tokens_per_page
+        for chunk, row in zip(chunks, row_starts, strict=True):
+            request = chunk.request
+            first, last = chunk.start // size, request.num_computed // size
+            if first == last:
+                continue
+            assert request.ring is not None
+            pages = self._pages.block_table(request.number)
+            for num_pages in range(first + 1, last + 1):
+                kept = prefix.insert(request.ids, pages, num_pages, request.node)
+                if kept is None:
+                    continue
+                request.node, is_new = kept
+                snapshot_idx = request.node.snapshot_idx
+                if is_new and snapshot_idx is not None:
+                    length = num_pages * size
+                    self._cache.save(request.ring, length, snapshot_idx)
+                    if self._drafter is not None:
+                        last_row = row + length - 1 - chunk.start
+                        self._drafter.save(hidden, last_row, request.ring, length, snapshot_idx)
+
+    def _finish(self, request: Request) -> None:
+        self._scheduler.remove(request)
+        del self._requests[request.request_id]
+        self._counts["finished"] += 1
+        now = time.monotonic()
+        if self._last_finish_s is not None:
+            self._finish_interval_s += 0.2 * (now - self._last_finish_s - self._finish_interval_s)
+        self._last_finish_s = now
+
+
+_COUNTERS = (
+    "prefix_query_tokens",
+    "prefix_hit_tokens",
+    "draft_tokens",
+    "accepted_tokens",
+    "preemptions",
+    "steps",
+    "prompt_tokens",
+    "generated_tokens",
+    "finished",
+    "aborted",
+)

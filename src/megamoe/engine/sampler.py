@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From logits to token ids: what each request asks for, gathered into one call per step.
+
+A row is one position of one request at which a token is needed; a request whose drafts are checked has several. The
+random number of a row depends on the request's seed and on which of its tokens it is, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megamoe.engine.outputs import TokenLogprobs
+from megamoe.engine.random_numbers import uniform
+from megamoe.engine.request import Request
+from megamoe.ops.penalize import penalize
+from megamoe.ops.sample import sample
+from megamoe.ops.token_logprobs import token_logprobs
+
+NO_TOKEN = -1  # a filter allows nothing: the request ends
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampled:
+    """One token per row.
+
+    Attributes:
+        token_ids: per row; NO_TOKEN where a filter allows none.
+        logprobs: per row; None where not asked for.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+
+
+def sample_rows(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> Sampled:
+    """Choose one token per row.
+
+    Args:
+        logits: [N, V] fp32; not changed.
+        requests: [N] whose row it is.
+        ahead: [N] how many drafts come between the request's last token and the row's.
+    """
+    needs_edits = wants_logprobs = False
+    for request, offset in zip(requests, ahead, strict=True):
+        if request.is_edited or len(request.ids) + offset < request.min_length:
+            needs_edits = True
+        if request.params.logprobs is not None:
+            wants_logprobs = True
+    edited, dead_rows = logits, []
+    if needs_edits:
+        edited = logits.clone()
+        dead_rows = _edit(edited, requests, ahead)
+    ids = _draw(edited, requests, ahead)
+    token_ids: list[int] = ids.tolist()
+    logprobs = _logprobs(logits, ids, requests) if wants_logprobs else None
+    for row in dead_rows:
+        token_ids[row] = NO_TOKEN
+    return Sampled(token_ids, logprobs)
+
+
+def choose_drafts(logits: torch.Tensor, requests: Sequence[Request], ahead: int) -> torch.Tensor:
+    """Choose one draft per request, [N] int64, with the very number that its token will be drawn with.
+
+    Model and drafter draw by the same number, so they agree wherever their distributions do; which token is accepted is
+    the model's own draw either way.
+    """
+    return _draw(logits, requests, [ahead] * len(requests))
+
+
+def _draw(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> torch.Tensor:
+    if all([request.is_greedy for request in requests]):  # a list: twice as fast as a generator
+        return sample(logits, **_greedy(len(requests), logits.device))
+    all_params = [request.params for request in requests]
+    rows = (
+        [params.temperature for params in all_params],
+        [params.top_p for params in all_params],
+        [params.min_p for params in all_params],
+        [
+            uniform(request.stream, len(request.ids) - request.num_prompt + offset)
+            for request, offset in zip(requests, ahead, strict=True)
+        ],
+    )
+    temperature, top_p, min_p, number = torch.from_numpy(np.array(rows, dtype=np.float32)).to(logits.device).unbind()
+    return sample(
+        logits,
+        temperature=temperature,
+        top_k=torch.from_numpy(np.array([params.top_k for params in all_params])).to(logits.device),
+        top_p=top_p,
+        min_p=min_p if any(rows[2]) else None,
+        uniform=number,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _greedy(num_rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the arguments of `sample` for rows that are all greedy."""
+    zeros = torch.zeros(num_rows, device=device)
+    return {
+        "temperature": zeros,
+        "top_k": torch.zeros(num_rows, dtype=torch.int64, device=device),
+        "top_p": torch.ones(num_rows, device=device),
+        "uniform": zeros,
+    }
+
+
+def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> list[int]:
+    """Apply biases, bans and penalties in place; return the rows in which nothing is allowed."""
+    dead = []
+    for row, (request, offset) in enumerate(zip(requests, ahead, strict=True)):
+        params = request.params
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=logits.device)
+            logits[row, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        allowed = None if request.logits_filter is None else request.logits_filter.allowed()
+        if allowed is not None:
+            allowed = allowed.to(logits.device)
+            if not bool(allowed.any()):
+                dead.append(row)  # the row is still drawn from, unrestricted, and its token dropped
+            else:
+                logits[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
+                logits[row, len(allowed) :] = -torch.inf
+        if len(request.ids) + offset < request.min_length and request.stop_ids:
+            kept = logits[row].clone()
+            kept[torch.tensor(sorted(request.stop_ids), device=logits.device)] = -torch.inf
+            if allowed is None or bool((kept > -torch.inf).any()):  # where a filter allows the end alone, it ends
+                logits[row] = kept
+    _penalize(logits, requests)
+    return dead
+
+
+def _penalize(logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    """Apply penalties in place. Requests with penalties have no drafts, so each has one row."""
+    rows: list[int] = []
+    ids: list[int] = []
+    counts: list[int] = []
+    factors = np.zeros((3, len(requests)), dtype=np.float32)
+    factors[0] = 1.0
+    for row, request in enumerate(requests):
+        params = request.params
+        if not params.has_penalties:
+            continue
+        factors[:, row] = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        output = Counter(request.ids[request.num_prompt :])
+        seen = output if params.repetition_penalty == 1 else set(request.ids)
+        ids.extend(seen)
+        counts.extend(output[token_id] for token_id in seen)
+        rows.extend([row] * len(seen))
+    if not ids:
+        return
+    repetition, presence, frequency = torch.from_numpy(factors).to(logits.device)
+    penalize(
+        logits,
+        torch.tensor(rows, device=logits.device),
+        torch.tensor(ids, device=logits.device),
+        torch.tensor(counts, dtype=torch.float32, device=logits.device),
+        repetition=repetition,
+        presence=presence,
+        frequency=frequency,
+    )
+
+
+def _logprobs(logits: torch.Tensor, ids: torch.Tensor, requests: Sequence[Request]) -> list[TokenLogprobs | None]:
+    asked = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+    num_top = max(requests[row].params.logprobs or 0 for row in asked)
+    at = torch.tensor(asked, device=logits.device)
+    found = token_logprobs(logits[at], ids[at], num_top=num_top)
+    result: list[TokenLogprobs | None] = [None] * len(requests)
+    for row, token_id, chosen, top_ids, top in zip(
+        asked, ids[at].tolist(), found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist(), strict=True
+    ):
+        wanted = requests[row].params.logprobs or 0
+        result[row] = TokenLogprobs(token_id, chosen, tuple(zip(top_ids[:wanted], top[:wanted], strict=True)))
+    return result

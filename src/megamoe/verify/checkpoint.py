@@ -1,0 +1,552 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inspect a checkpoint: what it is, whether it is whole, what is wrong with it. Headers and a few scale bytes only.
+
+Nothing here needs torch or a GPU, and nothing is allocated for tensors: a complete V4-Pro takes seconds. What the
+loader would refuse is found by the loader's own code (layout.py, inventory.py), so the two cannot disagree; further
+rules are about what the loader gets right and others have got wrong. docs/checkpoints.md describes every rule.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megamoe.checkpoint.headers import ITEM_BYTES, Headers, read_headers
+from megamoe.checkpoint.problem import CheckpointError, Problem
+from megamoe.models.deepseek_v4.config import ModelConfig, parse_config
+from megamoe.models.deepseek_v4.inventory import Entry, Role, draft_names, inventory
+from megamoe.models.deepseek_v4.layout import FLOATS, Format, StoredHeaders, dspark_shape
+from megamoe.models.deepseek_v4.memory import WeightBytes, kind_of_weight
+from megamoe.models.deepseek_v4.names import native_name
+from megamoe.verify.declared import check_declared
+from megamoe.verify.observed import DraftFound, Observed, check_draft, reconcile
+from megamoe.verify.rules import Finding, group
+from megamoe.verify.scale_samples import Sampled, check_scales
+
+ARCHITECTURE = "DeepseekV4ForCausalLM"
+
+
+class Verdict(enum.Enum):
+    """What the exit code says."""
+
+    GOOD = 0
+    FINDINGS = 1
+    UNREADABLE = 2
+
+
+@dataclasses.dataclass
+class GroupCount:
+    """Tensors of one kind of module.
+
+    Attributes:
+        formats: how many modules are stored in each format.
+        num_tensors: stored tensors.
+        num_bytes: their bytes.
+    """
+
+    formats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    num_tensors: int = 0
+    num_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """Everything found out about a checkpoint.
+
+    Attributes:
+        directory: its folder.
+        architecture: name in config.json, or "unknown".
+        release: which release it looks like, in words.
+        layout: how weights are stored and spelled, in words.
+        draft: MTP or DSpark, in words.
+        num_tensors: tensors stored.
+        num_bytes: their bytes.
+        expected_tensors: tensors of the inventory in the formats found, None where it could not be worked out.
+        expected_bytes: their bytes.
+        published: (tensors, bytes) of the release it looks like, where they are known.
+        groups: by kind of module.
+        findings: rules broken.
+        notes: what is worth knowing.
+        sampled: how many scales were looked at, or None.
+        config: with what the tensors say in place of what contradicts them; None where config.json is not usable.
+        num_draft_layers: sliding-window layers of the draft.
+        weights: bytes by how they can be divided over GPUs.
+        verdict: good, findings or unreadable.
+    """
+
+    directory: pathlib.Path
+    architecture: str
+    release: str
+    layout: str
+    draft: str
+    num_tensors: int
+    num_bytes: int
+    expected_tensors: int | None
+    expected_bytes: int | None
+    published: tuple[int, int] | None
+    groups: Mapping[str, GroupCount]
+    findings: tuple[Finding, ...]
+    notes: tuple[Finding, ...]
+    sampled: Sampled | None
+    config: ModelConfig | None
+    num_draft_layers: int
+    weights: WeightBytes | None
+    verdict: Verdict
+
+
+def inspect_checkpoint(directory: str | os.PathLike[str]) -> Inspection:
+    """Inspect a checkpoint directory.
+
+    Args:
+        directory: folder with config.json and *.safetensors.
+
+    Raises:
+        CheckpointError: `directory` is not a directory.
+        OSError: a file cannot be read.
+    """
+    return _Inspector(read_headers(directory)).inspect()
+
+
+# Published totals, by (model, experts' format, draft).
+_PUBLISHED: dict[tuple[str, str, str], tuple[str, int, int]] = {
+    ("Flash", "mxfp4", "mtp"): ("DeepSeek-V4-Flash (preview)", 69_187, 159_609_485_896),
+    ("Pro", "mxfp4", "mtp"): ("DeepSeek-V4-Pro (preview)", 145_116, 864_704_792_696),
+    ("Flash", "mxfp4", "dspark"): ("DeepSeek-V4-Flash-0731 (DSpark)", 72_317, 166_878_536_440),
+    ("Pro", "mxfp4", "dspark"): ("DeepSeek-V4-Pro-0813 (DSpark)", 149_782, 892_727_580_904),
+    ("Flash", "nvfp4", "mtp"): ("NVIDIA DeepSeek-V4-Flash-NVFP4", 135_235, 168_266_793_544),
+    ("Pro", "nvfp4", "mtp"): ("NVIDIA DeepSeek-V4-Pro-NVFP4", 285_660, 913_061_485_688),
+}
+_SIZES = {(4096, 43, 256): "Flash", (7168, 61, 384): "Pro"}
+_OTHERS = {
+    "deepseek_v41": "DeepSeek-V4.1 (another architecture: shared compressors, Engram tables, FP8 blocks of 32)",
+    "deepseek_v32": "DeepSeek-V3.2",
+    "deepseek_v3": "DeepSeek-V3 or R1",
+    "deepseek_v2": "DeepSeek-V2",
+}
+_OTHER_TENSORS = {
+    "vision.": "DeepSeek-V4-Flash-Vision-Exp (a vision tower and gates with a second bias)",
+    "aligner.": "DeepSeek-V4-Flash-Vision-Exp (a vision tower and gates with a second bias)",
+}
+
+
+class _Inspector:
+    """Gathers an Inspection from headers."""
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+        self.problems: list[Problem] = list(headers.problems)
+        self.notes: list[Finding] = []
+        self.is_unreadable = not headers.infos
+        self.groups: dict[str, GroupCount] = {}
+        self.formats: dict[str, Format] = {}
+        self.expected: tuple[int, int] | None = None
+        self.sampled: Sampled | None = None
+        self.weights: WeightBytes | None = None
+        self.config: ModelConfig | None = None
+        self.draft: DraftFound | None = None
+        self.stored: StoredHeaders | None = None
+
+    def inspect(self) -> Inspection:
+        raw = self.read_config()
+        self.note_total_size()
+        if raw is not None:
+            other = self.other_architecture(raw)
+            if other:
+                self.is_unreadable = True
+                text = f"config.json: this is {other}, which megamoe does not run."
+                remedy = f"Implemented is {ARCHITECTURE} (DeepSeek-V4-Flash and -Pro in all their releases)."
+                self.problems.append(Problem("config-invalid", "model_type", text, remedy, other, ARCHITECTURE))
+                return self.result(raw, other)
+            config = self.parse(raw)
+            if config is not None and self.headers.infos:
+                self.compare(config, raw)
+        return self.result(raw, "")
+
+    def read_config(self) -> dict[str, Any] | None:
+        path = self.headers.directory / "config.json"
+        content: Any = None
+        if not path.is_file():
+            text = "config.json: missing."
+        else:
+            try:
+                content = json.loads(path.read_bytes().decode("utf-8"))
+                text = "config.json: not a JSON object."
+            except (ValueError, RecursionError) as error:
+                text = f"config.json: not JSON ({str(error)[:200]})."
+        if isinstance(content, dict):
+            return content
+        remedy = "Download it from where the weights came from."
+        self.problems.append(Problem("config-unreadable", "config.json", text, remedy))
+        self.is_unreadable = True
+        return None
+
+    def note_total_size(self) -> None:
+        claimed = self.headers.total_size
+        if claimed is not None and claimed != self.headers.num_bytes and not self.headers.problems:
+            text = f"The index claims {claimed:,} bytes in all; the shards hold {self.headers.num_bytes:,}."
+            remedy = "Known of published checkpoints, whose index was copied from the source. The shards are right."
+            self.notes.append(Finding("index-total-size", ("total_size",), text, remedy, is_note=True))
+
+    def other_architecture(self, raw: Mapping[str, Any]) -> str:
+        """Return the name of an architecture that is not DeepSeek-V4, or ""."""
+        for prefix, name in _OTHER_TENSORS.items():
+            if any(stored.removeprefix("model.").startswith(prefix) for stored in self.headers.infos):
+                return name
+        kind, names = raw.get("model_type"), raw.get("architectures")
+        first = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+        if kind == "deepseek_v4" or (kind is None and first in (ARCHITECTURE, None)):
+            return ""
+        return _OTHERS.get(str(kind), f"model_type {kind!r}, architecture {first!r}")
+
+    def parse(self, raw: Mapping[str, Any]) -> ModelConfig | None:
+        try:
+            config = parse_config(raw)
+        except CheckpointError as error:
+            for line in error.problems or (str(error),):
+                self.problems.append(Problem("config-invalid", line.split(" ", 1)[0], f"config.json: {line}"))
+            text = "Tensors were not compared with an inventory, because config.json cannot be used."
+            self.notes.append(Finding("not-compared", (), text, is_note=True))
+            return None
+        if config.unused_keys:
+            text = f"config.json has fields this package does not use: {', '.join(config.unused_keys)}."
+            self.notes.append(Finding("config-unused", config.unused_keys, text, is_note=True))
+        return config
+
+    def compare(self, config: ModelConfig, raw: Mapping[str, Any]) -> None:
+        """Compare tensors with the inventory, the declarations and each other."""
+        headers = self.headers
+        natives = {name: native_name(name) for name in headers.infos}
+        observed = Observed(headers.infos, natives, headers.unavailable)
+        has_unknown_part = not headers.unavailable and any(
+            problem.rule in ("shard-missing", "shard-header", "shard-truncated", "index-unreadable")
+            for problem in headers.problems
+        )
+        if has_unknown_part:
+            text = "Missing tensors are not listed: a shard cannot be read and no index says what is in it."
+            self.notes.append(Finding("not-compared", (), text, is_note=True))
+        else:
+            config, contradictions = reconcile(observed, config, raw)
+            self.problems += contradictions
+        self.config = config
+        draft = self.draft = observed.draft()
+        stored = self.stored = StoredHeaders(headers.infos, config.n_routed_experts, natives)
+        dspark = dspark_shape(stored, config, draft.num_dspark) if draft.num_dspark else None
+        self.problems += check_draft(dspark, config)
+        self.claim_leftovers(stored, config)
+        entries = inventory(config, num_mtp=draft.num_mtp, dspark=dspark)
+        for entry in entries:
+            self.check_entry(stored, entry)
+        stored.refuse_unclaimed()
+        unavailable = {_module_of(native_name(name)) for name in headers.unavailable}
+        for problem in stored.problems:
+            is_missing = problem.rule == "tensor-missing"
+            if not (is_missing and has_unknown_part) and _module_of(native_name(problem.subject)) not in unavailable:
+                self.problems.append(problem)
+        self.check_stacks(stored, entries)
+        self.check_kv_norms(stored)
+        self.count(stored, entries)
+        is_packed = any(name.endswith(".weight_packed") for name in headers.infos)
+        self.problems += check_declared(raw, self.read_quant_file(), self.formats, is_packed=is_packed)
+        found, self.sampled = check_scales(headers, stored, self.formats)
+        self.problems += found
+
+    def claim_leftovers(self, stored: StoredHeaders, config: ModelConfig) -> None:
+        """Claim what a draft may leave behind: norms of a stripped stage, copies of embedding and head."""
+        assert self.draft is not None
+        for names, text in (
+            (self.draft.stripped, "What is left of a stripped MTP stage; not used."),
+            (self.draft.copies, "The draft's copies of embedding or head; load checks that they are equal."),
+        ):
+            allowed = set(self.draft.copies) if names is self.draft.copies else set()
+            for stage in {name.split(".")[1] for name in names if not allowed}:
+                allowed.update(draft_names(config, f"mtp.{stage}"))
+            known = tuple(name for name in names if name in allowed and name in stored)
+            for name in known:
+                stored.claim(name)
+            if known:
+                subjects = tuple(stored.stored_name(name) for name in known)
+                self.notes.append(Finding("draft-leftovers", subjects, text, is_note=True))
+
+    def check_entry(self, stored: StoredHeaders, entry: Entry) -> None:
+        if entry.role in (Role.LINEAR, Role.EXPERT):
+            num_rows, num_columns = entry.shape
+            found = stored.detect(entry.name, (num_rows, num_columns))
+            if found is not None:
+                self.formats[entry.name] = found
+        else:
+            stored.expect(entry.name, ("I64", "I32") if entry.role is Role.TABLE else FLOATS, entry.shape)
+
+    def check_stacks(self, stored: StoredHeaders, entries: Iterable[Entry]) -> None:
+        """Find layers whose experts do not share a format."""
+        stacks: dict[str, dict[str, str]] = {}
+        for entry in entries:
+            found = self.formats.get(entry.name)
+            if entry.role is Role.EXPERT and found is not None:
+                kind = found.value if found in (Format.MXFP4, Format.NVFP4) else stored.stack_kind(entry.name, found)
+                stacks.setdefault(entry.name.rsplit(".", 2)[0], {}).setdefault(kind, entry.name)
+        for prefix, kinds in stacks.items():
+            if len(kinds) > 1:
+                said = ", ".join(f"{module} is {kind}" for kind, module in kinds.items())
+                text = f"{prefix}: experts of one layer must share a format: {said}."
+                self.problems.append(Problem("experts-mixed", prefix, text, "Convert them alike."))
+
+    def check_kv_norms(self, stored: StoredHeaders) -> None:
+        """Find norms of the latent under the name a re-save gives them (F17)."""
+        renamed = [
+            stored.stored_name(name)
+            for name in stored.names
+            if name.endswith(".attn.kv_norm.weight") and stored.stored_name(name).endswith(".attn.norm.weight")
+        ]
+        if not renamed:
+            return
+        is_resave = all(
+            name.startswith("model.") or name in ("head.weight", "lm_head.weight") for name in self.headers.infos
+        )
+        remedy = "Rename it to attn.kv_norm.weight for other readers; this package reads both."
+        if is_resave:
+            text = "save_pretrained of transformers calls the norm of the latent attn.norm instead of attn.kv_norm."
+            self.notes.append(Finding("kv-norm-renamed", tuple(renamed), text, remedy, is_note=True))
+        else:
+            for name in renamed:
+                text = f"{name}: the norm of the latent is called kv_norm; a re-save has renamed it."
+                self.problems.append(Problem("kv-norm-renamed", name, text, remedy))
+
+    def count(self, stored: StoredHeaders, entries: Iterable[Entry]) -> None:
+        """Count tensors and bytes by kind of module, and what the inventory comes to in the formats found."""
+        usual: dict[str, collections.Counter[Format]] = {}
+        for entry in entries:
+            if entry.name in self.formats:
+                usual.setdefault(_group(entry), collections.Counter())[self.formats[entry.name]] += 1
+        expected_tensors = expected_bytes = 0
+        by_split = {"experts": 0, "divided": 0, "replicated": 0}
+        owners: dict[str, Entry] = {}
+        for entry in entries:
+            found = self.formats.get(entry.name)
+            likely = usual.get(_group(entry))
+            leaves = _expected(stored, entry, found or (likely.most_common(1)[0][0] if likely else Format.PLAIN))
+            expected_tensors += len(leaves)
+            expected_bytes += sum(leaves.values())
+            owners.update(dict.fromkeys(leaves, entry))
+            if entry.role in (Role.LINEAR, Role.EXPERT) and found is not None:
+                self.groups.setdefault(_group(entry), GroupCount()).formats[_format_name(stored, entry, found)] += 1
+        seen: set[str] = set()
+        for native in stored.names:
+            source = stored.source(native)
+            if source.name in seen:
+                continue
+            seen.add(source.name)
+            num_bytes = self.headers.infos[source.name].num_bytes
+            owner = owners.get(native)
+            group_count = self.groups.setdefault(_group(owner) if owner else "not in the inventory", GroupCount())
+            if owner is not None and owner.role not in (Role.LINEAR, Role.EXPERT):
+                group_count.formats[self.headers.infos[source.name].dtype.lower()] += 1
+            group_count.num_tensors += 1
+            group_count.num_bytes += num_bytes
+            by_split[kind_of_weight(owner) if owner else "replicated"] += num_bytes
+        fused = {stored.source(name).name for name in stored.names if stored.source(name).expert is not None}
+        if fused:  # one stored tensor stands for many of the inventory
+            in_fused = sum(1 for name in stored.names if stored.source(name).expert is not None)
+            expected_tensors += len(fused) - in_fused
+        self.expected = (expected_tensors, expected_bytes)
+        self.weights = WeightBytes(**by_split)
+
+    def read_quant_file(self) -> dict[str, Any] | None:
+        path = self.headers.directory / "hf_quant_config.json"
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_bytes().decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            content, reason = None, str(error)[:200]
+        else:
+            reason = "not an object"
+        if isinstance(content, dict):
+            return content
+        text = f"hf_quant_config.json: not JSON ({reason})."
+        self.problems.append(Problem("quant-config-disagrees", "hf_quant_config.json", text, "Download it again."))
+        return None
+
+    # Words.
+
+    def result(self, raw: Mapping[str, Any] | None, other: str) -> Inspection:
+        findings = group(self.problems)
+        verdict = Verdict.UNREADABLE if self.is_unreadable else Verdict.FINDINGS if findings else Verdict.GOOD
+        names = raw.get("architectures") if raw is not None else None
+        release, published = ("unknown", None) if self.config is None else self.release(raw or {})
+        draft = self.draft
+        return Inspection(
+            directory=self.headers.directory,
+            architecture=str(names[0]) if isinstance(names, list) and names else "unknown",
+            release=other or release,
+            layout=self.layout(),
+            draft=_draft_words(draft, raw or {}) if draft is not None else "unknown",
+            num_tensors=len(self.headers.infos),
+            num_bytes=self.headers.num_bytes,
+            expected_tensors=self.expected[0] if self.expected else None,
+            expected_bytes=self.expected[1] if self.expected else None,
+            published=published,
+            groups=dict(sorted(self.groups.items(), key=lambda item: _ORDER.index(item[0]))),
+            findings=tuple(findings),
+            notes=tuple(self.notes),
+            sampled=self.sampled,
+            config=self.config,
+            num_draft_layers=draft.num_mtp + draft.num_dspark if draft is not None else 0,
+            weights=self.weights,
+            verdict=verdict,
+        )
+
+    def release(self, raw: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:
+        """Return which release this looks like, and its published totals."""
+        assert self.config is not None and self.draft is not None and self.stored is not None
+        config = self.config
+        size = _SIZES.get((config.hidden_size, config.num_hidden_layers, config.n_routed_experts), "")
+        draft = "dspark" if self.draft.num_dspark else "mtp" if self.draft.num_mtp else "none"
+        kinds = _kinds(self.formats)
+        experts, linears = kinds["experts"], kinds["linears"]
+        model = f"DeepSeek-V4-{size}" if size else "a DeepSeek-V4 of another size"
+        if experts == {"nvfp4"} and linears == {"nvfp4"}:
+            packed = any(name.endswith("_packed") for name in self.headers.infos)
+            return f"{model}, every linear in NVFP4 ({'compressed-tensors' if packed else 'megamoe'})", None
+        if any(name.endswith(".weight_packed") for name in self.headers.infos):
+            return f"{model}, converted by compressed-tensors", None
+        if experts == {"fp8"} and linears == {"fp8"}:
+            float_scales = any(
+                self.stored.dtype(self.stored.scales_name(module, found)) == "F32"
+                for module, found in self.formats.items()
+                if found is Format.FP8
+            )
+            return (
+                f"{model}, Base (FP8 experts, fp32 scales)" if float_scales else f"{model}, experts converted to FP8",
+                None,
+            )
+        if any(name.startswith("model.") for name in self.headers.infos):
+            version = raw.get("transformers_version")
+            return f"{model}, re-saved by transformers{f' {version}' if version else ''}", None
+        if experts <= {"bf16", "f32"} and linears <= {"bf16", "f32"}:
+            return f"{model}, unquantized", None
+        released = _PUBLISHED.get((size, next(iter(experts), ""), draft)) if len(experts) == 1 else None
+        if released is not None and linears == {"fp8"}:
+            return released[0], released[1:]
+        if experts == {"nvfp4"} and linears == {"fp8"}:
+            return f"{model}, NVFP4 experts in NVIDIA's layout{', DSpark draft' if draft == 'dspark' else ''}", None
+        if experts == {"mxfp4"} and linears == {"fp8"}:
+            words = {"dspark": "as the 0731 and 0813 releases (DSpark)", "mtp": "as the preview", "none": "no draft"}
+            return f"{model}, {words[draft]}", None
+        return f"{model}, mixed formats", None
+
+    def layout(self) -> str:
+        """Return how tensors are spelled and which metadata says so."""
+        names = self.headers.infos
+        if any(".self_attn." in name for name in names):
+            spelling = "module names of transformers"
+        elif any(name.startswith("model.") for name in names):
+            spelling = "DeepSeek's names behind model. (save_pretrained)"
+        else:
+            spelling = "DeepSeek's names"
+        count = len(self.headers.shards)
+        return f"{spelling}, {count} {'shard' if count == 1 else 'shards'}"
+
+
+_ORDER = [
+    "embedding and head",
+    "attention projections",
+    "compressors",
+    "indexer",
+    "router",
+    "shared experts",
+    "routed experts",
+    "norms and hyper-connections",
+    "draft linears",
+    "draft experts",
+    "draft, other",
+    "not in the inventory",
+]
+
+
+def _group(entry: Entry) -> str:
+    """Return the kind of module an entry belongs to."""
+    name = entry.name
+    if name.startswith("mtp."):
+        if entry.role is Role.EXPERT:
+            return "draft experts"
+        return "draft linears" if entry.role is Role.LINEAR else "draft, other"
+    if entry.role is Role.EXPERT:
+        return "routed experts"
+    if name in ("embed.weight", "head.weight"):
+        return "embedding and head"
+    for part, kind in (
+        (".shared_experts.", "shared experts"),
+        (".indexer.", "indexer"),
+        (".compressor.", "compressors"),
+    ):
+        if part in name:
+            return kind
+    if ".ffn.gate." in name:
+        return "router"
+    return "attention projections" if entry.role is Role.LINEAR else "norms and hyper-connections"
+
+
+def _format_name(stored: StoredHeaders, entry: Entry, found: Format) -> str:
+    if found is Format.PLAIN:
+        return stored.dtype(f"{entry.name}.weight").lower()
+    if found is Format.FP8:
+        scales = stored.dtype(stored.scales_name(entry.name, found))
+        return f"fp8 ({'fp32' if scales in FLOATS else 'e8m0'} scales)"
+    return str(found.value)
+
+
+def _expected(stored: StoredHeaders, entry: Entry, found: Format) -> dict[str, int]:
+    """Return native names and bytes of the tensors an entry takes in a format."""
+    count = 1
+    for size in entry.shape:
+        count *= size
+    if entry.role not in (Role.LINEAR, Role.EXPERT):
+        width = {Role.PLAIN: 2, Role.FLOAT32: 4, Role.TABLE: 8}[entry.role]
+        return {entry.name: count * (ITEM_BYTES[stored.dtype(entry.name)] if entry.name in stored else width)}
+    codes = stored.codes_name(entry.name)
+    rows, columns = entry.shape
+    if found is Format.PLAIN:
+        return {codes: count * (ITEM_BYTES[stored.dtype(codes)] if codes in stored else 2)}
+    scales = stored.scales_name(entry.name, found)
+    width = ITEM_BYTES[stored.dtype(scales)] if scales in stored else 1
+    if found is Format.FP8:
+        return {codes: count, scales: -(-rows // 128) * -(-columns // 128) * width}
+    if found is Format.MXFP4:
+        return {codes: count // 2, scales: count // 32}
+    ours = not codes.endswith("_packed")
+    tensor_scale, input_scale = (
+        ("weight_scale_2", "input_scale") if ours else ("weight_global_scale", "input_global_scale")
+    )
+    leaves = {codes: count // 2, scales: count // 16, f"{entry.name}.{tensor_scale}": 4}
+    if f"{entry.name}.{input_scale}" in stored:
+        leaves[f"{entry.name}.{input_scale}"] = 4
+    return leaves
+
+
+def _kinds(formats: Mapping[str, Format]) -> dict[str, set[str]]:
+    """Return the formats of backbone experts and of all other backbone linears."""
+    out: dict[str, set[str]] = {"experts": set(), "linears": set()}
+    for module, found in formats.items():
+        if module.startswith("layers."):
+            kind = "bf16" if found is Format.PLAIN else found.value
+            out["experts" if ".ffn.experts." in module else "linears"].add(kind)
+    return out
+
+
+def _draft_words(draft: DraftFound, raw: Mapping[str, Any]) -> str:
+    if draft.num_dspark:
+        return f"DSpark, {draft.num_dspark} stages (recognized; megamoe runs the backbone without it)"
+    if draft.num_mtp:
+        return f"classic MTP, {draft.num_mtp} stage{'s' if draft.num_mtp > 1 else ''}"
+    claimed = raw.get("num_nextn_predict_layers")
+    return f"none (config.json claims {claimed})" if claimed else "none"
+
+
+def _module_of(native: str) -> str:
+    return native.rpartition(".")[0]

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine over the bundled model: every logit of every request has the bits of the plain model alone.
+
+What is compared is all logits at all generated positions, not only the tokens: they are taken where the engine samples
+and compared with one pass of the model over the finished sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import megamoe
+from megamoe.cache.pools import LayerPools
+from megamoe.engine import engine as module
+from megamoe.engine.config import EngineConfig
+from megamoe.engine.engine import Engine
+from megamoe.engine.sampling_params import SamplingParams
+from megamoe.formats.cache_rows import CachePool
+from megamoe.models.deepseek_v4.model import Model
+from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
+from megamoe.models.deepseek_v4.snapshots import Snapshots
+from megamoe.models.load import BUNDLED
+from megamoe.text.tokenizer import Tokenizer
+
+PAGE = 128
+
+
+@pytest.fixture(scope="module")
+def text() -> list[int]:
+    sample = (BUNDLED["tiny"] / "sample.txt").read_text(encoding="utf-8")
+    return [0, *Tokenizer(BUNDLED["tiny"]).encode(sample)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return megamoe.load("tiny")
+
+
+class Recorder:
+    """Keeps the logits behind every token; what a rejected draft led to is replaced by what came in its place."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.logits: dict[tuple[str, int], torch.Tensor] = {}
+        self.ids: dict[str, list[int]] = {}
+        right = module.sample_rows
+
+        def sample_rows(logits, requests, ahead):
+            for row, request, offset in zip(logits, requests, ahead, strict=True):
+                self.logits[request.request_id, len(request.ids) + offset] = row.clone()
+                self.ids[request.request_id] = request.ids
+            return right(logits, requests, ahead)
+
+        monkeypatch.setattr(module, "sample_rows", sample_rows)
+
+    def differs(self, model: Model, prompts: dict[str, list[int]]) -> list[str]:
+        """Return the requests with a logit that is not the model's."""
+        wrong = []
+        for request_id, prompt in prompts.items():
+            ids = self.ids[request_id]
+            assert ids[: len(prompt)] == prompt and len(ids) > len(prompt)
+            want = model.logits(ids[:-1])[len(prompt) - 1 :]
+            got = torch.stack([self.logits[request_id, at] for at in range(len(prompt), len(ids))])
+            if not torch.equal(got, want):
+                wrong.append(request_id)
+        return wrong
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+def run(engine: Engine, prompts: dict[str, list[int]], stagger: int = 0, **params: object) -> dict[str, list[int]]:
+    """Add the prompts, some steps apart, run to the end and return the new tokens."""
+    tokens: dict[str, list[int]] = {name: [] for name in prompts}
+
+    def step() -> None:
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+
+    options = {"max_tokens": 8, "ignore_eos": True, "temperature": 0.9, **params}
+    for idx, (name, prompt) in enumerate(prompts.items()):
+        engine.add(name, prompt, SamplingParams(seed=idx, **options))  # type: ignore[arg-type]
+        for _ in range(stagger):
+            step()
+    while engine.has_work():
+        step()
+    return tokens
+
+
+def make(model: Model, **config: object) -> Engine:
+    return Engine(model, EngineConfig(**{"tokens_per_page": PAGE, "num_pages": 40, **config}))  # type: ignore[arg-type]
+
+
+# -- invariance -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["exact", "w4a16", "w4a4"])
+def test_batches_chunks_and_prefixes_change_no_logit(recipe: str, text: list[int], recorder: Recorder) -> None:
+    """Five requests, three of which share a prefix that is a page, two pages, and two pages but for the last token."""
+    model = megamoe.load("tiny", recipe=recipe)
+    prompts = {
+        "first": text[:270],
+        "two pages": text[:256] + text[300:310],
+        "a page": text[:200],
+        "just a page": text[: PAGE + 1],
+        "other": text[310:340],
+    }
+    engine = make(model, prefill_chunk=100, max_step_tokens=130, max_sequences=4)
+    run(engine, prompts, stagger=3)
+    assert recorder.differs(model, prompts) == []
+    assert engine.stats().prefix_hit_tokens == 256 + 128 + 128
+
+
+def test_preemption_changes_no_logit(model: Model, text: list[int], recorder: Recorder) -> None:
+    prompts = {"old": text[:125], "young": text[200:326], "youngest": text[20:140]}
+    engine = make(model, num_pages=5, prefill_chunk=64, max_sequence_tokens=400)
+    run(engine, prompts, max_tokens=12)
+    assert engine.stats().preemptions > 0
+    assert recorder.differs(model, prompts) == []
+
+
+def test_neighbours_that_are_aborted_change_no_logit(model: Model, text: list[int], recorder: Recorder) -> None:
+    prompts = {"stays": text[:140]}
+    engine = make(model, speculative_tokens=1)
+    engine.add("goes", text[5:100], SamplingParams(max_tokens=50))
+    engine.add("never runs", text[5:100], SamplingParams(max_tokens=50))
+    engine.abort("never runs")
+    for _ in range(3):
+        engine.step()
+    engine.add("stays", prompts["stays"], SamplingParams(max_tokens=8, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    assert engine.abort("goes")
+    assert engine.stats().pages_used == 2
+    while engine.has_work():
+        engine.step()
+    assert recorder.differs(model, prompts) == []
+
+
+# -- speculation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_drafts_change_no_token_and_no_logit(
+    model: Model, text: list[int], recorder: Recorder, temperature: float
+) -> None:
+    prompts = {"a": text[:118], "b": text[100:160], "c": text[:129]}
+    plain = run(make(model), prompts, max_tokens=16, temperature=temperature)
+    for speculative_tokens in (1, 3):
+        engine = make(model, speculative_tokens=speculative_tokens, prefill_chunk=50)
+        assert run(engine, prompts, 2, max_tokens=16, temperature=temperature) == plain
+        assert recorder.differs(model, prompts) == []
+        stats = engine.stats()
+        assert 0 < stats.accepted_tokens < stats.draft_tokens, "some drafts must be right and some wrong"
+
+
+def visible_rows(cache, ring: int, pages: list[int], length: int) -> list[torch.Tensor]:
+    """Return the bytes of all rows that a sequence of `length` tokens can still read, layer by layer."""
+    found = []
+    for layer in (*cache.layers, *cache.draft_layers):
+        for name, pool in ((one.name, getattr(layer, one.name)) for one in dataclasses.fields(LayerPools)):
+            if pool is None:
+                continue
+            if name in ("entries", "index_keys"):
+                ratio = PAGE // pool.rows_per_block
+                at = torch.arange(length // ratio)
+                block, row = torch.tensor(pages)[at // pool.rows_per_block], at % pool.rows_per_block
+            else:
+                back = {"window": 127, "state": 128, "index_state": 8}[name]
+                if name == "state" and layer.index_keys is not None:
+                    back = 8
+                first = length // 128 * 128 if name == "state" and layer.index_keys is None else length - back
+                # An MTP row belongs to its position and the token after it: the newest one is not written yet.
+                last = length - 1 if layer in cache.draft_layers else length
+                at = torch.arange(max(0, first), last)
+                block, row = torch.full_like(at, ring), at % pool.rows_per_block
+            found += [pool.data_rows[block, row].clone(), pool.scale_rows[block, row].clone()]
+    return found
+
+
+def test_rejected_drafts_leave_every_cache_as_if_never_written(model: Model, text: list[int]) -> None:
+    """Byte for byte: after the same tokens, with drafts of which many were wrong and with the right ones fed alone."""
+
+    def rows_after(wrong: bool):
+        engine = make(model, speculative_tokens=3, max_sequences=1, prefix_cache=False)
+        engine.add("a", text[:122], SamplingParams(max_tokens=60, ignore_eos=True))
+        (request,) = engine._requests.values()
+        while len(request.ids) < 150:
+            if not wrong:
+                request.drafts = []
+            elif request.drafts:
+                request.drafts = [(one + len(request.ids) % 3) % 4096 for one in request.drafts]  # two of three wrong
+            engine.step()
+        pages = list(engine._pages.block_table(request.number))
+        # The rows of the shorter sequence are compared; a right draft may have carried one run further.
+        return list(request.ids), (engine._cache, request.ring, pages), request.num_computed
+
+    ids, where, length = rows_after(wrong=False)
+    other_ids, other_where, other_length = rows_after(wrong=True)
+    common = min(length, other_length)
+    assert ids[:common] == other_ids[:common] and abs(length - other_length) <= 3
+    rows, other_rows = visible_rows(*where, common), visible_rows(*other_where, common)
+    assert len(rows) == 2 * 15 and sum(row.numel() for row in rows) > 400_000
+    assert all(torch.equal(one, other) for one, other in zip(rows, other_rows, strict=True))
+
+
+def test_more_than_half_of_the_drafts_are_right(model: Model, text: list[int]) -> None:
+    engine = make(model, speculative_tokens=1)
+    prompts = {str(start): text[start : start + 40] for start in range(0, 320, 40)}
+    run(engine, prompts, max_tokens=40, temperature=0.0)
+    assert engine.stats().draft_tokens > 150 and engine.stats().acceptance_rate > 0.5
+
+
+def test_f22_drafts_after_a_prefix_hit_are_those_without_one(
+    model: Model, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage's rows are restored too: same guesses, hit or miss. The last row before the boundary is not shared."""
+    prompts = {"first": text[:200], "other": text[:PAGE] + text[250:262], "same": text[:190]}
+
+    def guesses(**config: object) -> tuple[list[object], int]:
+        engine = make(model, speculative_tokens=2, max_sequences=1, **config)
+        found, right = [], engine._drafter.observe
+
+        def observe(hidden, commit, num_tokens, choose):
+            drafts = right(hidden, commit, num_tokens, lambda logits, ahead: keep(logits, choose(logits, ahead)))
+            return drafts
+
+        def keep(logits, ids):
+            found.append(logits.clone())
+            return ids
+
+        engine._drafter.observe = observe
+        run(engine, prompts, temperature=0.0)
+        return found, engine.stats().prefix_hit_tokens
+
+    missed, num_missed = guesses(prefix_cache=False)
+    hit, num_hit = guesses()
+    assert (num_missed, num_hit) == (0, 2 * PAGE)
+    assert len(hit) == len(missed) and all(torch.equal(one, two) for one, two in zip(hit, missed, strict=True))
+
+    def stale(self: MtpDrafter, snapshot_idx: int, ring_idx: int, length: int) -> None:
+        self._lengths[ring_idx] = length  # as if the row before the boundary were shared
+
+    monkeypatch.setattr(MtpDrafter, "restore", stale)
+    hit, _ = guesses()
+    assert len(hit) != len(missed) or not all(torch.equal(one, two) for one, two in zip(hit, missed, strict=True))
+
+
+# -- injected faults --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["window", "state", "index_state"])
+def test_f22_each_kind_of_row_must_be_restored(
+    model: Model, text: list[int], recorder: Recorder, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Snapshots.restore
+
+    def restore(self: Snapshots, snapshot_idx: int, ring_idx: int, length: int) -> None:
+        shared = engine._cache
+        skipped = {id(getattr(layer, part)) for layer in shared.layers}
+        pairs, self._pairs = self._pairs, [pair for pair in self._pairs if id(pair[0]) not in skipped]
+        assert len(self._pairs) < len(pairs)
+        right(self, snapshot_idx, ring_idx, length)
+        self._pairs = pairs
+
+    monkeypatch.setattr(Snapshots, "restore", restore)
+    engine = make(model, max_sequences=2)
+    first = {"first": text[:270]}
+    run(engine, first)
+    second = {
+        "between": text[300:340],
+        "second": text[:256] + text[280:290],
+    }  # another sequence used the ring meanwhile
+    for layer in engine._cache.layers:
+        pool = getattr(layer, part)
+        if pool is not None:
+            pool.storage.zero_()
+    run(engine, second)
+    assert engine.stats().prefix_hit_tokens == 256
+    assert recorder.differs(model, second) == ["second"]
+
+
+def test_hca_needs_no_raw_rows_at_a_page_boundary(model: Model, text: list[int], recorder: Recorder) -> None:
+    engine = make(model, max_sequences=2)
+    run(engine, {"first": text[:270]})
+    for layer in engine._cache.layers:
+        if layer.state is not None and layer.index_keys is None:
+            layer.state.storage.fill_(0x55)
+    second = {"second": text[:256] + text[260:290]}
+    run(engine, second)
+    assert engine.stats().prefix_hit_tokens == 256 and recorder.differs(model, second) == []
+
+
+# -- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def packed(layers: tuple[LayerPools, ...], names: tuple[str, ...]) -> tuple[LayerPools, ...]:
+    """Return the layers with the named pools side by side in common blocks: every block stride exceeds a page."""
+    members = [(idx, name) for idx, layer in enumerate(layers) for name in names if getattr(layer, name) is not None]
+    pools = [getattr(layers[idx], name) for idx, name in members]
+    sizes = [-(-pool.page_bytes // 64) * 64 + 64 for pool in pools]
+    block = torch.zeros(pools[0].num_blocks, sum(sizes), dtype=torch.uint8)
+    result, offset = list(layers), 0
+    for (idx, name), pool, size in zip(members, pools, sizes, strict=True):
+        storage = block[:, offset : offset + pool.page_bytes]
+        view = CachePool(storage, pool.rows_per_block, pool.row_format, pool.width)
+        assert view.block_stride_bytes > 2 * view.page_bytes or len(pools) < 3
+        result[idx] = dataclasses.replace(result[idx], **{name: view})
+        offset += size
+    return tuple(result)
+
+
+def test_layers_that_share_blocks_change_no_logit(model: Model, text: list[int], recorder: Recorder) -> None:
+    """Pages of all layers side by side in one block, rings too: another engine's layout, the same operations."""
+    prompts = {"a": text[:140], "b": text[100:170], "c": text[:135]}
+    engine = make(model, prefill_chunk=90)
+    layers = packed(engine._cache.layers, ("entries", "index_keys"))
+    engine._cache.layers = packed(layers, ("window", "state", "index_state"))
+    engine._cache.snapshots = Snapshots(
+        engine._cache.specs, engine._cache.layers, engine._cache.size, engine._cache.num_snapshots, model.device
+    )
+    run(engine, prompts, stagger=2)
+    assert recorder.differs(model, prompts) == [] and engine.stats().prefix_hit_tokens > 0
+
+
+def test_pages_in_any_order_change_no_logit(model: Model, text: list[int], recorder: Recorder) -> None:
+    engine = make(model)
+    engine._pages._free.reverse()
+    prompts = {"a": text[:300]}
+    run(engine, prompts)
+    assert recorder.differs(model, prompts) == []
