@@ -24,9 +24,12 @@ DOCUMENTS = [
     "CHANGELOG.md",
     "docs/architecture.md",
     "docs/numerics.md",
+    "docs/checkpoints.md",
+    "docs/faults.md",
     "docs/experiments.md",
     "docs/kernels.md",
     "docs/decisions/0001-dependencies.md",
+    "docs/decisions/0005-tables-with-rich.md",
     "docs/decisions/0010-kernel-system.md",
     "tools/tiny_model/README.md",
 ]
