@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = x w^T for few tokens: a weight streamed once, tokens in registers (parts/weight_stream.py)."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from megamoe.kernels.parts.fragment_device import UNDO
+from megamoe.kernels.parts.linear_stream import StreamConfig
+from megamoe.kernels.parts.memory_device import load_global_float
+from megamoe.kernels.parts.weight_stream import THREADS
+from megamoe.kernels.parts.weight_stream_device import (
+    Ring,
+    StreamThread,
+    nvfp4_token_loader,
+    plain_token_loader,
+)
+
+OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
+
+
+def matrix(dtype, num_rows, num_columns: int):
+    """Return a contiguous [num_rows, num_columns] argument, 16-byte aligned."""
+    return make_fake_tensor(dtype, (num_rows, num_columns), (num_columns, 1), assumed_align=16)
+
+
+def program(config: StreamConfig):
+    """Return the launcher and its symbolic arguments."""
+    num_tokens, num_rows = cute.sym_int32(), cute.sym_int32(divisibility=16)
+    num_columns = config.num_columns
+    weight = (
+        matrix(Uint8, num_rows, num_columns // 2),
+        matrix(Uint8, num_rows, num_columns // 16),
+        make_fake_tensor(Float32, (1,), (1,)),
+    )
+    out = rows_of(OUT_DTYPES[config.out], num_tokens, num_rows)
+    last = (out, Int32(0), make_fake_stream(use_tvm_ffi_env_stream=True))
+    if config.adds:
+        last = (rows_of(Float32, num_tokens, num_rows), *last)
+    linear = LinearStream(config)
+    if config.x == "bf16":
+        launcher = linear.weight_only_more if config.adds else linear.weight_only
+        return launcher, (matrix(BFloat16, num_tokens, num_columns), *weight, *last)
+    x = (
+        matrix(Uint8, num_tokens, num_columns // 2),
+        matrix(Uint8, num_tokens, num_columns // 16),
+        make_fake_tensor(Float32, (num_tokens,), (1,)),
+    )
+    return linear.both_nvfp4_more if config.adds else linear.both_nvfp4, (*x, *weight, *last)
+
+
+def rows_of(dtype, num_rows, num_columns):
+    """Return a contiguous [num_rows, num_columns] argument with symbolic columns, a multiple of 16."""
+    return make_fake_tensor(
+        dtype, (num_rows, num_columns), (cute.sym_int64(divisibility=16), 1), assumed_align=16
+    )
+
+
+class LinearStream:
+    """The streaming linear."""
+
+    def __init__(self, config: StreamConfig):
+        self.config, self.plan = config, config.plan
+
+    @cute.jit
+    def weight_only(self, x, codes, scales, tensor_scale, out, num_blocks: Int32, stream):
+        self.launch((x,), codes, scales, tensor_scale, None, out, num_blocks, stream)
+
+    @cute.jit
+    def weight_only_more(self, x, codes, scales, tensor_scale, earlier, out, num_blocks: Int32, stream):
+        self.launch((x,), codes, scales, tensor_scale, earlier, out, num_blocks, stream)
+
+    @cute.jit
+    def both_nvfp4(self, x_codes, x_scales, x_tensor_scale, codes, scales, tensor_scale, out, num_blocks: Int32, stream):
+        x = (x_codes, x_scales, x_tensor_scale)
+        self.launch(x, codes, scales, tensor_scale, None, out, num_blocks, stream)
+
+    @cute.jit
+    def both_nvfp4_more(
+        self, x_codes, x_scales, x_tensor_scale, codes, scales, tensor_scale, earlier, out, num_blocks: Int32, stream
+    ):
+        x = (x_codes, x_scales, x_tensor_scale)
+        self.launch(x, codes, scales, tensor_scale, earlier, out, num_blocks, stream)
+
+    def launch(self, x, codes, scales, tensor_scale, earlier, out, num_blocks, stream):
+        """Launch the kernel; it may start before the kernel ahead of it has finished (see the wait inside)."""
+        self.kernel(x, codes, scales, tensor_scale, earlier, out, num_blocks).launch(
+            grid=(num_blocks, 1, 1),
+            block=(THREADS, 1, 1),
+            smem=self.plan.shared_bytes,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(self, x, codes, scales, tensor_scale, earlier, out, num_blocks: Int32):
+        plan, config = self.plan, self.config
+        num_tokens, num_rows = out.shape
+        num_passes = Int32(1)
+        if cutlass.const_expr(not config.one_pass):
+            num_passes = (num_tokens + (config.tokens_per_pass - 1)) // config.tokens_per_pass
+        num_units = num_rows // 16 * num_passes  # the passes over a row tile follow each other: it stays in L2
+        block, _, _ = cute.arch.block_idx()
+        begin, end = block * num_units // num_blocks, (block + 1) * num_units // num_blocks
+
+        self.thread = StreamThread(plan)
+        self.codes, self.scales = codes.iterator.toint(), scales.iterator.toint()
+        self.num_passes = num_passes
+        self.thread.init_ring()
+        stages = len(plan.stage_chunks)
+        for index in cutlass.range_constexpr(plan.num_slots):
+            self.issue(begin + index // stages, end, Int32(index), index % stages)
+
+        # The weights above do not depend on the kernel before this one; the tokens below do.
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        scale = load_global_float(tensor_scale.iterator.toint())
+
+        ring_slot, ring_parity = Int32(0), Int32(0)
+        if cutlass.const_expr(config.one_pass):
+            self.load_tokens(x, Int32(0), num_tokens)
+        for unit in cutlass.range(begin, end, unroll=1):
+            row_tile, first_token = unit, Int32(0)
+            if cutlass.const_expr(not config.one_pass):
+                row_tile = unit // num_passes
+                first_token = (unit - row_tile * num_passes) * config.tokens_per_pass
+                self.load_tokens(x, first_token, num_tokens)
+            if self.thread.warp < plan.used_warps:
+                ring_slot, ring_parity = self.stream_unit(ring_slot, ring_parity, unit, end)
+            cute.arch.sync_threads()
+            self.finish(x, scale, earlier, out, row_tile, first_token)
+            cute.arch.sync_threads()
+
+    def issue(self, unit, end, slot, stage: int):
+        """Fill a ring slot with a stage of a unit, if the block has that unit."""
+        row_tile = unit if self.config.one_pass else unit // self.num_passes
+        chunk = Int64(row_tile) * (self.config.num_columns // 64) + self.config.first_column // 64
+        code_address, scale_address = self.thread.slice_addresses(self.codes, self.scales, chunk)
+        self.thread.issue(unit < end, slot, code_address, scale_address, stage)
+
+    def load_tokens(self, x, first_token, num_tokens):
+        """Load this thread's part of a pass's tokens."""
+        config = self.config
+        arguments = (config.num_columns, config.first_column // 64, self.thread.column, lambda token: first_token + token)
+        if config.x == "bf16":
+            loader = plain_token_loader(x[0].iterator.toint(), *arguments)
+        else:
+            loader = nvfp4_token_loader(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
+        self.thread.load_tokens(loader, num_tokens - first_token)
+
+    def stream_unit(self, slot, parity, unit, end):
+        """Stream one row tile, keep the ring full, leave the partial sums; return the ring's new place."""
+        plan = self.plan
+        ring = Ring(plan, slot, parity)
+        accumulators = [[Float32(0.0)] * 4 for _ in range(plan.num_tiles)]
+        stages = len(plan.stage_chunks)
+        for stage in range(stages):
+            accumulators = self.thread.consume(ring, accumulators, stage)
+            cute.arch.sync_warp()
+            ahead = stage + plan.num_slots
+            self.issue(unit + ahead // stages, end, ring.slot, ahead % stages)
+            ring.advance()
+        self.thread.store_partials(0, accumulators)
+        return ring.slot, ring.parity
+
+    @cute.jit
+    def finish(self, x, scale: Float32, earlier, out: cute.Tensor, row_tile: Int32, first_token: Int32):
+        """Add up the warps' sums and store the outputs of a row tile."""
+        num_tokens, num_rows = out.shape
+        local, row = self.thread.tid // 16, row_tile * 16 + self.thread.tid % 16
+        token = first_token + local
+        if (local < self.config.tokens_per_pass) & (token < num_tokens):
+            value = self.thread.sum_partials(0, local, self.thread.tid % 16) * UNDO * scale
+            if cutlass.const_expr(self.config.x == "nvfp4"):
+                value = value * UNDO * x[2][token]
+            if cutlass.const_expr(self.config.adds):
+                value = earlier[token, row] + value
+            out[token, row] = value.to(out.element_type)
