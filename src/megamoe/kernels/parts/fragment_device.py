@@ -38,12 +38,12 @@ def times_two_to_239(scales):
 
 def low_twice(pair):
     """Return the low half of a register in both halves."""
-    return inline_ptx("prmt.b32 {$w0}, {$r0}, {$r0}, 0x1010;", write_only_types=[Uint32], read_only_args=[pair])
+    return inline_ptx("{ .reg .b16 l, h; mov.b32 {l, h}, {$r0}; mov.b32 {$w0}, {l, l}; }", write_only_types=[Uint32], read_only_args=[pair])
 
 
 def high_twice(pair):
     """Return the high half of a register in both halves."""
-    return inline_ptx("prmt.b32 {$w0}, {$r0}, {$r0}, 0x3232;", write_only_types=[Uint32], read_only_args=[pair])
+    return inline_ptx("{ .reg .b16 l, h; mov.b32 {l, h}, {$r0}; mov.b32 {$w0}, {h, h}; }", write_only_types=[Uint32], read_only_args=[pair])
 
 
 def code_pairs(word):
@@ -80,6 +80,33 @@ def plain_pair(byte):
     low = ((byte << 6) & 0x1C0) | ((byte << 12) & 0x8000)
     high = ((byte << 18) & 0x1C00000) | ((byte << 24) & Uint32(0x80000000))
     return low | high
+
+
+def select(condition, a, b):
+    """Return a where the condition is not zero, else b."""
+    return inline_ptx(
+        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; selp.b32 {$w0}, {$r1}, {$r2}, p; }",
+        write_only_types=[Uint32],
+        read_only_args=[condition, a, b],
+    )
+
+
+def swap_lanes(word, distance: int):
+    """Return the word of the lane whose number differs in one bit."""
+    return inline_ptx(
+        f"shfl.sync.bfly.b32 {{$w0}}, {{$r0}}, {distance}, 0x1f, 0xffffffff;",
+        write_only_types=[Uint32],
+        read_only_args=[word],
+    )
+
+
+def word_of_quad(word, lane: int):
+    """Return the word of lane 0 to 3 of the four lanes that share a row."""
+    return inline_ptx(
+        f"shfl.sync.idx.b32 {{$w0}}, {{$r0}}, {lane}, 0x1c1f, 0xffffffff;",
+        write_only_types=[Uint32],
+        read_only_args=[word],
+    )
 
 
 def mma(accumulators, a, b0, b1):

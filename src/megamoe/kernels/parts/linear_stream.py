@@ -33,6 +33,7 @@ class StreamConfig:
         one_pass: there are at most 8 * num_tiles tokens.
         x: "bf16" or "nvfp4".
         out: "bf16" or "f32".
+        overlaps: the launch may start, and load weights, while the kernel ahead of it is still running.
     """
 
     num_columns: int
@@ -42,6 +43,7 @@ class StreamConfig:
     one_pass: bool
     x: str
     out: str
+    overlaps: bool = True
 
     @property
     def plan(self) -> StreamPlan:

@@ -9,7 +9,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from megamoe.kernels.parts.fragment_device import UNDO
 from megamoe.kernels.parts.linear_stream import StreamConfig
 from megamoe.kernels.parts.memory_device import load_global_float
-from megamoe.kernels.parts.weight_stream import THREADS
+from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
 from megamoe.kernels.parts.weight_stream_device import (
     Ring,
     StreamThread,
@@ -90,7 +90,7 @@ class LinearStream:
             block=(THREADS, 1, 1),
             smem=self.plan.shared_bytes,
             stream=stream,
-            use_pdl=True,
+            use_pdl=self.config.overlaps,
         )
 
     @cute.kernel
@@ -100,7 +100,8 @@ class LinearStream:
         num_passes = Int32(1)
         if cutlass.const_expr(not config.one_pass):
             num_passes = (num_tokens + (config.tokens_per_pass - 1)) // config.tokens_per_pass
-        num_units = num_rows // 16 * num_passes  # the passes over a row tile follow each other: it stays in L2
+        self.num_row_tiles = num_rows // 16
+        num_units = plan.num_units(self.num_row_tiles) * num_passes  # the passes over a row tile follow each other
         block, _, _ = cute.arch.block_idx()
         begin, end = block * num_units // num_blocks, (block + 1) * num_units // num_blocks
 
@@ -108,9 +109,9 @@ class LinearStream:
         self.codes, self.scales = codes.iterator.toint(), scales.iterator.toint()
         self.num_passes = num_passes
         self.thread.init_ring()
-        stages = len(plan.stage_chunks)
+        per_unit = len(plan.stage_chunks) * plan.streams
         for index in cutlass.range_constexpr(plan.num_slots):
-            self.issue(begin + index // stages, end, Int32(index), index % stages)
+            self.issue(begin + index // per_unit, end, Int32(index), index % per_unit)
 
         # The weights above do not depend on the kernel before this one; the tokens below do.
         cute.arch.griddepcontrol_wait()
@@ -121,28 +122,36 @@ class LinearStream:
         if cutlass.const_expr(config.one_pass):
             self.load_tokens(x, Int32(0), num_tokens)
         for unit in cutlass.range(begin, end, unroll=1):
-            row_tile, first_token = unit, Int32(0)
+            group, first_token = unit, Int32(0)
             if cutlass.const_expr(not config.one_pass):
-                row_tile = unit // num_passes
-                first_token = (unit - row_tile * num_passes) * config.tokens_per_pass
+                group = unit // num_passes
+                first_token = (unit - group * num_passes) * config.tokens_per_pass
                 self.load_tokens(x, first_token, num_tokens)
             if self.thread.warp < plan.used_warps:
                 ring_slot, ring_parity = self.stream_unit(ring_slot, ring_parity, unit, end)
-            cute.arch.sync_threads()
-            self.finish(x, scale, earlier, out, row_tile, first_token)
-            cute.arch.sync_threads()
+            self.thread.after_partials()
+            self.finish(x, scale, earlier, out, unit, group, first_token)
 
-    def issue(self, unit, end, slot, stage: int):
+    def row_tile(self, group, index):
+        """Return a row tile of a unit; the last unit repeats the last one."""
+        if self.plan.tiles_per_unit == 1:
+            return group
+        return cutlass.min(group * self.plan.tiles_per_unit + index, self.num_row_tiles - 1)
+
+    def issue(self, unit, end, slot, position: int):
         """Fill a ring slot with a stage of a unit, if the block has that unit."""
-        row_tile = unit if self.config.one_pass else unit // self.num_passes
+        group = unit if self.config.one_pass else unit // self.num_passes
+        stages = len(self.plan.stage_chunks)
+        row_tile = self.row_tile(group, position // stages)
         chunk = Int64(row_tile) * (self.config.num_columns // 64) + self.config.first_column // 64
         code_address, scale_address = self.thread.slice_addresses(self.codes, self.scales, chunk)
-        self.thread.issue(unit < end, slot, code_address, scale_address, stage)
+        self.thread.issue(unit < end, slot, code_address, scale_address, position % stages)
 
     def load_tokens(self, x, first_token, num_tokens):
         """Load this thread's part of a pass's tokens."""
         config = self.config
-        arguments = (config.num_columns, config.first_column // 64, self.thread.column, lambda token: first_token + token)
+        rows = [first_token + tile * TOKENS_PER_TILE + self.thread.row for tile in range(self.plan.num_tiles)]
+        arguments = (config.num_columns, config.first_column // 64, self.thread.column, rows)
         if config.x == "bf16":
             loader = plain_token_loader(x[0].iterator.toint(), *arguments)
         else:
@@ -150,28 +159,34 @@ class LinearStream:
         self.thread.load_tokens(loader, num_tokens - first_token)
 
     def stream_unit(self, slot, parity, unit, end):
-        """Stream one row tile, keep the ring full, leave the partial sums; return the ring's new place."""
+        """Stream a unit, keep the ring full, leave the partial sums; return the ring's new place."""
         plan = self.plan
         ring = Ring(plan, slot, parity)
-        accumulators = [[Float32(0.0)] * 4 for _ in range(plan.num_tiles)]
         stages = len(plan.stage_chunks)
-        for stage in range(stages):
-            accumulators = self.thread.consume(ring, accumulators, stage)
-            cute.arch.sync_warp()
-            ahead = stage + plan.num_slots
-            self.issue(unit + ahead // stages, end, ring.slot, ahead % stages)
-            ring.advance()
-        self.thread.store_partials(0, accumulators)
+        per_unit = stages * plan.streams
+        for stream in range(plan.streams):
+            accumulators = self.thread.zero_accumulators()
+            for stage in range(stages):
+                accumulators = self.thread.consume(ring, accumulators, stage)
+                cute.arch.sync_warp()
+                ahead = stream * stages + stage + plan.num_slots
+                self.issue(unit + ahead // per_unit, end, ring.slot, ahead % per_unit)
+                ring.advance()
+            if stream == 0:
+                self.thread.before_partials()
+            self.thread.store_partials(unit, stream, accumulators)
         return ring.slot, ring.parity
 
     @cute.jit
-    def finish(self, x, scale: Float32, earlier, out: cute.Tensor, row_tile: Int32, first_token: Int32):
-        """Add up the warps' sums and store the outputs of a row tile."""
+    def finish(self, x, scale: Float32, earlier, out: cute.Tensor, unit: Int32, group: Int32, first_token: Int32):
+        """Add up the warps' sums and store the outputs of a unit."""
         num_tokens, num_rows = out.shape
-        local, row = self.thread.tid // 16, row_tile * 16 + self.thread.tid % 16
+        output = self.thread.output(unit)
+        stream, local = output // (self.config.tokens_per_pass * 16), output // 16 % self.config.tokens_per_pass
         token = first_token + local
-        if (local < self.config.tokens_per_pass) & (token < num_tokens):
-            value = self.thread.sum_partials(0, local, self.thread.tid % 16) * UNDO * scale
+        if (output < self.plan.outputs_per_unit) & (token < num_tokens):
+            row = self.row_tile(group, stream) * 16 + output % 16
+            value = self.thread.sum_partials(unit, stream, local, output % 16) * UNDO * scale
             if cutlass.const_expr(self.config.x == "nvfp4"):
                 value = value * UNDO * x[2][token]
             if cutlass.const_expr(self.config.adds):

@@ -47,6 +47,19 @@ def load_global_if(wanted, address, bits: int = 32):
     )
 
 
+def load_global_vector_if(wanted, address, num_words: int):
+    """Return 2 or 4 words of global memory, or zeros if `wanted` is 0."""
+    targets = ", ".join(f"{{$w{index}}}" for index in range(num_words))
+    zeros = " ".join(f"mov.b32 {{$w{index}}}, 0;" for index in range(num_words))
+    return inline_ptx(
+        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; "
+        + zeros
+        + f" @p ld.global.v{num_words}.b32 {{{targets}}}, [{{$r1}}]; }}",
+        write_only_types=[Uint32] * num_words,
+        read_only_args=[wanted, address],
+    )
+
+
 def load_global_int(address):
     """Return an int32 of global memory."""
     return inline_ptx("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])

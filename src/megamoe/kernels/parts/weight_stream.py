@@ -4,7 +4,8 @@
 One block of 16 warps runs on each multiprocessor. Warp w owns columns w * slice to (w + 1) * slice of every row tile,
 keeps the tokens of that slice in registers (a second group of tokens in shared memory where registers do not suffice),
 and streams its slices of one row tile after another through a ring of its own: bulk copies, each stage announced by an
-mbarrier, no other warp involved. When all warps have a row tile, their 16 partial sums are added in warp order.
+mbarrier, no other warp involved. A unit is one row tile, or a few where slices are short. When all warps have a unit,
+some of them add the 16 partial sums in warp order while the others go on with the next.
 
 The order of additions depends on K alone, so a token has the same bits whatever else is in the batch.
 """
@@ -39,6 +40,26 @@ class StreamPlan:
     num_columns: int
     num_weights: int
     num_tiles: int
+
+    @property
+    def tiles_per_unit(self) -> int:
+        """Row tiles between two barriers: more where a warp's slice is short."""
+        wanted = max(1, 8 // (self.slice_chunks * self.num_weights))
+        return min(wanted, 4, THREADS // (self.num_tiles * TOKENS_PER_TILE * 16)) if self.num_weights == 1 else 1
+
+    @property
+    def streams(self) -> int:
+        """Slices that a warp streams for one unit: row tiles times weights."""
+        return self.num_weights * self.tiles_per_unit
+
+    @property
+    def outputs_per_unit(self) -> int:
+        """Threads that add partial sums of a unit, one output (of every weight) each."""
+        return self.tiles_per_unit * self.num_tiles * TOKENS_PER_TILE * 16
+
+    def num_units(self, num_row_tiles: int) -> int:
+        """Units of a matrix; the last one repeats the last row tile where it has no others."""
+        return -(-num_row_tiles // self.tiles_per_unit)
 
     @property
     def chunks(self) -> int:
@@ -92,14 +113,22 @@ class StreamPlan:
 
     @property
     def partial_bytes(self) -> int:
-        """Shared memory for partial sums."""
-        return self.used_warps * self.num_weights * self.num_tiles * TOKENS_PER_TILE * PARTIAL_STRIDE * 4
+        """Shared memory for the partial sums of one unit."""
+        return self.used_warps * self.streams * self.num_tiles * TOKENS_PER_TILE * PARTIAL_STRIDE * 4
+
+    def _slots(self, buffers: int) -> int:
+        left = SHARED_BYTES - WARPS * MAX_SLOTS * 8 - buffers * self.partial_bytes - self.token_bytes
+        return min(MAX_SLOTS, left // (self.used_warps * self.slot_bytes))
+
+    @property
+    def partial_buffers(self) -> int:
+        """Two, so that warps go on while others add, unless the ring would suffer."""
+        return 2 if self._slots(2) >= min(3, self._slots(1)) else 1
 
     @property
     def num_slots(self) -> int:
         """Ring slots of a warp."""
-        left = SHARED_BYTES - self.token_offset - self.token_bytes
-        return min(MAX_SLOTS, left // (self.used_warps * self.slot_bytes))
+        return self._slots(self.partial_buffers)
 
     # Shared memory, in this order: barriers, partial sums, tokens, ring.
 
@@ -111,7 +140,7 @@ class StreamPlan:
     @property
     def token_offset(self) -> int:
         """Where tokens start."""
-        return self.partial_offset + self.partial_bytes
+        return self.partial_offset + self.partial_buffers * self.partial_bytes
 
     @property
     def ring_offset(self) -> int:
@@ -129,7 +158,7 @@ class StreamPlan:
             self.num_columns % TILE_COLUMNS == 0
             and 0 < self.num_columns <= MAX_COLUMNS
             and self.num_slots >= 2
-            and self.num_tiles * TOKENS_PER_TILE * 16 <= THREADS
+            and self.outputs_per_unit <= THREADS
         )
 
 

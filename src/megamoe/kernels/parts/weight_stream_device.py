@@ -6,12 +6,22 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES
-from megamoe.kernels.parts.fragment_device import block_scales, mma, multiply_bf16x2, plain_pair, weight_fragment
+from megamoe.kernels.parts.fragment_device import (
+    block_scales,
+    mma,
+    multiply_bf16x2,
+    plain_pair,
+    select,
+    swap_lanes,
+    weight_fragment,
+    word_of_quad,
+)
 from megamoe.kernels.parts.memory_device import (
     bulk_copy_if,
     expect_bytes_if,
     init_barrier,
     load_global_if,
+    load_global_vector_if,
     load_shared,
     load_shared_float,
     publish_barriers,
@@ -22,6 +32,7 @@ from megamoe.kernels.parts.memory_device import (
 from megamoe.kernels.parts.weight_stream import (
     MAX_SLOTS,
     PARTIAL_STRIDE,
+    THREADS,
     TOKENS_PER_TILE,
     StreamPlan,
 )
@@ -105,7 +116,7 @@ class StreamThread:
         """Load the warp's slice of every token.
 
         Args:
-            load_pairs: (token, wanted, chunk) -> eight registers: for each 16 columns the pairs at 2t and 2t + 8.
+            load_pairs: (tile, wanted, chunk) -> eight registers: for each 16 columns the pairs at 2t and 2t + 8.
             num_tokens: tokens of this pass; the others count as zero.
         """
         plan = self.plan
@@ -115,7 +126,7 @@ class StreamThread:
                 wanted = token < num_tokens
                 if plan.chunks % plan.slice_chunks:  # the last slice starts inside its neighbour's
                     wanted = wanted & (self.first_chunk + chunk >= self.warp * plan.slice_chunks)
-                pairs = load_pairs(token, Int32(wanted), self.first_chunk + chunk)
+                pairs = load_pairs(tile, Int32(wanted), self.first_chunk + chunk)
                 if tile < plan.register_tiles:
                     for index in range(8):
                         self.tokens[index, chunk, tile] = pairs[index]
@@ -139,7 +150,7 @@ class StreamThread:
 
         Args:
             ring: where the stage is.
-            accumulators: per token tile, four floats.
+            accumulators: per token tile, four floats of the even steps and four of the odd ones.
             stage: index of the stage within the slice.
 
         Returns:
@@ -149,47 +160,90 @@ class StreamThread:
         num_chunks, first = plan.stage_chunks[stage], sum(plan.stage_chunks[:stage])
         wait_barrier(self.barriers + ring.slot * 8, ring.parity)
         codes = self.ring + ring.slot * plan.slot_bytes
-        code_address, scale_address = codes + self.lane * 16, codes + num_chunks * TILE_CODE_BYTES + self.row * 8
+        scales = codes + num_chunks * TILE_CODE_BYTES + self.row * 8
+        codes = codes + self.lane * 16
+
+        def load(chunk):
+            return (
+                load_shared(codes + chunk * TILE_CODE_BYTES, 4),
+                load_shared(scales + chunk * TILE_SCALE_BYTES, 2),
+                [self._token_pairs(first + chunk, tile) for tile in range(plan.num_tiles)],
+            )
+
+        following = load(0)
         for chunk in range(num_chunks):
-            words = load_shared(code_address + chunk * TILE_CODE_BYTES, 4)
-            scale_words = load_shared(scale_address + chunk * TILE_SCALE_BYTES, 2)
+            words, scale_words, tokens = following
+            if chunk + 1 < num_chunks:
+                following = load(chunk + 1)
             upper, lower = block_scales(scale_words[0]), block_scales(scale_words[1])
-            tokens = [self._token_pairs(first + chunk, tile) for tile in range(plan.num_tiles)]
             for step in range(4):
                 fragment = weight_fragment(words[step], upper[step], lower[step])
                 for tile in range(plan.num_tiles):
-                    accumulators[tile] = mma(
-                        accumulators[tile], fragment, tokens[tile][2 * step], tokens[tile][2 * step + 1]
+                    accumulators[tile][step % 2] = mma(
+                        accumulators[tile][step % 2], fragment, tokens[tile][2 * step], tokens[tile][2 * step + 1]
                     )
         return accumulators
 
-    def store_partials(self, weight: int, accumulators):
-        """Store the warp's sums of a row tile of one of the weights."""
+    def zero_accumulators(self):
+        """Return accumulators for `consume`."""
+        return [[[Float32(0.0)] * 4, [Float32(0.0)] * 4] for _ in range(self.plan.num_tiles)]
+
+    def store_partials(self, unit, stream: int, accumulators):
+        """Store the warp's sums of one of the unit's slices."""
         plan = self.plan
         for tile in range(plan.num_tiles):
-            base = self.shared + plan.partial_offset + self._partial(self.warp, weight, tile * TOKENS_PER_TILE)
+            base = self._partials(unit) + self._partial(self.warp, stream, tile * TOKENS_PER_TILE)
             base = base + (self.column * (2 * PARTIAL_STRIDE) + self.row) * 4
-            store_shared_float(base, accumulators[tile][0])
-            store_shared_float(base + PARTIAL_STRIDE * 4, accumulators[tile][1])
-            store_shared_float(base + 8 * 4, accumulators[tile][2])
-            store_shared_float(base + (PARTIAL_STRIDE + 8) * 4, accumulators[tile][3])
+            even, odd = accumulators[tile]
+            for index, offset in enumerate((0, PARTIAL_STRIDE, 8, PARTIAL_STRIDE + 8)):
+                store_shared_float(base + offset * 4, even[index] + odd[index])
 
-    def _partial(self, warp, weight: int, token):
+    def _partials(self, unit):
         plan = self.plan
-        return ((warp * plan.num_weights + weight) * (plan.num_tiles * TOKENS_PER_TILE) + token) * (PARTIAL_STRIDE * 4)
+        base = self.shared + plan.partial_offset
+        return base if plan.partial_buffers == 1 else base + (unit & 1) * plan.partial_bytes
 
-    def sum_partials(self, weight: int, token, row):
-        """Return the sum over the warps, in their order, for one token and row of the tile."""
+    def _partial(self, warp, stream, token):
+        plan = self.plan
+        return ((warp * plan.streams + stream) * (plan.num_tiles * TOKENS_PER_TILE) + token) * (PARTIAL_STRIDE * 4)
+
+    def output(self, unit):
+        """Return which of the unit's outputs this thread adds; past the last one, none. Warps take turns."""
+        return (self.tid - unit * self.plan.outputs_per_unit) & (THREADS - 1)
+
+    def sum_partials(self, unit, stream, token, row):
+        """Return the sum over the warps, in their order, for one token and row of a slice."""
         plan = self.plan
         total = Float32(0.0)
-        address = self.shared + plan.partial_offset + self._partial(0, weight, token) + row * 4
-        step = plan.num_weights * plan.num_tiles * TOKENS_PER_TILE * PARTIAL_STRIDE * 4
+        address = self._partials(unit) + self._partial(0, stream, token) + row * 4
+        step = self._partial(1, 0, 0)
         for warp in range(plan.used_warps):
             total = total + load_shared_float(address + warp * step)
         return total
 
+    def before_partials(self):
+        """Wait until the partial sums of the unit before may be overwritten."""
+        if self.plan.partial_buffers == 1:
+            cute.arch.sync_threads()
 
-def plain_token_loader(x, num_columns: int, first_chunk: int, column, row_of):
+    def after_partials(self):
+        """Wait until all partial sums of the unit are there."""
+        cute.arch.sync_threads()
+
+
+def transpose_quad(words, column):
+    """Return word t of lane 0, 1, 2, 3 of the four lanes that share a row, given each lane's four words."""
+    odd, high = column & 1, column & 2
+    a, b, c, d = words
+    kept0, kept1 = select(odd, b, a), select(odd, d, c)
+    got0, got1 = swap_lanes(select(odd, a, b), 1), swap_lanes(select(odd, c, d), 1)
+    a, b, c, d = select(odd, got0, kept0), select(odd, kept0, got0), select(odd, got1, kept1), select(odd, kept1, got1)
+    kept0, kept1 = select(high, c, a), select(high, d, b)
+    got0, got1 = swap_lanes(select(high, a, c), 2), swap_lanes(select(high, b, d), 2)
+    return select(high, got0, kept0), select(high, got1, kept1), select(high, kept0, got0), select(high, kept1, got1)
+
+
+def plain_token_loader(x, num_columns: int, first_chunk: int, column, rows):
     """Return load_pairs for bf16 tokens.
 
     Args:
@@ -197,17 +251,20 @@ def plain_token_loader(x, num_columns: int, first_chunk: int, column, row_of):
         num_columns: K.
         first_chunk: where the columns that are multiplied start.
         column: t of the thread.
-        row_of: token of the pass -> row of x.
+        rows: per token tile, the row of x that this thread loads (of any token where there is none).
     """
 
-    def load_pairs(token, wanted, chunk):
-        address = x + (Int64(row_of(token)) * num_columns + (first_chunk + chunk) * TILE_COLUMNS) * 2 + column * 4
-        return [load_global_if(wanted, address + index * 16) for index in range(8)]
+    def load_pairs(tile, wanted, chunk):
+        address = x + (Int64(rows[tile]) * num_columns + (first_chunk + chunk) * TILE_COLUMNS) * 2 + column * 16
+        pairs = []
+        for half in range(2):
+            pairs += transpose_quad(load_global_vector_if(wanted, address + half * 64, 4), column)
+        return pairs
 
     return load_pairs
 
 
-def nvfp4_token_loader(codes, scales, num_columns: int, first_chunk: int, column, row_of):
+def nvfp4_token_loader(codes, scales, num_columns: int, first_chunk: int, column, rows):
     """Return load_pairs for NVFP4 tokens: code * block scale * 2^-7, exact in bf16.
 
     Args:
@@ -216,14 +273,19 @@ def nvfp4_token_loader(codes, scales, num_columns: int, first_chunk: int, column
         num_columns: K, a multiple of 64.
         first_chunk: where the columns that are multiplied start.
         column: t of the thread.
-        row_of: token of the pass -> row.
+        rows: per token tile, the row that this thread loads.
     """
 
-    def load_pairs(token, wanted, chunk):
-        row, chunk = Int64(row_of(token)), first_chunk + chunk
-        code_address = codes + row * (num_columns // 2) + chunk * (TILE_COLUMNS // 2) + column
+    def load_pairs(tile, wanted, chunk):
+        row, chunk = Int64(rows[tile]), first_chunk + chunk
+        address = codes + row * (num_columns // 2) + chunk * (TILE_COLUMNS // 2) + column * 8
+        low, high = load_global_vector_if(wanted, address, 2)  # lane t holds block t
         factors = block_scales(load_global_if(wanted, scales + row * (num_columns // 16) + chunk * 4))
-        pairs = [plain_pair(load_global_if(wanted, code_address + index * 4, 8)) for index in range(8)]
-        return [multiply_bf16x2(pair, factors[index // 2]) for index, pair in enumerate(pairs)]
+        pairs = []
+        for block in range(4):
+            for word in (low, high):
+                byte = word_of_quad(word, block) >> (column * 8)
+                pairs.append(multiply_bf16x2(plain_pair(byte), factors[block]))
+        return pairs
 
     return load_pairs
