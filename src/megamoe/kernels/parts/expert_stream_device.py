@@ -14,7 +14,7 @@ from megamoe.kernels.parts.fragment_device import UNDO
 from megamoe.kernels.parts.memory_device import load_global_int
 from megamoe.kernels.parts.sort_pairs import PASS_FIELDS
 from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
-from megamoe.kernels.parts.weight_stream_device import Ring, StreamThread, nvfp4_token_loader, plain_token_loader
+from megamoe.kernels.parts.weight_stream_device import Ring, StreamThread, nvfp4_tokens, plain_tokens
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 LOG2_E = 1.4426950408889634
@@ -145,8 +145,8 @@ class ExpertStream:
                 count = load_global_int(address + 8)
                 self.load_tokens(x, order, first, count)
             if self.thread.warp < plan.used_warps:
-                ring_slot, ring_parity, ahead_pass, ahead_expert = self.stream_unit(
-                    ring_slot, ring_parity, unit, end, ahead_pass, ahead_expert
+                ring_slot, ring_parity, ahead_pass, ahead_expert = self.stream_needed(
+                    count, ring_slot, ring_parity, unit, end, ahead_pass, ahead_expert
                 )
             self.thread.after_partials()
             group = unit - this_pass * num_groups
@@ -194,19 +194,40 @@ class ExpertStream:
         rows = [token_of(tile * TOKENS_PER_TILE + self.thread.row) for tile in range(self.plan.num_tiles)]
         arguments = (self.config.num_columns, 0, self.thread.column, rows)
         if self.config.x == "bf16":
-            loader = plain_token_loader(x[0].iterator.toint(), *arguments)
+            load_raw, arrange = plain_tokens(x[0].iterator.toint(), *arguments)
         else:
-            loader = nvfp4_token_loader(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
-        self.thread.load_tokens(loader, count)
+            load_raw, arrange = nvfp4_tokens(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
+        self.thread.request_tokens(load_raw, count)
+        self.thread.arrange_tokens(load_raw, arrange, count)
 
-    def stream_unit(self, slot, parity, unit, end, ahead_pass, ahead_expert):
-        """Stream a unit, keep the ring full, leave the partial sums."""
+    @cute.jit
+    def stream_needed(self, count: Int32, slot: Int32, parity: Int32, unit: Int32, end: Int32, known: Int32, expert: Int32):
+        """Stream a unit past as many token tiles as the pass has."""
+        if cutlass.const_expr(self.plan.num_tiles == 1):
+            slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
+        elif cutlass.const_expr(self.plan.num_tiles == 2):
+            if count <= TOKENS_PER_TILE:
+                slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
+            else:
+                slot, parity, known, expert = self.stream_unit(2, slot, parity, unit, end, known, expert)
+        else:
+            if count <= TOKENS_PER_TILE:
+                slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
+            else:
+                if count <= 2 * TOKENS_PER_TILE:
+                    slot, parity, known, expert = self.stream_unit(2, slot, parity, unit, end, known, expert)
+                else:
+                    slot, parity, known, expert = self.stream_unit(3, slot, parity, unit, end, known, expert)
+        return slot, parity, known, expert
+
+    def stream_unit(self, num_tiles: int, slot, parity, unit, end, ahead_pass, ahead_expert):
+        """Stream a unit past `num_tiles` token tiles, keep the ring full, leave the partial sums."""
         plan = self.plan
         ring = Ring(plan, slot, parity)
         stages = len(plan.stage_chunks)
         per_unit = stages * plan.streams
         for stream in range(plan.streams):
-            accumulators = self.thread.zero_accumulators()
+            accumulators = self.thread.zero_accumulators(num_tiles)
             for stage in range(stages):
                 accumulators = self.thread.consume(ring, accumulators, stage)
                 cute.arch.sync_warp()

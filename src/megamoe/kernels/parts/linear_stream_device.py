@@ -9,12 +9,12 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from megamoe.kernels.parts.fragment_device import UNDO
 from megamoe.kernels.parts.linear_stream import StreamConfig
 from megamoe.kernels.parts.memory_device import load_global_float
-from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
+from megamoe.kernels.parts.weight_stream import EARLY_SLOTS, THREADS, TOKENS_PER_TILE
 from megamoe.kernels.parts.weight_stream_device import (
     Ring,
     StreamThread,
-    nvfp4_token_loader,
-    plain_token_loader,
+    nvfp4_tokens,
+    plain_tokens,
 )
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
@@ -107,30 +107,38 @@ class LinearStream:
 
         self.thread = StreamThread(plan)
         self.codes, self.scales = codes.iterator.toint(), scales.iterator.toint()
-        self.num_passes = num_passes
+        self.num_passes, self.num_tokens = num_passes, num_tokens
         self.thread.init_ring()
-        per_unit = len(plan.stage_chunks) * plan.streams
-        for index in cutlass.range_constexpr(plan.num_slots):
-            self.issue(begin + index // per_unit, end, Int32(index), index % per_unit)
-
-        # The weights above do not depend on the kernel before this one; the tokens below do.
+        # The weights do not depend on the kernel before this one, the tokens do. Tokens are asked for early: behind a
+        # full ring of weights they would come microseconds later.
+        self.fill(begin, end, 0, EARLY_SLOTS)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(config.one_pass):
+            self.request_tokens(x, Int32(0))
+        self.fill(begin, end, EARLY_SLOTS, plan.num_slots)
+        if cutlass.const_expr(config.one_pass):
+            self.arrange_tokens(x, Int32(0))
         scale = load_global_float(tensor_scale.iterator.toint())
 
         ring_slot, ring_parity = Int32(0), Int32(0)
-        if cutlass.const_expr(config.one_pass):
-            self.load_tokens(x, Int32(0), num_tokens)
         for unit in cutlass.range(begin, end, unroll=1):
             group, first_token = unit, Int32(0)
             if cutlass.const_expr(not config.one_pass):
                 group = unit // num_passes
                 first_token = (unit - group * num_passes) * config.tokens_per_pass
-                self.load_tokens(x, first_token, num_tokens)
+                self.request_tokens(x, first_token)
+                self.arrange_tokens(x, first_token)
             if self.thread.warp < plan.used_warps:
                 ring_slot, ring_parity = self.stream_unit(ring_slot, ring_parity, unit, end)
             self.thread.after_partials()
             self.finish(x, scale, earlier, out, unit, group, first_token)
+
+    def fill(self, begin, end, first_slot: int, last_slot: int):
+        """Fill slots of the empty ring."""
+        per_unit = len(self.plan.stage_chunks) * self.plan.streams
+        for index in range(first_slot, last_slot):
+            self.issue(begin + index // per_unit, end, Int32(index), index % per_unit)
 
     def row_tile(self, group, index):
         """Return a row tile of a unit; the last unit repeats the last one."""
@@ -147,16 +155,24 @@ class LinearStream:
         code_address, scale_address = self.thread.slice_addresses(self.codes, self.scales, chunk)
         self.thread.issue(unit < end, slot, code_address, scale_address, position % stages)
 
-    def load_tokens(self, x, first_token, num_tokens):
-        """Load this thread's part of a pass's tokens."""
+    def token_access(self, x, first_token):
+        """Return load_raw and arrange for the tokens of a pass."""
         config = self.config
         rows = [first_token + tile * TOKENS_PER_TILE + self.thread.row for tile in range(self.plan.num_tiles)]
         arguments = (config.num_columns, config.first_column // 64, self.thread.column, rows)
         if config.x == "bf16":
-            loader = plain_token_loader(x[0].iterator.toint(), *arguments)
-        else:
-            loader = nvfp4_token_loader(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
-        self.thread.load_tokens(loader, num_tokens - first_token)
+            return plain_tokens(x[0].iterator.toint(), *arguments)
+        return nvfp4_tokens(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
+
+    def request_tokens(self, x, first_token):
+        """Start loading a pass's tokens."""
+        load_raw, _ = self.token_access(x, first_token)
+        self.thread.request_tokens(load_raw, self.num_tokens - first_token)
+
+    def arrange_tokens(self, x, first_token):
+        """Have a pass's tokens in place."""
+        load_raw, arrange = self.token_access(x, first_token)
+        self.thread.arrange_tokens(load_raw, arrange, self.num_tokens - first_token)
 
     def stream_unit(self, slot, parity, unit, end):
         """Stream a unit, keep the ring full, leave the partial sums; return the ring's new place."""
@@ -165,7 +181,7 @@ class LinearStream:
         stages = len(plan.stage_chunks)
         per_unit = stages * plan.streams
         for stream in range(plan.streams):
-            accumulators = self.thread.zero_accumulators()
+            accumulators = self.thread.zero_accumulators(plan.num_tiles)
             for stage in range(stages):
                 accumulators = self.thread.consume(ring, accumulators, stage)
                 cute.arch.sync_warp()

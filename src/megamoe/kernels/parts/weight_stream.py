@@ -25,6 +25,7 @@ SHARED_BYTES = 227 * 1024
 PARTIAL_STRIDE = 20  # floats between a token's partial sums: 16 rows, padded so that a warp's stores hit 32 banks
 REGISTER_BUDGET = 64  # registers of a thread for tokens
 MAX_SLOTS = 8
+EARLY_SLOTS = 1  # filled before the tokens are asked for; a longer queue of weights would delay the tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,28 +112,45 @@ class StreamThread:
         chunk = row_chunk + self.first_chunk
         return codes + chunk * TILE_CODE_BYTES, scales + chunk * TILE_SCALE_BYTES
 
-    def load_tokens(self, load_pairs, num_tokens):
-        """Load the warp's slice of every token.
+    def request_tokens(self, load_raw, num_tokens):
+        """Start loading the warp's slice of the tokens that are kept in registers.
 
         Args:
-            load_pairs: (tile, wanted, chunk) -> eight registers: for each 16 columns the pairs at 2t and 2t + 8.
+            load_raw: (tile, wanted, chunk) -> eight registers, to be arranged later.
             num_tokens: tokens of this pass; the others count as zero.
         """
+        for tile in range(self.plan.register_tiles):
+            for chunk in range(self.plan.slice_chunks):
+                raw = self._raw_tokens(load_raw, num_tokens, tile, chunk)
+                for index in range(8):
+                    self.tokens[index, chunk, tile] = raw[index]
+
+    def arrange_tokens(self, load_raw, arrange, num_tokens):
+        """Finish what request_tokens started, and load the tokens that are kept in shared memory.
+
+        Args:
+            load_raw, num_tokens: as before.
+            arrange: eight raw registers -> for each 16 columns the pairs at 2t and 2t + 8.
+        """
         plan = self.plan
-        for tile in range(plan.num_tiles):
-            token = tile * TOKENS_PER_TILE + self.row
+        for tile in range(plan.register_tiles):
             for chunk in range(plan.slice_chunks):
-                wanted = token < num_tokens
-                if plan.chunks % plan.slice_chunks:  # the last slice starts inside its neighbour's
-                    wanted = wanted & (self.first_chunk + chunk >= self.warp * plan.slice_chunks)
-                pairs = load_pairs(tile, Int32(wanted), self.first_chunk + chunk)
-                if tile < plan.register_tiles:
-                    for index in range(8):
-                        self.tokens[index, chunk, tile] = pairs[index]
-                else:
-                    address = self._token_address(chunk, tile)
-                    store_shared(address, *pairs[:4])
-                    store_shared(address + 512, *pairs[4:])
+                pairs = arrange([self.tokens[index, chunk, tile] for index in range(8)])
+                for index in range(8):
+                    self.tokens[index, chunk, tile] = pairs[index]
+        for tile in range(plan.register_tiles, plan.num_tiles):
+            raw = [self._raw_tokens(load_raw, num_tokens, tile, chunk) for chunk in range(plan.slice_chunks)]
+            for chunk in range(plan.slice_chunks):
+                address, pairs = self._token_address(chunk, tile), arrange(raw[chunk])
+                store_shared(address, *pairs[:4])
+                store_shared(address + 512, *pairs[4:])
+
+    def _raw_tokens(self, load_raw, num_tokens, tile: int, chunk: int):
+        plan = self.plan
+        wanted = tile * TOKENS_PER_TILE + self.row < num_tokens
+        if plan.chunks % plan.slice_chunks:  # the last slice starts inside its neighbour's
+            wanted = wanted & (self.first_chunk + chunk >= self.warp * plan.slice_chunks)
+        return load_raw(tile, Int32(wanted), self.first_chunk + chunk)
 
     def _token_address(self, chunk: int, tile: int):
         position = (tile - self.plan.register_tiles) * self.plan.slice_chunks + chunk
@@ -150,7 +167,8 @@ class StreamThread:
 
         Args:
             ring: where the stage is.
-            accumulators: per token tile, four floats of the even steps and four of the odd ones.
+            accumulators: per token tile, four floats of the even steps and four of the odd ones; tiles without
+                accumulators are left out.
             stage: index of the stage within the slice.
 
         Returns:
@@ -167,7 +185,7 @@ class StreamThread:
             return (
                 load_shared(codes + chunk * TILE_CODE_BYTES, 4),
                 load_shared(scales + chunk * TILE_SCALE_BYTES, 2),
-                [self._token_pairs(first + chunk, tile) for tile in range(plan.num_tiles)],
+                [self._token_pairs(first + chunk, tile) for tile in range(len(accumulators))],
             )
 
         following = load(0)
@@ -178,20 +196,20 @@ class StreamThread:
             upper, lower = block_scales(scale_words[0]), block_scales(scale_words[1])
             for step in range(4):
                 fragment = weight_fragment(words[step], upper[step], lower[step])
-                for tile in range(plan.num_tiles):
+                for tile in range(len(accumulators)):
                     accumulators[tile][step % 2] = mma(
                         accumulators[tile][step % 2], fragment, tokens[tile][2 * step], tokens[tile][2 * step + 1]
                     )
         return accumulators
 
-    def zero_accumulators(self):
+    def zero_accumulators(self, num_tiles: int):
         """Return accumulators for `consume`."""
-        return [[[Float32(0.0)] * 4, [Float32(0.0)] * 4] for _ in range(self.plan.num_tiles)]
+        return [[[Float32(0.0)] * 4, [Float32(0.0)] * 4] for _ in range(num_tiles)]
 
     def store_partials(self, unit, stream: int, accumulators):
         """Store the warp's sums of one of the unit's slices."""
         plan = self.plan
-        for tile in range(plan.num_tiles):
+        for tile in range(len(accumulators)):
             base = self._partials(unit) + self._partial(self.warp, stream, tile * TOKENS_PER_TILE)
             base = base + (self.column * (2 * PARTIAL_STRIDE) + self.row) * 4
             even, odd = accumulators[tile]
@@ -243,8 +261,8 @@ def transpose_quad(words, column):
     return select(high, got0, kept0), select(high, got1, kept1), select(high, kept0, got0), select(high, kept1, got1)
 
 
-def plain_token_loader(x, num_columns: int, first_chunk: int, column, rows):
-    """Return load_pairs for bf16 tokens.
+def plain_tokens(x, num_columns: int, first_chunk: int, column, rows):
+    """Return load_raw and arrange for bf16 tokens.
 
     Args:
         x: address of [rows, K] bf16.
@@ -254,18 +272,18 @@ def plain_token_loader(x, num_columns: int, first_chunk: int, column, rows):
         rows: per token tile, the row of x that this thread loads (of any token where there is none).
     """
 
-    def load_pairs(tile, wanted, chunk):
+    def load_raw(tile, wanted, chunk):
         address = x + (Int64(rows[tile]) * num_columns + (first_chunk + chunk) * TILE_COLUMNS) * 2 + column * 16
-        pairs = []
-        for half in range(2):
-            pairs += transpose_quad(load_global_vector_if(wanted, address + half * 64, 4), column)
-        return pairs
+        return [*load_global_vector_if(wanted, address, 4), *load_global_vector_if(wanted, address + 64, 4)]
 
-    return load_pairs
+    def arrange(raw):
+        return [*transpose_quad(raw[:4], column), *transpose_quad(raw[4:], column)]
+
+    return load_raw, arrange
 
 
-def nvfp4_token_loader(codes, scales, num_columns: int, first_chunk: int, column, rows):
-    """Return load_pairs for NVFP4 tokens: code * block scale * 2^-7, exact in bf16.
+def nvfp4_tokens(codes, scales, num_columns: int, first_chunk: int, column, rows):
+    """Return load_raw and arrange for NVFP4 tokens: code * block scale * 2^-7, exact in bf16.
 
     Args:
         codes: address of [rows, K/2], row-major.
@@ -276,16 +294,20 @@ def nvfp4_token_loader(codes, scales, num_columns: int, first_chunk: int, column
         rows: per token tile, the row that this thread loads.
     """
 
-    def load_pairs(tile, wanted, chunk):
+    def load_raw(tile, wanted, chunk):
         row, chunk = Int64(rows[tile]), first_chunk + chunk
         address = codes + row * (num_columns // 2) + chunk * (TILE_COLUMNS // 2) + column * 8
-        low, high = load_global_vector_if(wanted, address, 2)  # lane t holds block t
-        factors = block_scales(load_global_if(wanted, scales + row * (num_columns // 16) + chunk * 4))
+        words = load_global_vector_if(wanted, address, 2)  # lane t holds block t
+        scale_word = load_global_if(wanted, scales + row * (num_columns // 16) + chunk * 4)
+        return [*words, scale_word, *[scale_word] * 5]
+
+    def arrange(raw):
+        factors = block_scales(raw[2])
         pairs = []
         for block in range(4):
-            for word in (low, high):
+            for word in raw[:2]:
                 byte = word_of_quad(word, block) >> (column * 8)
                 pairs.append(multiply_bf16x2(plain_pair(byte), factors[block]))
         return pairs
 
-    return load_pairs
+    return load_raw, arrange
