@@ -302,8 +302,8 @@ def _check_parts(t: NvFp4Tensor) -> None:
         )
     if t.code_layout is CodeLayout.FRAGMENT_16X64 and not fits_fragments(num_rows, half * 2):
         raise ValueError(
-            f"NvFp4Tensor: fragment order needs N a multiple of 16 and K of 64; got N {num_rows}, K {half * 2}. Pad the "
-            "weight with zeros when converting."
+            f"NvFp4Tensor: fragment order needs N a multiple of 16 and K of 64; got N {num_rows}, K {half * 2}. Pad "
+            "the weight with zeros when converting."
         )
     if t.scale_layout is not ScaleLayout.TILED_128X4:
         expected, wanted = [*leading, num_rows, num_blocks], "[..., N, K/16]"

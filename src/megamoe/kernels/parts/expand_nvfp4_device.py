@@ -2,11 +2,12 @@
 """Device half of expand_nvfp4."""
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Int32, Int64, Uint8
+from cutlass import BFloat16, Int32, Int64, Uint8, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from megamoe.kernels.parts.expand_nvfp4 import THREADS, Config
-from megamoe.kernels.parts.fragment_device import block_scales, multiply_bf16x2, plain_pair
+from megamoe.kernels.parts.fragment import plain_pair
+from megamoe.kernels.parts.fragment_device import block_scales, multiply_bf16x2
 from megamoe.kernels.parts.memory_device import load_global_if, load_global_vector, store_global_vector
 
 
@@ -39,7 +40,7 @@ def expand_kernel(codes: cute.Tensor, scales: cute.Tensor, x: cute.Tensor, num_b
         words = load_global_vector(codes.iterator.toint() + Int64(block) * 8, 2)
         scale = block_scales(load_global_if(Int32(1), scales.iterator.toint() + Int64(block), 8))[0]
         pairs = [
-            multiply_bf16x2(plain_pair(words[index // 4] >> (8 * (index % 4))), scale) for index in range(8)
+            multiply_bf16x2(plain_pair(words[index // 4] >> (8 * (index % 4)), Uint32), scale) for index in range(8)
         ]
         address = x.iterator.toint() + Int64(block) * 32
         store_global_vector(address, *pairs[:4])

@@ -13,10 +13,12 @@ one or two experts and load tokens once or twice.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.kernels.parts import sort_pairs, sum_slots
 from megamoe.kernels.parts.linear_stream import num_multiprocessors
 from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE, StreamPlan
@@ -68,6 +70,26 @@ def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: in
         f"experts: the kernel takes hidden and inner sizes that are multiples of 64 up to 8192; got {num_columns} and "
         f'{inner_size}. Run the reference: with megamoe.ops.use("reference").'
     )
+
+
+def expert_keys(
+    num_experts: int, width: int, inner_size: int, num_slots: int, x_name: str, hidden_name: str
+) -> list[Any]:
+    """Return the compile keys for every number of tokens, without a shared output.
+
+    Args:
+        num_experts, width, inner_size, num_slots: E, D, F, A.
+        x_name: "bf16" or "nvfp4", what both products multiply.
+        hidden_name: dtype that gate_up stores.
+    """
+    keys: list[Any] = []
+    for num_tiles in range(1, tiles_for(width, inner_size, MAX_TILES * TOKENS_PER_TILE * num_experts, num_experts) + 1):
+        keys += [
+            sort_pairs.Config(num_experts, num_tiles * TOKENS_PER_TILE),
+            Config("gate_up", inner_size, width, num_slots, num_tiles, x_name, hidden_name),
+            Config("down", width, inner_size, num_slots, num_tiles, x_name, "bf16"),
+        ]
+    return [*keys, sum_slots.Config(width, num_slots, None, "bf16"), sum_slots.Config(width, num_slots, "bf16", "bf16")]
 
 
 def _weight(w: NvFp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,6 +145,4 @@ def down(
     num_rows, num_columns = w2.shape[-2:]
     config = Config("down", num_rows, num_columns, num_slots, num_tiles, h_name, "bf16")
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
-    kernel(__name__, config, out.device)(
-        *h, *_weight(w2), pairs.order, pairs.passes, pairs.num_passes, out, blocks
-    )
+    kernel(__name__, config, out.device)(*h, *_weight(w2), pairs.order, pairs.passes, pairs.num_passes, out, blocks)

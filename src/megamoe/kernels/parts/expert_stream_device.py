@@ -10,7 +10,7 @@ from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from megamoe.kernels.parts.expert_stream import Config
-from megamoe.kernels.parts.fragment_device import UNDO
+from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.memory_device import load_global_int
 from megamoe.kernels.parts.sort_pairs import PASS_FIELDS
 from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
@@ -78,13 +78,32 @@ class ExpertStream:
         self.config, self.plan = config, config.plan
 
     @cute.jit
-    def gate_up(self, x, c1, s1, t1, c3, s3, t3, order, passes, num_passes, route, out, limit: Float32, blocks: Int32, stream):
+    def gate_up(
+        self, x, c1, s1, t1, c3, s3, t3, order, passes, num_passes, route, out, limit: Float32, blocks: Int32, stream
+    ):
         weights = ((c1, s1, t1), (c3, s3, t3))
         self.launch((x,), weights, order, passes, num_passes, route, out, limit, blocks, stream)
 
     @cute.jit
     def gate_up_nvfp4(
-        self, x, xs, xt, c1, s1, t1, c3, s3, t3, order, passes, num_passes, route, out, limit: Float32, blocks: Int32, stream
+        self,
+        x,
+        xs,
+        xt,
+        c1,
+        s1,
+        t1,
+        c3,
+        s3,
+        t3,
+        order,
+        passes,
+        num_passes,
+        route,
+        out,
+        limit: Float32,
+        blocks: Int32,
+        stream,
     ):
         weights = ((c1, s1, t1), (c3, s3, t3))
         self.launch((x, xs, xt), weights, order, passes, num_passes, route, out, limit, blocks, stream)
@@ -201,7 +220,9 @@ class ExpertStream:
         self.thread.arrange_tokens(load_raw, arrange, count)
 
     @cute.jit
-    def stream_needed(self, count: Int32, slot: Int32, parity: Int32, unit: Int32, end: Int32, known: Int32, expert: Int32):
+    def stream_needed(
+        self, count: Int32, slot: Int32, parity: Int32, unit: Int32, end: Int32, known: Int32, expert: Int32
+    ):
         """Stream a unit past as many token tiles as the pass has."""
         if cutlass.const_expr(self.plan.num_tiles == 1):
             slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)

@@ -3,22 +3,16 @@
 
 A pair of E2M1 magnitudes on the lowest exponent bits of two bf16 numbers, read as bf16, is the pair's value times
 2^-126: exponent 0 is a subnormal in both formats. An E4M3 scale moved by four bits is likewise its value times 2^-120.
-No single bf16 factor takes the product back (2^246), so the scale is brought to scale * 2^119 by two exact products, and
-one product with the code gives code * scale * 2^-7: six significant bits and exponents -17 to 5, exact. The 2^7 joins
-the tensor scale in fp32. Everything is two values to an instruction.
+No single bf16 factor takes the product back (2^246), so the scale is brought to scale * 2^119 by two exact products;
+one product with the code then gives code * scale * 2^-7: six significant bits and exponents -17 to 5, exact. The 2^7
+joins the tensor scale in fp32. Everything is two values to an instruction; `kernels/parts/fragment.py` has the
+constants, and the tests repeat the arithmetic for every code and scale.
 """
 
 from cutlass import Float32, Uint32
 from cutlass.cute.arch import inline_ptx
 
-MAGNITUDES = 0x01C001C0
-SIGNS = 0x80008000
-PAIR = MAGNITUDES | SIGNS
-SCALE_BITS = 0x07F007F0
-TWO_TO_127 = 0x7F007F00  # two bf16 numbers
-TWO_TO_112 = 0x77807780
-UNDO = 2.0**7
-"""What a sum over one decoded operand is multiplied by, besides the tensor scale."""
+from megamoe.kernels.parts.fragment import SCALE_BITS, TWO_TO_112, TWO_TO_127, code_pairs
 
 
 def multiply_bf16x2(a, b):
@@ -38,22 +32,19 @@ def times_two_to_239(scales):
 
 def low_twice(pair):
     """Return the low half of a register in both halves."""
-    return inline_ptx("{ .reg .b16 l, h; mov.b32 {l, h}, {$r0}; mov.b32 {$w0}, {l, l}; }", write_only_types=[Uint32], read_only_args=[pair])
+    return inline_ptx(
+        "{ .reg .b16 l, h; mov.b32 {l, h}, {$r0}; mov.b32 {$w0}, {l, l}; }",
+        write_only_types=[Uint32],
+        read_only_args=[pair],
+    )
 
 
 def high_twice(pair):
     """Return the high half of a register in both halves."""
-    return inline_ptx("{ .reg .b16 l, h; mov.b32 {l, h}, {$r0}; mov.b32 {$w0}, {h, h}; }", write_only_types=[Uint32], read_only_args=[pair])
-
-
-def code_pairs(word):
-    """Return the four pairs of a word of codes, each value times 2^-126."""
-    pair, magnitudes, signs = Uint32(PAIR), Uint32(MAGNITUDES), Uint32(SIGNS)
-    return (
-        word & pair,
-        (word << 3) & pair,
-        ((word << 6) & magnitudes) | ((word << 2) & signs),
-        ((word >> 3) & magnitudes) | ((word << 1) & signs),
+    return inline_ptx(
+        "{ .reg .b16 l, h; mov.b32 {l, h}, {$r0}; mov.b32 {$w0}, {h, h}; }",
+        write_only_types=[Uint32],
+        read_only_args=[pair],
     )
 
 
@@ -66,20 +57,13 @@ def block_scales(word):
 
 def weight_fragment(word, upper_scale, lower_scale):
     """Return the four registers of an m16n8k16 A operand, times 2^-7: rows g and g + 8 have their own scales."""
-    pairs = code_pairs(word)
+    pairs = code_pairs(word, Uint32)
     return (
         multiply_bf16x2(pairs[0], upper_scale),
         multiply_bf16x2(pairs[1], lower_scale),
         multiply_bf16x2(pairs[2], upper_scale),
         multiply_bf16x2(pairs[3], lower_scale),
     )
-
-
-def plain_pair(byte):
-    """Return the two codes of a row-major byte (bits above the byte are ignored), each value times 2^-126."""
-    low = ((byte << 6) & 0x1C0) | ((byte << 12) & 0x8000)
-    high = ((byte << 18) & 0x1C00000) | ((byte << 24) & Uint32(0x80000000))
-    return low | high
 
 
 def select(condition, a, b):

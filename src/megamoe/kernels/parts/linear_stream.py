@@ -18,12 +18,12 @@ from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, TOKENS_PER_TILE, St
 from megamoe.kernels.store import kernel
 
 MAX_TILES = 2
-STREAM_TOKENS = MAX_TILES * TOKENS_PER_TILE
+PASS_TOKENS = MAX_TILES * TOKENS_PER_TILE
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamConfig:
+class Config:
     """The compile key.
 
     Attributes:
@@ -61,6 +61,23 @@ class StreamConfig:
         return self.first_column > 0
 
 
+def stream_limit(num_rows: int) -> int:
+    """Return up to how many tokens a weight of N rows is streamed; more of them are multiplied in tiles.
+
+    From the measured crossover (benchmarks/h100/linears.csv). Both paths have the operation's meaning, with sums in
+    another order, so this number is where the last bits may change: a function of N alone.
+    """
+    if num_rows < 8192:
+        return 4 * PASS_TOKENS
+    return 2 * PASS_TOKENS if num_rows <= 16384 else PASS_TOKENS
+
+
+def stream_keys(num_rows: int, num_columns: int, x: str, out: str) -> list[Config]:
+    """Return the compile keys of every number of tokens that is streamed."""
+    counts = sorted({TOKENS_PER_TILE, PASS_TOKENS, stream_limit(num_rows)})
+    return [config for count in counts for config in stream_configs(num_columns, count, x, out)]
+
+
 def column_parts(num_columns: int) -> list[tuple[int, int]]:
     """Return (first, last) of the parts that K columns are multiplied in: as few as possible, of nearly equal size."""
     chunks = num_columns // TILE_COLUMNS
@@ -69,12 +86,12 @@ def column_parts(num_columns: int) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def stream_configs(num_columns: int, num_tokens: int, x: str, out: str) -> list[StreamConfig]:
+def stream_configs(num_columns: int, num_tokens: int, x: str, out: str) -> list[Config]:
     """Return the launches for that many tokens."""
     num_tiles = min(MAX_TILES, max(1, -(-num_tokens // TOKENS_PER_TILE)))
     parts = column_parts(num_columns)
     return [
-        StreamConfig(
+        Config(
             num_columns,
             first,
             last,
@@ -103,13 +120,15 @@ def require_fragments(op: str, *weights: NvFp4Tensor) -> None:
             )
 
 
-def stream_linear(
-    module: str, x: tuple[torch.Tensor, ...], x_name: str, w: NvFp4Tensor, out_dtype: torch.dtype
-) -> torch.Tensor:
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return x contiguous and 16-byte aligned: itself, or a copy where it is not."""
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def stream_linear(x: tuple[torch.Tensor, ...], x_name: str, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Multiply by streaming the weight.
 
     Args:
-        module: name of the kernel's module.
         x: (bf16 [T, K],), or codes [T, K/2], scales [T, K/16] as bytes and tensor scale [T]; all contiguous.
         x_name: "bf16" or "nvfp4".
         w: [N, K] in fragment order.
@@ -125,10 +144,10 @@ def stream_linear(
     if len(configs) > 1 and out_dtype != torch.float32:
         sums = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=w.device)
     weight = (w.codes, w.scales.view(torch.uint8), w.tensor_scale.view(1))
-    num_passes = -(-num_tokens // configs[0].tokens_per_pass)
-    blocks = min(num_multiprocessors(w.device), num_rows // 16 * num_passes)
+    num_units = configs[0].plan.num_units(num_rows // 16) * -(-num_tokens // configs[0].tokens_per_pass)
+    blocks = min(num_multiprocessors(w.device), num_units)
     for config in configs:
         target = out if config is configs[-1] else sums
         earlier = (sums,) if config.adds else ()
-        kernel(module, config, w.device)(*x, *weight, *earlier, target, blocks)
+        kernel(__name__, config, w.device)(*x, *weight, *earlier, target, blocks)
     return out

@@ -6,8 +6,8 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.parts.fragment_device import UNDO
-from megamoe.kernels.parts.linear_stream import StreamConfig
+from megamoe.kernels.parts.fragment import UNDO
+from megamoe.kernels.parts.linear_stream import Config
 from megamoe.kernels.parts.memory_device import load_global_float
 from megamoe.kernels.parts.weight_stream import EARLY_SLOTS, THREADS, TOKENS_PER_TILE
 from megamoe.kernels.parts.weight_stream_device import (
@@ -25,7 +25,7 @@ def matrix(dtype, num_rows, num_columns: int):
     return make_fake_tensor(dtype, (num_rows, num_columns), (num_columns, 1), assumed_align=16)
 
 
-def program(config: StreamConfig):
+def program(config: Config):
     """Return the launcher and its symbolic arguments."""
     num_tokens, num_rows = cute.sym_int32(), cute.sym_int32(divisibility=16)
     num_columns = config.num_columns
@@ -52,15 +52,13 @@ def program(config: StreamConfig):
 
 def rows_of(dtype, num_rows, num_columns):
     """Return a contiguous [num_rows, num_columns] argument with symbolic columns, a multiple of 16."""
-    return make_fake_tensor(
-        dtype, (num_rows, num_columns), (cute.sym_int64(divisibility=16), 1), assumed_align=16
-    )
+    return make_fake_tensor(dtype, (num_rows, num_columns), (cute.sym_int64(divisibility=16), 1), assumed_align=16)
 
 
 class LinearStream:
     """The streaming linear."""
 
-    def __init__(self, config: StreamConfig):
+    def __init__(self, config: Config):
         self.config, self.plan = config, config.plan
 
     @cute.jit
@@ -72,7 +70,9 @@ class LinearStream:
         self.launch((x,), codes, scales, tensor_scale, earlier, out, num_blocks, stream)
 
     @cute.jit
-    def both_nvfp4(self, x_codes, x_scales, x_tensor_scale, codes, scales, tensor_scale, out, num_blocks: Int32, stream):
+    def both_nvfp4(
+        self, x_codes, x_scales, x_tensor_scale, codes, scales, tensor_scale, out, num_blocks: Int32, stream
+    ):
         x = (x_codes, x_scales, x_tensor_scale)
         self.launch(x, codes, scales, tensor_scale, None, out, num_blocks, stream)
 

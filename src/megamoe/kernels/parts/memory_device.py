@@ -54,7 +54,9 @@ def load_global_if(wanted, address, bits: int = 32):
     """Return a word (or the zero-extended 8 or 16 bits) of global memory, or zero if `wanted` is 0."""
     kind = {8: "u8", 16: "u16", 32: "b32"}[bits]
     return inline_ptx(
-        "{ .reg .pred p; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 p, flag, 0; mov.b32 {$w0}, 0; @p ld.global." + kind + " {$w0}, [{$r1}]; }",
+        "{ .reg .pred p; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 p, flag, 0; mov.b32 {$w0}, 0; @p ld.global."
+        + kind
+        + " {$w0}, [{$r1}]; }",
         write_only_types=[Uint32],
         read_only_args=[wanted, address],
     )
@@ -90,9 +92,7 @@ def store_global_float(address, value):
 
 def store_global_bf16(address, value):
     """Round a float to bf16 and store it to global memory."""
-    inline_ptx(
-        "{ .reg .b16 h; cvt.rn.bf16.f32 h, {$r1}; st.global.b16 [{$r0}], h; }", read_only_args=[address, value]
-    )
+    inline_ptx("{ .reg .b16 h; cvt.rn.bf16.f32 h, {$r1}; st.global.b16 [{$r0}], h; }", read_only_args=[address, value])
 
 
 def init_barrier(address, count):

@@ -27,9 +27,7 @@ def program(config: Config):
 
 def equal_lanes(value):
     """Return the mask of the warp's lanes that hold the same value."""
-    return inline_ptx(
-        "match.any.sync.b32 {$w0}, {$r0}, 0xffffffff;", write_only_types=[Uint32], read_only_args=[value]
-    )
+    return inline_ptx("match.any.sync.b32 {$w0}, {$r0}, 0xffffffff;", write_only_types=[Uint32], read_only_args=[value])
 
 
 def bits_set(mask):

@@ -6,11 +6,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES
+from megamoe.kernels.parts.fragment import plain_pair
 from megamoe.kernels.parts.fragment_device import (
     block_scales,
     mma,
     multiply_bf16x2,
-    plain_pair,
     select,
     swap_lanes,
     weight_fragment,
@@ -78,9 +78,7 @@ class StreamThread:
             + self.warp * (plan.shared_tiles * plan.slice_chunks * TILE_COLUMNS * TOKENS_PER_TILE * 2)
         )
         self.is_issuer = (self.lane == 0) & (self.warp < plan.used_warps)
-        self.tokens = cute.make_rmem_tensor(
-            cute.make_layout((8, plan.slice_chunks, plan.register_tiles)), Uint32
-        )
+        self.tokens = cute.make_rmem_tensor(cute.make_layout((8, plan.slice_chunks, plan.register_tiles)), Uint32)
 
     def init_ring(self):
         """Make the warp's mbarriers ready; the copies into a slot are the only arrival."""
@@ -208,7 +206,6 @@ class StreamThread:
 
     def store_partials(self, unit, stream: int, accumulators):
         """Store the warp's sums of one of the unit's slices."""
-        plan = self.plan
         for tile in range(len(accumulators)):
             base = self._partials(unit) + self._partial(self.warp, stream, tile * TOKENS_PER_TILE)
             base = base + (self.column * (2 * PARTIAL_STRIDE) + self.row) * 4
@@ -307,7 +304,7 @@ def nvfp4_tokens(codes, scales, num_columns: int, first_chunk: int, column, rows
         for block in range(4):
             for word in raw[:2]:
                 byte = word_of_quad(word, block) >> (column * 8)
-                pairs.append(multiply_bf16x2(plain_pair(byte), factors[block]))
+                pairs.append(multiply_bf16x2(plain_pair(byte, Uint32), factors[block]))
         return pairs
 
     return load_raw, arrange

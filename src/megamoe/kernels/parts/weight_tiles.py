@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host side of y = x w^T for many tokens: tiles of 256 weight rows by 128 tokens on wgmma.
 
-The weight is the M side of the instruction and comes from registers: two consumer warpgroups load codes and scales of 128
-rows each straight from global memory one step ahead, decode them while the tensor cores work on the step before, and
-never write them to shared memory. Tokens are the N side: one producer warp brings 128 x 64 of them a step through TMA.
+The weight is the M side of the instruction and comes from registers: two consumer warpgroups load codes and scales of
+128 rows each straight from global memory one step ahead, decode them while the tensor cores work on the step before,
+and never write them to shared memory. Tokens are the N side: a producer warp brings 128 x 64 of them a step by TMA.
 Four-bit weights make the tall side cheap, so a block reads 25 KB a step and needs no cluster to share loads.
 """
 
@@ -26,7 +26,7 @@ OUT_STRIDE = BLOCK_ROWS + 8  # values between tokens of the output tile in share
 
 
 @dataclasses.dataclass(frozen=True)
-class TileConfig:
+class Config:
     """The compile key.
 
     Attributes:
@@ -55,10 +55,7 @@ def tile_linear(
     out = torch.empty(x.shape[0], num_rows, dtype=out_dtype, device=w.device)
     if out.numel() == 0:
         return out
-    config = TileConfig(num_columns, x_tensor_scale is not None, DTYPE_NAMES[out_dtype])
+    config = Config(num_columns, x_tensor_scale is not None, DTYPE_NAMES[out_dtype])
     scales = (w.tensor_scale.view(1),) if x_tensor_scale is None else (w.tensor_scale.view(1), x_tensor_scale)
     kernel(__name__, config, w.device)(x, w.codes, w.scales.view(torch.uint8), *scales, out)
     return out
-
-
-Config = TileConfig

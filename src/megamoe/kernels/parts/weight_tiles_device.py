@@ -12,7 +12,8 @@ from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES
-from megamoe.kernels.parts.fragment_device import UNDO, block_scales, weight_fragment
+from megamoe.kernels.parts.fragment import UNDO
+from megamoe.kernels.parts.fragment_device import block_scales, weight_fragment
 from megamoe.kernels.parts.memory_device import (
     arrive_if,
     expect_bytes_if,
@@ -33,7 +34,7 @@ from megamoe.kernels.parts.weight_tiles import (
     OUT_STRIDE,
     STAGES,
     THREADS,
-    TileConfig,
+    Config,
 )
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
@@ -41,7 +42,7 @@ STEP_BYTES = BLOCK_TOKENS * TILE_COLUMNS * 2
 ROW_GROUPS = 2  # groups of 64 rows of a warpgroup
 
 
-def program(config: TileConfig):
+def program(config: Config):
     """Return the launcher and its symbolic arguments."""
     num_tokens, num_rows, columns = cute.sym_int32(), cute.sym_int32(divisibility=16), config.num_columns
 
@@ -65,7 +66,7 @@ def program(config: TileConfig):
 class WeightTiles:
     """One block computes one tile of 256 weight rows by 128 tokens."""
 
-    def __init__(self, config: TileConfig):
+    def __init__(self, config: Config):
         self.config = config
         self.chunks = config.num_columns // TILE_COLUMNS
 
@@ -153,9 +154,7 @@ class WeightTiles:
                     stage = step % STAGES
                     wait_barrier(empty + stage * 8, (step // STAGES & 1) ^ 1)
                     expect_bytes_if(cute.arch.lane_idx() == 0, full + stage * 8, Int32(STEP_BYTES))
-                    cute.copy(
-                        copy, from_global[(None, step)], to_shared[(None, stage)], tma_bar_ptr=barriers + stage
-                    )
+                    cute.copy(copy, from_global[(None, step)], to_shared[(None, stage)], tma_bar_ptr=barriers + stage)
         else:
             cute.arch.setmaxregister_increase(232)
             self.consume(
@@ -184,9 +183,7 @@ class WeightTiles:
         lane = tid % 32
         thread_mma = mma.get_slice(tid % 128)
         token_fragments = mma.make_fragment_B(thread_mma.partition_B(shared_tokens))
-        sums = [
-            cute.make_rmem_tensor(mma.partition_shape_C((64, BLOCK_TOKENS)), Float32) for _ in range(ROW_GROUPS)
-        ]
+        sums = [cute.make_rmem_tensor(mma.partition_shape_C((64, BLOCK_TOKENS)), Float32) for _ in range(ROW_GROUPS)]
         weights = [
             [cute.make_rmem_tensor(mma.partition_shape_A((64, TILE_COLUMNS)), BFloat16) for _ in range(ROW_GROUPS)]
             for _ in range(2)
@@ -299,9 +296,7 @@ class WeightTiles:
                     ]
                     token = blocks * 16 + lane // 16 * 8 + lane % 8
                     row = first_row + group * 64 + lane // 8 % 2 * 8
-                    store_matrices_transposed(
-                        shared_out.iterator.toint() + (token * OUT_STRIDE + row) * 2, *words
-                    )
+                    store_matrices_transposed(shared_out.iterator.toint() + (token * OUT_STRIDE + row) * 2, *words)
             cute.arch.barrier(barrier_id=1, number_of_threads=CONSUMERS)
             row = row_block * BLOCK_ROWS + lane * 8
             for index in cutlass.range_constexpr(BLOCK_TOKENS // (CONSUMERS // 32)):
