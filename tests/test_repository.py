@@ -23,9 +23,11 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/architecture.md",
+    "docs/chat.md",
     "docs/numerics.md",
     "docs/experiments.md",
     "docs/decisions/0001-dependencies.md",
+    "docs/decisions/0008-chat.md",
     "tools/tiny_model/README.md",
 ]
 MIB = 2**20

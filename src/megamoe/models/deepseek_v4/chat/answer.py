@@ -155,6 +155,15 @@ class AnswerParser:
         self._skip_until = ""
         self._drop_space = False  # content after a block: white space between is no content
         self._is_finished = False
+        self._steps = {
+            _State.REASONING: self._free_text,
+            _State.CONTENT: self._free_text,
+            _State.BLOCK: self._block,
+            _State.CALL: self._call,
+            _State.TEXT_VALUE: self._value,
+            _State.JSON_VALUE: self._value,
+            _State.SKIPPING: self._skip,
+        }
 
     @property
     def in_reasoning(self) -> bool:
@@ -233,16 +242,7 @@ class AnswerParser:
     # the machine: each step looks at the buffer, takes what is decided and says whether to look again
 
     def _advance(self) -> list[Event]:
-        step = {
-            _State.REASONING: self._free_text,
-            _State.CONTENT: self._free_text,
-            _State.BLOCK: self._block,
-            _State.CALL: self._call,
-            _State.TEXT_VALUE: self._value,
-            _State.JSON_VALUE: self._value,
-            _State.SKIPPING: self._skip,
-        }
-        while step[self._state]():
+        while self._steps[self._state]():
             pass
         return self._take()
 
