@@ -26,8 +26,10 @@ DOCUMENTS = [
     "docs/chat.md",
     "docs/numerics.md",
     "docs/experiments.md",
+    "docs/kernels.md",
     "docs/decisions/0001-dependencies.md",
     "docs/decisions/0008-chat.md",
+    "docs/decisions/0010-kernel-system.md",
     "tools/tiny_model/README.md",
 ]
 MIB = 2**20

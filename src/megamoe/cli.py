@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: megamoe generate | serve | verify | inspect | convert.
+"""The command: megamoe generate | serve | verify | inspect | convert | bench | compile.
 
 Exit codes: 0 done · 1 a check of `verify` failed or `inspect` has findings · 2 bad input, told in one line on standard
 error · 130 interrupted · 141 whoever read our output has gone. Errors of ours are not caught and show their traceback.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import json
+import math
 import os
 import pathlib
 import re
@@ -294,19 +295,114 @@ def convert(
 
 
 @cli.command()
-@click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR", help="Bundled model or checkpoint.")
+@click.argument("ops", nargs=-1, metavar="[OP]...")
+@click.option("--arch", metavar="A", help="Kernels: refuse to run on another GPU (sm90a, sm100a, sm103a).")
+@click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernels: load from this pack.")
+@click.option("--seconds", default=math.inf, metavar="S", help="Kernels: start no further case after so many.")
+@click.option("--explain", is_flag=True, help="Kernels: print which were loaded, from where and how long it took.")
+@click.option("--model", metavar="tiny|DIR", help="Components: bundled model or checkpoint.  [default: tiny]")
 @click.option(
     "--originals",
     type=click.Path(path_type=pathlib.Path),
     metavar="DIR",
-    help="Original weights of what is quantized.  [default for tiny: the source tree's]",
+    help="Components: original weights of what is quantized.  [default for tiny: the source tree's]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def verify(model: str, originals: pathlib.Path | None, as_json: bool) -> int:
-    """Compare every quantized component with bf16 on real activations; exit code 1 if one is out of bounds."""
+def verify(
+    ops: tuple[str, ...],
+    arch: str | None,
+    pack: pathlib.Path | None,
+    seconds: float,
+    explain: bool,
+    model: str | None,
+    originals: pathlib.Path | None,
+    as_json: bool,
+) -> int:
+    """Compare kernels with references on a GPU (OP..., or all), or quantized components with bf16 (no OP).
+
+    With OP, --arch or --pack, every kernel of the operations runs at all sizes the models use; exit code 1 means that
+    one is wrong. Otherwise every quantized component of a model runs on real activations; exit code 1 means that one
+    is out of bounds. Exit code 2: bad input, or no GPU for what needs one.
+    """
+    if ops or arch is not None or pack is not None:
+        if model is not None or originals is not None:
+            raise click.UsageError("--model and --originals belong to the components; leave OP, --arch and --pack out.")
+        from megamoe.verify import ops as verify_ops
+
+        return verify_ops.run(ops, arch=arch, pack=pack, as_json=as_json, explain=explain, seconds=seconds)
     from megamoe.verify.components import run
 
-    return run(model, originals=originals, as_json=as_json)
+    return run("tiny" if model is None else model, originals=originals, as_json=as_json)
+
+
+@cli.command()
+@click.argument("ops", nargs=-1, metavar="[OP]...")
+@click.option("--tokens", multiple=True, type=click.IntRange(min=1), metavar="T", help="Repeat for several.")
+@click.option("--arch", metavar="A", help="Refuse to run on another GPU (sm90a, sm100a, sm103a).")
+@click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Load kernels from this pack.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=pathlib.Path), metavar="FILE", help="Also write the rows.")
+@click.option("--seconds", default=math.inf, metavar="S", help="Start no further case after so many.")
+@click.option("--commit", metavar="ID", help="Recorded with the numbers; by default git is asked.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON document alone on standard output.")
+def bench(
+    ops: tuple[str, ...],
+    tokens: tuple[int, ...],
+    arch: str | None,
+    pack: pathlib.Path | None,
+    csv_path: pathlib.Path | None,
+    seconds: float,
+    commit: str | None,
+    as_json: bool,
+) -> int:
+    """Time kernels against their ceilings on a GPU; a wrong one is not timed. The last line is JSON."""
+    from megamoe.bench import ops as bench_ops
+
+    return bench_ops.run(
+        ops,
+        num_tokens=tokens or bench_ops.NUM_TOKENS,
+        arch=arch,
+        pack=pack,
+        as_json=as_json,
+        csv_path=csv_path,
+        commit=commit,
+        seconds=seconds,
+    )
+
+
+@cli.command("compile")
+@click.option("--model", "models", required=True, multiple=True, metavar="M", help="tiny, flash, pro or a checkpoint.")
+@click.option("--arch", required=True, metavar="A", help="sm90a, sm100a or sm103a.")
+@click.option("--out", required=True, type=click.Path(path_type=pathlib.Path), metavar="PACK", help="New directory.")
+def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path) -> int:
+    """Build a pack of all kernels a model needs, on any machine; repeat --model for several."""
+    from megamoe.kernels.compile import CompileError
+    from megamoe.kernels.pack import build_pack
+    from megamoe.kernels.plan import requests_for
+    from megamoe.models.deepseek_v4.shapes import op_calls
+
+    start = time.perf_counter()
+    calls = [(call.op, call.dims) for model in models for call in op_calls(_shapes_of(model))]
+    try:
+        pack = build_pack(
+            requests_for(calls, arch), arch, out, version=megamoe.__version__, model=" ".join(map(str, models))
+        )
+    except CompileError as error:
+        print(f"megamoe: error: {error}", file=sys.stderr)  # the compiler's words, on as many lines as it needs
+        return EXIT_BAD_INPUT
+    num_bytes = sum(one.path.stat().st_size for one in pack.objects.values())
+    seconds = time.perf_counter() - start
+    print(f"{len(pack.objects)} kernels for {pack.target} in {out}: {num_bytes} bytes, {seconds:.1f} s")
+    return 0
+
+
+def _shapes_of(model: str) -> str:
+    """Return the name in models/deepseek_v4/shapes.py of a model that is named or lies in a directory."""
+    from megamoe.models.deepseek_v4.shapes import MODELS, known_model
+
+    if model in MODELS:
+        return model
+    config = json.loads((pathlib.Path(model) / "config.json").read_text(encoding="utf-8"))
+    return known_model(int(config["hidden_size"]), int(config["n_routed_experts"]))
 
 
 @cli.command()

@@ -6,6 +6,10 @@
 
 There is no ranking and no fall-back: every implementation gives the operation's meaning, and a missing one is an error
 that says what to do. `use("reference")` is the only process-wide switch; it exists for `verify` and for tests.
+
+While torch traces (torch.compile, torch.export), an operation that kernels exist for is one node of the graph, the
+custom operator `torch.ops.megamoe.<op>`: shapes come from its fake implementation, and the rule above is applied when
+the graph runs.
 """
 
 from __future__ import annotations
@@ -49,6 +53,37 @@ def _arch(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
+_LIBRARY = torch.library.Library("megamoe", "FRAGMENT")
+_TRACED: dict[str, Callable[..., Any]] = {}
+
+
+def traced(
+    op: str,
+    schemas: dict[str, str],
+    implementations: dict[str, Callable[..., Any]],
+    fakes: dict[str, Callable[..., Any]],
+    call: Callable[..., Any] | None = None,
+) -> None:
+    """Register an operation's custom operators, and what `pick` returns while torch traces.
+
+    An operation has several operators where it returns different tensors for different arguments: an operator may
+    not return one of its inputs.
+
+    Args:
+        op: the operation's name.
+        schemas: operator → its schema without the name, "(Tensor x) -> Tensor".
+        implementations: operator → tensors from tensors, on any device; it calls `pick` itself.
+        fakes: operator → empty tensors of the right shapes and dtypes.
+        call: takes what the reference takes, calls the operators, returns what the reference returns. None where the
+            operator of the operation's name does.
+    """
+    for name, schema in schemas.items():
+        _LIBRARY.define(name + schema)
+        _LIBRARY.impl(name, implementations[name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"megamoe::{name}", fakes[name], lib=_LIBRARY)
+    _TRACED[op] = getattr(torch.ops.megamoe, op) if call is None else call
+
+
 def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callable[..., Any]:
     """Return the callable that computes `op` on `device`.
 
@@ -60,6 +95,8 @@ def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callab
     Raises:
         NotImplementedError: the device has no implementation of the operation.
     """
+    if torch.compiler.is_compiling() and op in _TRACED:
+        return _TRACED[op]
     if device.type == "cpu" or _USED.get() == "reference":
         return reference
     if device.type != "cuda":

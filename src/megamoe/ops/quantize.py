@@ -7,7 +7,8 @@ Numerics   fp32 inside; bit-exact on every device. Row-invariant: with dynamic s
 Polarity   a tensor scale MULTIPLIES codes. A checkpoint's `input_scale` (amax / 2688) is passed as it is stored; its
            reciprocal is never used anywhere.
 Tolerance  verify/tolerance.py, "quantize_nvfp4", "quantize_fp8_rows", "quantize_mxfp4": exact
-Kernels    none yet
+Kernels    quantize_nvfp4, quantize_fp8_rows: portable, one pass, a row in registers. They cannot raise for NaN and
+           infinity without waiting for the device: the scale of such a block becomes NaN, which dequantize refuses
 Source     docs/numerics.md, sections "NVFP4", "FP8" and "MXFP4"
 """
 
@@ -20,7 +21,7 @@ from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.ops.check import FLOAT32, FLOATS, check
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import pick, traced
 
 
 def quantize_nvfp4(x: torch.Tensor, *, tensor_scale: torch.Tensor | None = None) -> NvFp4Tensor:
@@ -98,3 +99,68 @@ def reference_fp8_rows(x: torch.Tensor, group: int) -> Fp8RowTensor:
 def reference_mxfp4(x: torch.Tensor) -> MxFp4Tensor:
     """Compute quantize_mxfp4 in plain torch."""
     return mxfp4.quantize(x)
+
+
+def fake_nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return empty codes, block scales and row scales for the quantization of x."""
+    *rows, width = x.shape
+    codes = torch.empty((*rows, width // 2), dtype=torch.uint8, device=x.device)
+    scales = torch.empty((*rows, width // nvfp4.BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
+    return codes, scales, torch.empty(rows, dtype=torch.float32, device=x.device)
+
+
+def _run_nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q = pick("quantize_nvfp4", x.device, reference_nvfp4)(x, None)
+    return q.codes, q.scales, q.tensor_scale
+
+
+def _run_nvfp4_static(x: torch.Tensor, tensor_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q = pick("quantize_nvfp4", x.device, reference_nvfp4)(x, tensor_scale)
+    return q.codes, q.scales
+
+
+def _fake_nvfp4_static(x: torch.Tensor, tensor_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return fake_nvfp4(x)[:2]
+
+
+def _call_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | None) -> NvFp4Tensor:
+    if tensor_scale is None:
+        codes, scales, tensor_scale = torch.ops.megamoe.quantize_nvfp4(x)
+        return NvFp4Tensor(codes, scales, tensor_scale, scale_per="row")
+    codes, scales = torch.ops.megamoe.quantize_nvfp4_static(x, tensor_scale)
+    return NvFp4Tensor(codes, scales, tensor_scale.expand(x.shape[:-2]))
+
+
+def _run_fp8_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    q = pick("quantize_fp8_rows", x.device, reference_fp8_rows)(x, group)
+    return q.codes, q.scales
+
+
+def _fake_fp8_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    num_groups = (x.shape[-1] + group - 1) // group
+    return codes, torch.empty((*x.shape[:-1], num_groups), dtype=torch.float8_e8m0fnu, device=x.device)
+
+
+def _call_fp8_rows(x: torch.Tensor, group: int) -> Fp8RowTensor:
+    codes, scales = torch.ops.megamoe.quantize_fp8_rows(x, group)
+    return Fp8RowTensor(codes, scales, group)
+
+
+traced(
+    "quantize_nvfp4",
+    {
+        "quantize_nvfp4": "(Tensor x) -> (Tensor, Tensor, Tensor)",
+        "quantize_nvfp4_static": "(Tensor x, Tensor tensor_scale) -> (Tensor, Tensor)",
+    },
+    {"quantize_nvfp4": _run_nvfp4, "quantize_nvfp4_static": _run_nvfp4_static},
+    {"quantize_nvfp4": fake_nvfp4, "quantize_nvfp4_static": _fake_nvfp4_static},
+    _call_nvfp4,
+)
+traced(
+    "quantize_fp8_rows",
+    {"quantize_fp8_rows": "(Tensor x, int group) -> (Tensor, Tensor)"},
+    {"quantize_fp8_rows": _run_fp8_rows},
+    {"quantize_fp8_rows": _fake_fp8_rows},
+    _call_fp8_rows,
+)

@@ -72,7 +72,11 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ("linear", "attn.indexer.compressor.wkv", {"N": (256, 256, 256), "K": (256, 4096, 7168)}),
     ("linear", "attn.indexer.weights_proj", {"N": (16, 64, 64), "K": (256, 4096, 7168)}),
     ("route_experts", "ffn.gate", {"E": (8, 256, 384), "D": (256, 4096, 7168), "A": (2, 6, 6)}),
-    ("route_experts", "ffn.gate (hash)", {"V": (4096, 129280, 129280), "E": (8, 256, 384), "A": (2, 6, 6)}),
+    (
+        "route_experts",
+        "ffn.gate (hash)",
+        {"V": (4096, 129280, 129280), "E": (8, 256, 384), "D": (256, 4096, 7168), "A": (2, 6, 6)},
+    ),
     # Inputs of quantized linears.
     (_QUANTIZE, "attn input, ffn input", {"K": (256, 4096, 7168)}),
     (_QUANTIZE, "attn.wq_b input", {"K": (128, 1024, 1536)}),
@@ -81,8 +85,8 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     (_QUANTIZE, "ffn.w2 input", {"K": (128, 2048, 3072)}),
     ("clamped_swiglu", "ffn.shared_experts", {"F": (128, 2048, 3072)}),
     # Norms, rotations, streams.
-    ("rms_norm", "attn_norm, ffn_norm, norm", {"K": (256, 4096, 7168)}),
-    ("rms_norm", "attn.q_norm", {"K": (128, 1024, 1536)}),
+    ("rms_norm rms_norm_quantize_nvfp4", "attn_norm, ffn_norm, norm", {"K": (256, 4096, 7168)}),
+    ("rms_norm rms_norm_quantize_nvfp4", "attn.q_norm", {"K": (128, 1024, 1536)}),
     ("rms_norm", "attn queries", {"H": (4, 64, 128), "K": (512, 512, 512)}),
     ("rms_norm", "attn.kv_norm", {"K": (512, 512, 512)}),
     ("rms_norm", "mtp.hnorm", {"X": (4, 4, 4), "K": (256, 4096, 7168)}),
@@ -164,3 +168,25 @@ def op_shapes(op: str) -> tuple[OpCall, ...]:
         known = sorted({name for ops, _, _ in TABLE for name in ops.split()})
         raise ValueError(f"op_shapes: no model calls {op!r}; called are {', '.join(known)}.")
     return tuple(calls.values())
+
+
+def known_model(hidden_size: int, num_experts: int) -> str:
+    """Return which of MODELS has these sizes: the name to pass to `op_calls` for a checkpoint.
+
+    Raises:
+        ValueError: none has.
+    """
+    sizes = {name: op_dims(name) for name in MODELS}
+    for name, dims in sizes.items():
+        if (dims["D"], dims["E"]) == (hidden_size, num_experts):
+            return name
+    known = ", ".join(f"{name} ({dims['D']}, {dims['E']})" for name, dims in sizes.items())
+    raise ValueError(
+        f"shapes: hidden size and routed experts must be those of {known}; got ({hidden_size}, {num_experts}). Add the "
+        "model to models/deepseek_v4/shapes.py."
+    )
+
+
+def op_dims(model: str) -> Mapping[str, int]:
+    """Return the sizes of a model's routed experts: E, A, D and F."""
+    return next(call.dims for call in op_calls(model) if call.op == "experts")

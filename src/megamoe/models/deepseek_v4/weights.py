@@ -281,13 +281,13 @@ def check_headers(stored: StoredTensors, config: ModelConfig) -> dict[str, Forma
         config: from the same checkpoint.
 
     Returns:
-        The format of every weight of the backbone and of classic draft stages.
+        The format of every weight of the backbone and of the draft stages that would be loaded.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, stored twice, misshapen or of the wrong dtype.
     """
     loader = _Loader(stored, config, torch.float32, "cpu")
-    loader.check_entries(inventory(config, num_mtp=loader.claim_draft()))
+    loader.check_entries(loader.entries(*loader.claim_draft()))
     loader.stop_if_refused()
     return loader.formats
 
@@ -313,8 +313,7 @@ class _Loader:
 
     def load(self) -> ModelWeights:
         num_mtp, num_dspark = self.claim_draft()
-        dspark = DSparkDraft.of(self.config, num_dspark) if num_dspark else None
-        entries = inventory(self.config, num_mtp=num_mtp, dspark=dspark)
+        entries = self.entries(num_mtp, num_dspark)
         self.check_entries(entries)
         self.stop_if_refused()
         self.check_scales(entries)
@@ -322,6 +321,11 @@ class _Loader:
         weights = self.build(num_mtp, num_dspark)
         self.stop_if_refused()
         return weights
+
+    def entries(self, num_mtp: int, num_dspark: int) -> tuple[Entry, ...]:
+        """Return what is loaded, given the stages of the draft."""
+        dspark = DSparkDraft.of(self.config, num_dspark) if num_dspark else None
+        return inventory(self.config, num_mtp=num_mtp, dspark=dspark)
 
     def stop_if_refused(self) -> None:
         if self.stored.problems:
