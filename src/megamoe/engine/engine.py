@@ -375,9 +375,7 @@ class Engine:
             next_ids=np.array(next_ids),
             wants_drafts=np.array(wants),
         )
-        drafts = drafter.observe(
-            hidden, commit, num_drafts, lambda logits, offset: choose_drafts(logits, drafting, offset)
-        )
+        drafts = drafter.observe(hidden, commit, num_drafts, choose_drafts)
         for request, guesses in zip(drafting, drafts.tolist(), strict=True):
             request.drafts = guesses[: request.max_length - len(request.ids) - 1]
 
