@@ -5,9 +5,9 @@
 
 First table: the engine over prompts cut from a text, acceptance and steps saved. Second table: model and drafter over
 the same text, position by position; p is the model's distribution and q the drafter's. `best guess` drafts the most
-probable token of q, which is what the engine does; `same number` draws draft and token by one random number; `rejection`
-draws the draft from q by a number of its own and accepts as often as any scheme can: sum of min(p, q). The last line is
-JSON.
+probable token of q, which is what the engine does; `same number` draws draft and token by one random number;
+`rejection` draws the draft from q by a number of its own and accepts as often as any scheme can: sum of min(p, q). The
+last line is JSON.
 """
 
 from __future__ import annotations

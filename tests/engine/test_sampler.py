@@ -120,6 +120,7 @@ def test_a_filter_allows_what_it_allows() -> None:
     assert draw(SamplingParams(logit_bias={8: 3.0}), only=Only([2, 8])) == 8
     assert draw(SamplingParams(), only=Only(None)) == 3
     assert draw(SamplingParams(), only=Only([1, 2], size=3)) == 1, "what lies beyond its mask is not allowed"
+    assert draw(SamplingParams(), only=Only([8, VOCAB], size=VOCAB + 5)) == 8, "nor ids that the model does not have"
     assert draw(SamplingParams(), only=Only([])) == NO_TOKEN
 
 

@@ -89,7 +89,7 @@ class Engine:
             request_id: a name that no unfinished request has.
             prompt_ids: at least one id; begins with the model's BOS id if it has one.
             params: sampling and when to stop.
-            logits_filter: restricts the tokens; it must allow ids below the vocabulary's size only.
+            logits_filter: restricts the tokens.
 
         Raises:
             ValueError: the id is taken, the prompt is empty, too long or holds an id outside the vocabulary, a

@@ -121,7 +121,7 @@ def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int
             logits[row, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
         allowed = None if request.logits_filter is None else request.logits_filter.allowed()
         if allowed is not None:
-            allowed = allowed.to(logits.device)
+            allowed = allowed[: logits.shape[1]].to(logits.device)
             if not bool(allowed.any()):
                 dead.append(row)  # the row is still drawn from, unrestricted, and its token dropped
             else:
