@@ -898,6 +898,12 @@ def test_every_rule_is_exercised():
     assert set(RULES) == found | elsewhere
 
 
+def test_every_rule_is_documented(repository):
+    text = (repository / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    for rule, (fault, holds_when) in RULES.items():
+        assert f"| `{rule}` | {fault or '–'} | {holds_when} |" in text, rule
+
+
 def test_every_fault_of_the_issue_has_a_rule():
     assert {fault for fault, _ in RULES.values()} >= {"F2", "F3", "F4", "F5", "F7", "F14", "F15", "F16", "F17", "F20"}
 

@@ -4,6 +4,7 @@
 Plain data, so that tests, verify and bench run the sizes that real models use and nobody makes up others. A row is one
 call site: the operations that may serve it (which one depends on the weight's format and the recipe), where it is, and
 its sizes. T, the tokens of a step, is the caller's choice and not listed; nor are page tables and positions.
+The tiny model has no DSpark draft; its sizes in those rows are of one with two target layers and rank 8, for tests.
 
     T tokens  D hidden  H heads  C head channels  R rotary channels  G output groups  X streams  V vocabulary
     E experts  A active experts  F expert inner size  J cache entries a token attends to  Hi index heads
@@ -55,6 +56,7 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     (_LINEAR, "ffn.shared_experts.w1", {"N": (128, 2048, 3072), "K": (256, 4096, 7168)}),
     (_LINEAR, "ffn.shared_experts.w2", {"N": (256, 4096, 7168), "K": (128, 2048, 3072)}),
     (_LINEAR, "mtp.e_proj", {"N": (256, 4096, 7168), "K": (256, 4096, 7168)}),
+    (_LINEAR, "mtp.main_proj", {"N": (256, 4096, 7168), "K": (512, 12288, 21504)}),
     (_GROUPED, "attn.wo_a", {"G": (2, 8, 16), "N": (64, 1024, 1024), "K": (1024, 4096, 4096)}),
     (
         _EXPERTS,
@@ -63,6 +65,8 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ),
     # Linears that stay plain.
     ("linear", "head", {"N": (4096, 129280, 129280), "K": (256, 4096, 7168)}),
+    ("linear", "mtp.markov_head.markov_w2", {"N": (4096, 129280, 129280), "K": (8, 256, 512)}),
+    ("linear", "mtp.confidence_head.proj", {"N": (1, 1, 1), "K": (264, 4352, 7680)}),
     ("linear", "attn.compressor.wkv (ratio 4)", {"N": (1024, 1024, 1024), "K": (256, 4096, 7168)}),
     ("linear", "attn.compressor.wkv (ratio 128)", {"N": (512, 512, 512), "K": (256, 4096, 7168)}),
     ("linear", "attn.indexer.compressor.wkv", {"N": (256, 256, 256), "K": (256, 4096, 7168)}),
@@ -115,6 +119,11 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
         "sparse_attention",
         "attn (window only)",
         {"H": (4, 64, 128), "C": (512, 512, 512), "W": (128, 128, 128), "J": (0, 0, 0)},
+    ),
+    (
+        "sparse_attention",
+        "attn (DSpark block)",  # J: the rows of the block
+        {"H": (4, 64, 128), "C": (512, 512, 512), "W": (128, 128, 128), "J": (5, 5, 5)},
     ),
     (
         "sparse_attention",
