@@ -115,19 +115,24 @@ class NvFp4Tensor:
     def fragments(self) -> "NvFp4Tensor":
         """Return this tensor with codes and scales in fragment order, as Hopper kernels take weights (itself if so).
 
+        Once, when a model is loaded: on a GPU it waits for the result.
+
         Raises:
             ValueError: N is not a multiple of 16, or K not of 64.
         """
         if self.code_layout is CodeLayout.FRAGMENT_16X64:
             return self
         plain = self.row_major()
-        return replace(
+        fragments = replace(
             plain,
             codes=codes_to_fragments(plain.codes),
             scales=scales_to_fragments(plain.scales),
             scale_layout=ScaleLayout.FRAGMENT_16X64,
             code_layout=CodeLayout.FRAGMENT_16X64,
         )
+        if self.device.type == "cuda":  # kernels read weights before the launch ahead of them has ended
+            torch.cuda.current_stream(self.device).synchronize()
+        return fragments
 
     def to(self, device: torch.device | str) -> "NvFp4Tensor":
         """Return this tensor with all parts on a device."""

@@ -54,6 +54,11 @@ class Config:
         """How a product is shared out."""
         return StreamPlan(self.num_columns, 2 if self.step == "gate_up" else 1, self.num_tiles)
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that a block asks for at launch."""
+        return self.plan.shared_bytes
+
 
 def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: int) -> int:
     """Return the token tiles of a pass: enough for most experts of an even routing, where shared memory allows.

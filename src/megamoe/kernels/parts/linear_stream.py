@@ -51,6 +51,11 @@ class Config:
         return StreamPlan(self.last_column - self.first_column, 1, self.num_tiles)
 
     @property
+    def shared_bytes(self) -> int:
+        """Shared memory that a block asks for at launch."""
+        return self.plan.shared_bytes
+
+    @property
     def tokens_per_pass(self) -> int:
         """Tokens that one pass over the weight serves."""
         return self.num_tiles * TOKENS_PER_TILE

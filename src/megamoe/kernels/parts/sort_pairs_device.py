@@ -51,7 +51,7 @@ class SortPairs:
     def kernel(self, ids: cute.Tensor, order: cute.Tensor, passes: cute.Tensor, num_passes: cute.Tensor):
         num_experts, per_pass = self.config.num_experts, self.config.tokens_per_pass
         tid, _, _ = cute.arch.thread_idx()
-        warp, lane = tid // 32, tid % 32
+        warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
         allocator = cutlass.memory.SmemAllocator()
         counts = allocator.allocate_tensor(Int32, cute.make_layout((num_experts, WARPS)))
         scan_pairs = allocator.allocate_tensor(Int32, cute.make_layout(THREADS))
