@@ -36,6 +36,23 @@ PTX_WANTED = {
     ],
     "parts.route_scores": ["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "sqrt.rn.f32"],
     "parts.route_select": ["div.rn.f32"],
+    "parts.linear_stream": [
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "mul.rn.bf16x2",
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+        "griddepcontrol.wait",
+        "griddepcontrol.launch_dependents",
+    ],
+    "parts.expert_stream": [
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "mul.rn.bf16x2",
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
+        "griddepcontrol.wait",
+    ],
+    "parts.weight_tiles": ["wgmma.mma_async.sync.aligned.m64n128k16", "setmaxnreg.inc", "mul.rn.bf16x2"],
+    "parts.sort_pairs": ["match.any.sync.b32", "griddepcontrol.wait"],
+    "parts.sum_slots": ["griddepcontrol.wait"],
+    "parts.expand_nvfp4": ["mul.rn.bf16x2"],
 }
 """Module → instructions that its PTX must hold."""
 
