@@ -80,8 +80,8 @@ SASS_WANTED = {
 """Module → prefixes of instructions that its SASS must hold."""
 
 SPILLS_ALLOWED = {"parts.expert_stream": 4, "parts.linear_stream": 2}
-"""Module → stack accesses in its SASS. 512 threads leave 128 registers; one or two that are needed once a launch, a pass
-or a unit do not fit in some configurations, most of them with a second token tile."""
+"""Module → stack accesses in its SASS. 512 threads leave 128 registers; one or two that are needed once a launch, a
+pass or a unit do not fit in some configurations, most of them with a second token tile."""
 
 
 def planned(target: str) -> list[Request]:
