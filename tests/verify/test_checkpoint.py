@@ -12,6 +12,7 @@ import pytest
 
 from megamoe.checkpoint.headers import INDEX_NAME
 from megamoe.checkpoint.problem import CheckpointError
+from megamoe.cli import main
 from megamoe.models import BUNDLED
 from megamoe.verify import scale_samples
 from megamoe.verify.checkpoint import Verdict, inspect_checkpoint
@@ -69,6 +70,30 @@ def test_a_rewritten_checkpoint_raises_no_alarm(layouts, tmp_path):
     for layout in fake.LAYOUTS:  # so that what the faults below find is theirs, not of the writing
         found = inspect_checkpoint(Files.read(layouts[layout]).write(tmp_path / layout))
         assert found.findings == (), layout
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "release"),
+    [
+        ("preview", [""], "NVFP4 experts in NVIDIA's layout"),
+        ("dspark", [""], "NVFP4 experts in NVIDIA's layout, DSpark draft"),
+        ("preview", ["--attention nvfp4 --draft convert"], "every linear in NVFP4 (megamoe)"),
+        ("preview", ["--attention nvfp4"], "every linear in NVFP4 (megamoe)"),
+        ("preview", ["", "--to mxfp4"], "as the preview"),
+        ("preview", ["", "--to fp8"], "experts converted to FP8"),
+        ("base", ["--experts requantize"], "NVFP4 experts in NVIDIA's layout"),
+    ],
+    ids=str,
+)
+def test_what_convert_writes_raises_no_alarm(layouts, tmp_path, capsys, layout, options, release):
+    directory = layouts[layout]
+    for number, words in enumerate(options):
+        target = tmp_path / str(number)
+        assert main(["convert", str(directory), str(target), *words.split()]) == 0
+        directory = target
+    found = inspect_checkpoint(directory)
+    assert found.findings == (), [(one.rule, one.text) for one in found.findings]
+    assert found.release.endswith(release) and found.num_tensors == found.expected_tensors
 
 
 @pytest.mark.parametrize("layout", ["resave", "resave-modules"])
