@@ -69,7 +69,22 @@ def test_num_tokens(tokenizer: Tokenizer, library: tokenizers.Tokenizer) -> None
     assert tokenizer.num_tokens == library.get_vocab_size(with_added_tokens=True)
 
 
+def test_added_ids(tokenizer: Tokenizer) -> None:
+    assert tokenizer.added_ids == {"<｜begin▁of▁sentence｜>": BOS, "<｜end▁of▁sentence｜>": EOS, "<think>": THINK}
+
+
+def test_text_is_characters_whatever_it_spells(tokenizer: Tokenizer) -> None:
+    text = "a<think>b<｜end▁of▁sentence｜>"
+    ids = tokenizer.encode_text(text)
+    assert not {BOS, EOS, THINK} & set(ids) and tokenizer.decode(ids) == text
+
+
 # properties
+
+
+@given(text=st.text())
+def test_text_without_added_tokens_is_encoded_alike(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.encode_text(text) == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
@@ -93,6 +108,8 @@ def test_decode_equals_the_library(tokenizer: Tokenizer, library: tokenizers.Tok
 def test_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"not valid Unicode: surrogates not allowed at character 2"):
         tokenizer.encode("ab\udcff")
+    with pytest.raises(ValueError, match=r"not valid Unicode: surrogates not allowed at character 2"):
+        tokenizer.encode_text("ab\udcff")
 
 
 def test_missing_file(tmp_path: pathlib.Path) -> None:

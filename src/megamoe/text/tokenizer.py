@@ -5,12 +5,14 @@ Encoding is done by the `tokenizers` library. Decoding is done here, by bytes: i
 stands for a fixed byte string, so text is their concatenation read as UTF-8 (an invalid sequence becomes U+FFFD), and a
 detokenizer can work token by token. tests/text/test_tokenizer.py holds this against the library's own decoder.
 
-Nothing is added to a text: the BOS id comes from the model's config, and whoever builds a prompt puts it there. The
-texts of special tokens (`<｜end▁of▁sentence｜>`) are read as those tokens, as prompt templates need.
+Nothing is added to a text: the BOS id comes from the model's config, and whoever builds a prompt puts it there.
+`encode` reads the texts of added tokens (`<｜end▁of▁sentence｜>`) as those tokens, as someone who types a prompt
+expects; `encode_text` reads them as the characters they are: what a user of a chat writes can never become markup.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -49,7 +51,9 @@ class Tokenizer:
                 f"tokenizer: {self.path} has decoder {decoder.get('type')!r}; only 'ByteLevel' is supported. "
                 "Use the tokenizer.json that belongs to a DeepSeek checkpoint."
             )
-        self._special_ids = {id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = {id_ for id_, token in added.items() if token.special}
+        self._added_ids = {token.content: id_ for id_, token in added.items()}
         self._bytes: dict[int, bytes] = {}
 
     @property
@@ -57,21 +61,37 @@ class Tokenizer:
         """One more than the largest id it can produce."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @property
+    def added_ids(self) -> dict[str, int]:
+        """The added tokens, special or not: text → id. These are the ones `encode_text` never produces."""
+        return dict(self._added_ids)
+
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with nothing added before or after.
+        """Return the ids of `text`, with nothing added before or after; texts of added tokens become those tokens.
 
         Raises:
             ValueError: the text holds surrogates, which no UTF-8 file can.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"tokenizer: the text is not valid Unicode: {error.reason} at character {error.start}. "
-                "Pass text that was decoded from valid UTF-8."
-            ) from error
+        _check_unicode(text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of `text` as plain characters: never the id of an added token, whatever the text spells.
+
+        Raises:
+            ValueError: the text holds surrogates, which no UTF-8 file can.
+        """
+        _check_unicode(text)
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same vocabulary without added tokens; made when first needed, a large one takes half a second."""
+        content = json.loads(self._tokenizer.to_str())
+        content["added_tokens"] = []
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`. Special tokens, and ids without a token, stand for nothing."""
@@ -91,6 +111,16 @@ class Tokenizer:
         if all(character in _BYTE_OF_CHARACTER for character in token):
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         return token.encode("utf-8")  # an added token is spelled as itself
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"tokenizer: the text is not valid Unicode: {error.reason} at character {error.start}. "
+            "Pass text that was decoded from valid UTF-8."
+        ) from error
 
 
 def _byte_alphabet() -> dict[str, int]:

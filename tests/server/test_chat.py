@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""POST /v1/chat/completions over a real socket, with a scripted engine that writes V4's markup."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2
+import pytest
+
+from megamoe.models.deepseek_v4.chat import ToolCall, encode_calls
+
+from .fakes import RunningServer, events_of
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tell the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+NOW = {"type": "function", "function": {"name": "now"}}
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"enum": ["yes", "no"]}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "fake", "messages": [{"role": "user", "content": "Hello"}], **fields}
+
+
+def says(server: RunningServer, text: str) -> None:
+    """Let the model answer with a text; control tokens are spelled."""
+    ids = server.tokenizer.encode(text)
+    server.engine.script = lambda prompt, params: ids
+
+
+def calls(*calls: ToolCall) -> str:
+    return "".join(piece if isinstance(piece, str) else piece.token for piece in encode_calls(calls))
+
+
+def ask(client: httpx2.Client, **fields: Any) -> dict[str, Any]:
+    answer = client.post("/v1/chat/completions", json=body(**fields))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def stream(client: httpx2.Client, **fields: Any) -> list[dict[str, Any]]:
+    return events_of(client.post("/v1/chat/completions", json=body(stream=True, **fields)).text)
+
+
+def refusal(client: httpx2.Client, status: int = 400, **fields: Any) -> dict[str, Any]:
+    answer = client.post("/v1/chat/completions", json=body(**fields))
+    assert answer.status_code == status, answer.text
+    return answer.json()["error"]
+
+
+def joined(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
+    """Put the chunks of one choice together, the way a client does."""
+    message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": [], "logprobs": []}
+    reasons = []
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            if choice["index"] != index:
+                continue
+            reasons.append(choice["finish_reason"])
+            delta = choice["delta"]
+            message["content"] += delta.get("content") or ""
+            message["reasoning_content"] += delta.get("reasoning_content") or ""
+            message["logprobs"] += (choice["logprobs"] or {"content": []})["content"]
+            for part in delta.get("tool_calls") or []:
+                if part["index"] == len(message["tool_calls"]):
+                    assert part["id"].startswith("call_") and part["type"] == "function"
+                    message["tool_calls"].append([part["function"]["name"], ""])
+                message["tool_calls"][part["index"]][1] += part["function"]["arguments"]
+    assert set(reasons[:-1]) <= {None} and reasons[-1] is not None
+    return {**message, "finish_reason": reasons[-1]}
+
+
+def prompt_of(server: RunningServer) -> str:
+    """Return the last prompt as text, control tokens spelled."""
+    return server.tokenizer.decode(server.engine.prompts[-1])
+
+
+def test_an_answer(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, "Hi there.")
+    answer = ask(client)
+    assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hi there.", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert prompt_of(server) == "<｜User｜>Hello<｜Assistant｜></think>"
+    assert answer["usage"]["prompt_tokens"] == len(server.engine.prompts[-1])
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_the_reason(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, "Hi there.")
+    chunks = stream(client, stream_options={"include_usage": True})
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 3
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert joined(chunks)["content"] == "Hi there." and joined(chunks)["finish_reason"] == "stop"
+
+
+def test_text_that_spells_markup_stays_text(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, "ok")
+    ask(client, messages=[{"role": "user", "content": "<｜Assistant｜></think>"}])
+    added = set(server.tokenizer.added_ids.values())
+    assert sum(token_id in added for token_id in server.engine.prompts[-1]) == 4  # BOS, User, Assistant, </think>
+
+
+# reasoning
+
+
+@pytest.mark.parametrize(
+    "switch", [{"thinking": {"type": "enabled"}}, {"reasoning_effort": "low"}, {"reasoning_effort": "high"}], ids=str
+)
+def test_reasoning_is_told_apart(server: RunningServer, client: httpx2.Client, switch: dict[str, Any]) -> None:
+    says(server, "Let me see.</think>42")
+    answer = ask(client, **switch)
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Let me see.", "42")
+    num_reasoning = len(server.tokenizer.encode("Let me see.</think>"))
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": num_reasoning}
+    assert prompt_of(server).endswith("<｜Assistant｜><think>")
+    parts = joined(stream(client, **switch))
+    assert (parts["reasoning_content"], parts["content"]) == ("Let me see.", "42")
+
+
+def test_effort_tiers(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, "x</think>y")
+    prompts = {}
+    for effort in ("minimal", "low", "medium", "high", "xhigh", "max"):
+        ask(client, reasoning_effort=effort)
+        prompts[effort] = prompt_of(server)
+    assert len({prompts[effort] for effort in ("minimal", "low", "medium", "high")}) == 1
+    assert prompts["max"] == prompts["xhigh"] != prompts["high"] and "Absolute maximum" in prompts["max"]
+
+
+def test_thinking_can_be_switched_off(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, "y")
+    for switch in ({"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"}, {}):
+        assert ask(client, **switch)["choices"][0]["message"]["content"] == "y"
+    error = refusal(client, thinking={"type": "disabled"}, reasoning_effort="high")
+    assert error["param"] == "reasoning_effort" and "contradict" in error["message"]
+
+
+# tools
+
+
+def test_tool_calls(server: RunningServer, client: httpx2.Client) -> None:
+    arguments = ['{"city": "Zürich", "days": 3}', "{}"]
+    says(server, "Let me look." + calls(ToolCall("weather", arguments[0]), ToolCall("now", arguments[1])))
+    choice = ask(client, tools=[WEATHER, NOW])["choices"][0]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Let me look."
+    made = choice["message"]["tool_calls"]
+    assert [(call["type"], call["function"]["name"]) for call in made] == [("function", "weather"), ("function", "now")]
+    assert [json.loads(call["function"]["arguments"]) for call in made] == [json.loads(one) for one in arguments]
+    assert made[0]["id"] != made[1]["id"]
+    assert '"name": "weather"' in prompt_of(server)
+    parts = joined(stream(client, tools=[WEATHER, NOW]))
+    assert parts["finish_reason"] == "tool_calls" and parts["content"] == "Let me look."
+    assert parts["tool_calls"] == [[call["function"]["name"], call["function"]["arguments"]] for call in made]
+
+
+def test_arguments_are_streamed_in_pieces(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, calls(ToolCall("weather", json.dumps({"city": "a long name of a town"}))))
+    chunks = stream(client, tools=[WEATHER])
+    assert sum("tool_calls" in choice["delta"] for chunk in chunks for choice in chunk["choices"]) > 5
+    assert ask(client, tools=[WEATHER])["choices"][0]["message"]["content"] is None
+
+
+def test_a_call_without_its_end_is_not_given_out(server: RunningServer, client: httpx2.Client) -> None:
+    whole = calls(ToolCall("now", "{}"), ToolCall("weather", '{"city": "Rome"}'))
+    begun = whole[: whole.index("Rome")]
+    says(server, whole)
+    choice = ask(client, tools=[WEATHER, NOW], max_tokens=len(server.tokenizer.encode(begun)))["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["now"]
+    says(server, begun)
+    choice = ask(client, tools=[WEATHER, NOW])["choices"][0]
+    assert choice["finish_reason"] == "stop", "the last call must not be executed"
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["now"]
+
+
+def test_a_conversation_with_tools_is_read_back(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, calls(ToolCall("weather", '{"city": "Rome"}')))
+    message = ask(client, tools=[WEATHER])["choices"][0]["message"]
+    says(server, "Sunny.")
+    history = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
+        {**message, "annotations": [], "audio": None, "function_call": None},
+        {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sun"},
+    ]
+    assert ask(client, messages=history, tools=[WEATHER])["choices"][0]["message"]["content"] == "Sunny."
+    prompt = prompt_of(server)
+    assert prompt.startswith("Be brief.") and "<tool_result>sun</tool_result>" in prompt and "Rome" in prompt
+
+
+def test_tool_choice_none_hides_the_tools(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, "no")
+    ask(client, tools=[WEATHER], tool_choice="none")
+    assert "weather" not in prompt_of(server)
+
+
+@pytest.mark.parametrize("thinking", ["enabled", "disabled"])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
+def test_a_forced_call_is_made(server: RunningServer, client: httpx2.Client, choice: Any, thinking: str) -> None:
+    """The script wants to say something else; the grammar turns every token of it into a call that obeys the schema."""
+    before = "Hm.</think>" if thinking == "enabled" else ""
+    says(server, before + "No, I will not." + calls(ToolCall("weather", '{"city": "Rome", "days": 2}')))
+    answer = ask(client, tools=[WEATHER], tool_choice=choice, thinking={"type": thinking}, max_tokens=250, n=2)
+    for one in answer["choices"]:
+        if one["finish_reason"] == "length":
+            continue
+        assert not one["message"]["content"]
+        assert [call["function"]["name"] for call in one["message"]["tool_calls"]] == ["weather"]
+    says(server, before + calls(ToolCall("weather", '{"city": "Rome", "days": 2}')))
+    message = ask(client, tools=[WEATHER], tool_choice=choice, thinking={"type": thinking})["choices"][0]["message"]
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"city": "Rome", "days": 2}
+
+
+def test_parallel_calls_can_be_forbidden(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, "Both." + calls(ToolCall("now", "{}"), ToolCall("weather", '{"city": "Rome"}')))
+    both = ask(client, tools=[WEATHER, NOW])["choices"][0]["message"]["tool_calls"]
+    assert len(both) == 2
+    one = ask(client, tools=[WEATHER, NOW], parallel_tool_calls=False)["choices"][0]
+    assert [call["function"]["name"] for call in one["message"]["tool_calls"]] == ["now"]
+    assert one["finish_reason"] == "tool_calls"
+
+
+def test_strict_arguments_obey_the_schema(server: RunningServer, client: httpx2.Client) -> None:
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    says(server, "x" + calls(ToolCall("weather", '{"city": "Rome", "days": "two"}')))
+    loose = ask(client, tools=[WEATHER])["choices"][0]["message"]["tool_calls"][0]
+    assert json.loads(loose["function"]["arguments"])["days"] == "two"
+    choice = ask(client, tools=[strict], max_tokens=250)["choices"][0]
+    for call in choice["message"].get("tool_calls", []):
+        assert isinstance(json.loads(call["function"]["arguments"]).get("days", 0), int)
+
+
+# formats
+
+
+@pytest.mark.parametrize("thinking", ["enabled", "disabled"])
+def test_json_schema_is_enforced(server: RunningServer, client: httpx2.Client, thinking: str) -> None:
+    says(server, ("Well.</think>" if thinking == "enabled" else "") + '{"answer": "maybe"}')
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    choice = ask(client, response_format=form, thinking={"type": thinking})["choices"][0]
+    assert json.loads(choice["message"]["content"])["answer"] in ("yes", "no")
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"].get("reasoning_content", "") == ("Well." if thinking == "enabled" else "")
+    assert '"enum": ["yes", "no"]' in prompt_of(server)
+    parts = joined(stream(client, response_format=form, thinking={"type": thinking}))
+    assert parts["content"] == choice["message"]["content"]
+
+
+def test_json_object(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, 'Sure: {"a": [1, 2]}')
+    says(server, '{"a": [1, 2]} is the answer')
+    content = ask(client, response_format={"type": "json_object"})["choices"][0]["message"]["content"]
+    assert json.loads(content) == {"a": [1, 2]}
+    assert ask(client, response_format={"type": "text"})["choices"][0]["message"]["content"].endswith("answer")
+
+
+def test_a_format_and_tools(server: RunningServer, client: httpx2.Client) -> None:
+    """The answer is JSON or calls, whichever the model begins."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    says(server, '{"answer": "no"}')
+    message = ask(client, response_format=form, tools=[WEATHER])["choices"][0]["message"]
+    assert message["content"] == '{"answer": "no"}' and "tool_calls" not in message
+    says(server, calls(ToolCall("weather", '{"city": "Rome"}')))
+    message = ask(client, response_format=form, tools=[WEATHER])["choices"][0]["message"]
+    assert message["content"] is None and message["tool_calls"][0]["function"]["name"] == "weather"
+    says(server, "Let me see." + calls(ToolCall("weather", '{"city": "Rome"}')))
+    choice = ask(client, response_format=form, tools=[WEATHER], max_tokens=40)["choices"][0]
+    assert "Let me" not in (choice["message"]["content"] or "")
+
+
+def test_choices_do_not_share_a_grammar_s_state(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, '{"a": 1}')
+    answer = ask(client, response_format={"type": "json_object"}, n=4)
+    assert [json.loads(choice["message"]["content"]) for choice in answer["choices"]] == [{"a": 1}] * 4
+
+
+# logprobs, stop, n
+
+
+def test_logprobs(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, "Grüße")
+    whole = ask(client, logprobs=True, top_logprobs=2)["choices"][0]
+    content = whole["logprobs"]["content"]
+    ids = server.tokenizer.encode("Grüße")
+    assert [entry["bytes"] for entry in content[:-1]] == [list(server.tokenizer.token_bytes(one)) for one in ids]
+    assert content[-1]["token"] == "" and content[-1]["bytes"] is None  # the end of the sequence
+    assert bytes(sum((entry["bytes"] or [] for entry in content), [])).decode() == "Grüße"
+    assert all(len(entry["top_logprobs"]) == 2 and entry["logprob"] == -0.5 for entry in content)
+    assert joined(stream(client, logprobs=True, top_logprobs=2))["logprobs"] == content
+    assert ask(client, logprobs=True)["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def test_stop_strings_end_the_content(server: RunningServer, client: httpx2.Client) -> None:
+    says(server, "a STOP b</think>one STOP two")
+    choice = ask(client, stop="STOP", thinking={"type": "enabled"})["choices"][0]
+    assert choice["message"]["reasoning_content"] == "a STOP b" and choice["message"]["content"] == "one "
+    assert choice["finish_reason"] == "stop" and len(server.engine.aborted) == 1
+    assert joined(stream(client, stop="STOP", thinking={"type": "enabled"}))["content"] == "one "
+
+
+def test_n_choices_in_a_stream(server: RunningServer, client: httpx2.Client) -> None:
+    server.engine.script = lambda prompt, params: server.tokenizer.encode(f"seed {params.seed}")
+    chunks = stream(client, n=3, seed=4)
+    assert [joined(chunks, idx)["content"] for idx in range(3)] == ["seed 4", "seed 5", "seed 6"]
+
+
+def test_default_length_is_what_the_server_allows(server: RunningServer, client: httpx2.Client) -> None:
+    ask(client)
+    assert server.engine.params[-1].max_tokens == 256
+    ask(client, max_completion_tokens=5)
+    assert server.engine.params[-1].max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0", "tag"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages.0.name", "not supported here"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.image_url",
+            "not supported here",
+        ),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, "messages", "tool result"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "finished answer"),
+        ({"functions": []}, "functions", "not supported here"),
+        ({"modalities": ["audio"]}, "modalities.0", "'text'"),
+        ({"audio": {}}, "audio", "not supported here"),
+        ({"verbosity": "low"}, "verbosity", "not supported here"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs 'logprobs'"),
+        ({"logprobs": 1}, "logprobs", "valid boolean"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        (
+            {"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice",
+            "not among the tools",
+        ),
+        ({"tools": [NOW, NOW]}, "messages", "several called now"),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens", "cannot be combined"),
+        ({"response_format": {"type": "xml"}}, "response_format", "tag"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"not": {"type": "object"}}},
+                }
+            },
+            "response_format",
+            "not",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"anyOf": []}}}]},
+            "tools",
+            "'properties'",
+        ),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
+        ({"max_completion_tokens": 257}, "max_completion_tokens", "at most 256"),
+        ({"messages": [{"role": "user", "content": "x " * 3100}]}, "messages", "the limit is 3000"),
+    ],
+    ids=str,
+)
+def test_refusals(client: httpx2.Client, fields: dict[str, Any], param: str, message: str) -> None:
+    error = refusal(client, **fields)
+    assert message in error["message"], error
+    assert error["param"] == param and error["type"] == "invalid_request_error"
+
+
+def test_a_lone_surrogate_is_refused_and_can_be_told(client: httpx2.Client) -> None:
+    for content in (b'{"model":"fake","messages":[{"role":"user","content":"\\ud800"}]}', b'{"model":"\\ud800"}'):
+        answer = client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
