@@ -92,10 +92,30 @@ def test_json_that_obeys_the_schema(setup: Setup, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", '{"a": "1"}', '{"a": 1.5}', '{"a": 1, "c": 2}', '{"b": []}', '{"a": 1, "b": ["z"]}', "Sure:"]
+    "text",
+    ["", "{}", "[1]", '{"a": "1"}', '{"a": 1.5}', '{"a": 1, "c": 2}', '{"b": []}', '{"a": 1, "b": [0]}', "Sure:"],
 )
 def test_json_that_does_not(setup: Setup, text: str) -> None:
     assert not setup.accepts(json_rules(SCHEMA), text)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_allowed"),
+    [
+        ('{"a":1,"b":["x"]}', True),
+        ('{"a": 1, "b": ["x", "y"]}', True),
+        ('{\n  "a": 1,\n  "b": [\n    "x"\n  ]\n}', True),
+        ('{\n\t"a": 1\n}', True),
+        ('{"a":  1}', False),
+        ('{\n\n"a": 1}', False),
+        ("{\n" + " " * 65 + '"a": 1}', False),
+    ],
+    ids=repr,
+)
+def test_white_space_is_bounded(setup: Setup, text: str, is_allowed: bool) -> None:
+    """A model that loops in line breaks would fill the answer with them."""
+    assert setup.accepts(json_rules(SCHEMA), text) is is_allowed
+    assert setup.accepts(json_rules({**SCHEMA, "x-guidance": {"lenient": True}}), text) is is_allowed
 
 
 def test_nothing_follows_the_json(setup: Setup) -> None:
