@@ -3,6 +3,8 @@
 #
 #   make demo        install, and let the bundled model write some text
 #   make test        the CPU tests                      make test-slow   the long ones
+#   make test-kernels  compile every kernel without a GPU, read its PTX and SASS
+#   make test-gpu    the tests that need a CUDA device, and megamoe verify all
 #   make lint        formatting, lint, types            make format      apply formatting and simple fixes
 #   make serve       serve the bundled model: chat page, OpenAI's API and metrics at http://127.0.0.1:8000
 #   make load-test   64 clients for 60 s, every answer compared with its solo run
@@ -31,7 +33,8 @@ PROMPT := def find
 DEMO := $(VENV)/bin/megamoe generate --model tiny --prompt "$(PROMPT)" --max-tokens 96 --temperature 0.6 --seed 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format serve load-test test-api test-browser verify oracle perplexity clean distclean
+.PHONY: help demo test test-slow test-kernels test-gpu lint format serve load-test test-api test-browser verify \
+        oracle perplexity clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +68,11 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-runtime
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.stamp-kernels: $(VENV)/.stamp-dev
+	@echo "==> installing the kernel compiler"
+	@$(PIP) -e '.[dev,cuda,kernels-dev]'
+	@touch $@
+
 demo: $(VENV)/.stamp-runtime
 	@echo '==> $(DEMO)'
 	@$(DEMO)
@@ -76,6 +84,16 @@ test: $(VENV)/.stamp-dev
 test-slow: $(VENV)/.stamp-dev
 	@echo "==> pytest: slow CPU tests, $(JOBS) processes"
 	@$(RUN) -m pytest -q -n $(JOBS) --dist worksteal -m 'slow and not gpu'
+
+test-kernels: $(VENV)/.stamp-kernels
+	@echo "==> pytest: kernels compile for sm_90a and sm_100a, and are what they should be"
+	@$(RUN) -m pytest -q -m 'kernels and not gpu'
+
+test-gpu: $(VENV)/.stamp-kernels
+	@echo "==> pytest: GPU tests"
+	@$(RUN) -m pytest -q -m gpu
+	@echo "==> megamoe verify all"
+	@$(VENV)/bin/megamoe verify all
 
 lint: $(VENV)/.stamp-dev
 	@echo "==> ruff format --check"

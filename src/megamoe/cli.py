@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: megamoe generate | serve | verify | inspect.
+"""The command: megamoe generate | serve | verify | inspect | convert | bench | compile.
 
 Exit codes: 0 done · 1 a check of `verify` failed or `inspect` has findings · 2 bad input, told in one line on standard
 error · 130 interrupted · 141 whoever read our output has gone. Errors of ours are not caught and show their traceback.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import json
+import math
 import os
 import pathlib
 import re
@@ -205,19 +206,203 @@ def _is_loopback(host: str) -> bool:
 
 
 @cli.command()
-@click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR", help="Bundled model or checkpoint.")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=pathlib.Path))
+@click.argument("destination", metavar="DST", type=click.Path(path_type=pathlib.Path))
+@click.option(
+    "--to",
+    type=click.Choice(["nvfp4", "mxfp4", "fp8"]),
+    default="nvfp4",
+    show_default=True,
+    help="Format of the routed experts; mxfp4 and fp8 are the exact way back.",
+)
+@click.option(
+    "--experts",
+    type=click.Choice(["lossless", "requantize"]),
+    default="lossless",
+    show_default=True,
+    help="Refuse experts that NVFP4 cannot hold exactly, or round what it cannot.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["keep", "nvfp4", "fp8"]),
+    default="keep",
+    show_default=True,
+    help="Attention projections, wo_a and shared experts: keep, round to NVFP4, or to FP8 where exact.",
+)
+@click.option(
+    "--draft",
+    type=click.Choice(["keep", "convert"]),
+    default="keep",
+    show_default=True,
+    help="Linears of a draft: keep, or convert as those of the backbone.",
+)
+@click.option(
+    "--scale-search",
+    default="mse",
+    show_default=True,
+    metavar="SEARCH",
+    help="How block scales are chosen where values are rounded: max, mse or four-over-six; for one kind alone as in "
+    "max,shared=mse (kinds: experts, shared, attention).",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=pathlib.Path),
+    metavar="FILE",
+    help="JSON: weight to the largest magnitude of its input.  [default: input_scale is 0.125 everywhere]",
+)
+@click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N", help="Threads.")
+@click.option(
+    "--proof",
+    type=click.Choice(["codes", "values"]),
+    default="codes",
+    show_default=True,
+    help="Prove equality by codes and scales, or by every dequantized value as well (slower).",
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, list blocks that cannot be exact, write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def convert(
+    source: pathlib.Path,
+    destination: pathlib.Path,
+    to: str,
+    experts: str,
+    attention: str,
+    draft: str,
+    scale_search: str,
+    calibration: pathlib.Path | None,
+    jobs: int,
+    proof: str,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Convert a checkpoint between NVFP4 and DeepSeek's formats; the same command finishes one that was stopped."""
+    from megamoe.models.deepseek_v4.convert_command import run
+
+    return run(
+        source,
+        destination,
+        to=to,
+        experts=experts,
+        attention=attention,
+        draft=draft,
+        scale_search=scale_search,
+        calibration=calibration,
+        jobs=jobs,
+        proof=proof,
+        dry_run=dry_run,
+        as_json=as_json,
+        version=megamoe.__version__,
+    )
+
+
+@cli.command()
+@click.argument("ops", nargs=-1, metavar="[OP]...")
+@click.option("--arch", metavar="A", help="Kernels: refuse to run on another GPU (sm90a, sm100a, sm103a).")
+@click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernels: load from this pack.")
+@click.option("--seconds", default=math.inf, metavar="S", help="Kernels: start no further case after so many.")
+@click.option("--explain", is_flag=True, help="Kernels: print which were loaded, from where and how long it took.")
+@click.option("--model", metavar="tiny|DIR", help="Components: bundled model or checkpoint.  [default: tiny]")
 @click.option(
     "--originals",
     type=click.Path(path_type=pathlib.Path),
     metavar="DIR",
-    help="Original weights of what is quantized.  [default for tiny: the source tree's]",
+    help="Components: original weights of what is quantized.  [default for tiny: the source tree's]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def verify(model: str, originals: pathlib.Path | None, as_json: bool) -> int:
-    """Compare every quantized component with bf16 on real activations; exit code 1 if one is out of bounds."""
+def verify(
+    ops: tuple[str, ...],
+    arch: str | None,
+    pack: pathlib.Path | None,
+    seconds: float,
+    explain: bool,
+    model: str | None,
+    originals: pathlib.Path | None,
+    as_json: bool,
+) -> int:
+    """Compare kernels with references on a GPU (OP..., or all), or quantized components with bf16 (no OP).
+
+    With OP, --arch or --pack, every kernel of the operations runs at all sizes the models use; exit code 1 means that
+    one is wrong. Otherwise every quantized component of a model runs on real activations; exit code 1 means that one
+    is out of bounds. Exit code 2: bad input, or no GPU for what needs one.
+    """
+    if ops or arch is not None or pack is not None:
+        if model is not None or originals is not None:
+            raise click.UsageError("--model and --originals belong to the components; leave OP, --arch and --pack out.")
+        from megamoe.verify import ops as verify_ops
+
+        return verify_ops.run(ops, arch=arch, pack=pack, as_json=as_json, explain=explain, seconds=seconds)
     from megamoe.verify.components import run
 
-    return run(model, originals=originals, as_json=as_json)
+    return run("tiny" if model is None else model, originals=originals, as_json=as_json)
+
+
+@cli.command()
+@click.argument("ops", nargs=-1, metavar="[OP]...")
+@click.option("--tokens", multiple=True, type=click.IntRange(min=1), metavar="T", help="Repeat for several.")
+@click.option("--arch", metavar="A", help="Refuse to run on another GPU (sm90a, sm100a, sm103a).")
+@click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Load kernels from this pack.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=pathlib.Path), metavar="FILE", help="Also write the rows.")
+@click.option("--seconds", default=math.inf, metavar="S", help="Start no further case after so many.")
+@click.option("--commit", metavar="ID", help="Recorded with the numbers; by default git is asked.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON document alone on standard output.")
+def bench(
+    ops: tuple[str, ...],
+    tokens: tuple[int, ...],
+    arch: str | None,
+    pack: pathlib.Path | None,
+    csv_path: pathlib.Path | None,
+    seconds: float,
+    commit: str | None,
+    as_json: bool,
+) -> int:
+    """Time kernels against their ceilings on a GPU; a wrong one is not timed. The last line is JSON."""
+    from megamoe.bench import ops as bench_ops
+
+    return bench_ops.run(
+        ops,
+        num_tokens=tokens or bench_ops.NUM_TOKENS,
+        arch=arch,
+        pack=pack,
+        as_json=as_json,
+        csv_path=csv_path,
+        commit=commit,
+        seconds=seconds,
+    )
+
+
+@cli.command("compile")
+@click.option("--model", "models", required=True, multiple=True, metavar="M", help="tiny, flash, pro or a checkpoint.")
+@click.option("--arch", required=True, metavar="A", help="sm90a, sm100a or sm103a.")
+@click.option("--out", required=True, type=click.Path(path_type=pathlib.Path), metavar="PACK", help="New directory.")
+def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path) -> int:
+    """Build a pack of all kernels a model needs, on any machine; repeat --model for several."""
+    from megamoe.kernels.compile import CompileError
+    from megamoe.kernels.pack import build_pack
+    from megamoe.kernels.plan import requests_for
+    from megamoe.models.deepseek_v4.shapes import op_calls
+
+    start = time.perf_counter()
+    calls = [(call.op, call.dims) for model in models for call in op_calls(_shapes_of(model))]
+    try:
+        pack = build_pack(
+            requests_for(calls, arch), arch, out, version=megamoe.__version__, model=" ".join(map(str, models))
+        )
+    except CompileError as error:
+        print(f"megamoe: error: {error}", file=sys.stderr)  # the compiler's words, on as many lines as it needs
+        return EXIT_BAD_INPUT
+    num_bytes = sum(one.path.stat().st_size for one in pack.objects.values())
+    seconds = time.perf_counter() - start
+    print(f"{len(pack.objects)} kernels for {pack.target} in {out}: {num_bytes} bytes, {seconds:.1f} s")
+    return 0
+
+
+def _shapes_of(model: str) -> str:
+    """Return the name in models/deepseek_v4/shapes.py of a model that is named or lies in a directory."""
+    from megamoe.models.deepseek_v4.shapes import MODELS, known_model
+
+    if model in MODELS:
+        return model
+    config = json.loads((pathlib.Path(model) / "config.json").read_text(encoding="utf-8"))
+    return known_model(int(config["hidden_size"]), int(config["n_routed_experts"]))
 
 
 @cli.command()

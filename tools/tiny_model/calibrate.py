@@ -3,8 +3,8 @@
 
     python calibrate.py --master <directory> --tokens <data>/train.bin --out amax.json
 
-The bf16 master runs in recipe `exact`; the linears of the model are wrapped for this process only. The result is what
-export_nvfp4.py turns into input_scale.
+The bf16 master runs in recipe `exact`; the linears of the model are wrapped for this process only. The result is a file
+for `megamoe convert --calibration`, which makes input_scale of it.
 """
 
 from __future__ import annotations

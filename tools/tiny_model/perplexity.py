@@ -3,6 +3,7 @@
 
     python tools/tiny_model/perplexity.py            # table
     python tools/tiny_model/perplexity.py --json
+    python tools/tiny_model/perplexity.py --scale-searches    # what each block-scale search of megamoe convert buys
 
 Every document starts with BOS and is cut into windows of `--window` tokens; each window is one pass from an empty cache
 and every token but the first of a window counts. The bf16 master is the recipe `exact` on the original weights.
@@ -16,12 +17,15 @@ import math
 import pathlib
 import tempfile
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 import megamoe
 from megamoe.checkpoint.overlay import write_overlay
+from megamoe.formats.scale_search import ScaleSearch
+from megamoe.models.deepseek_v4.convert import ConvertOptions, convert
 from megamoe.models.load import BUNDLED
 from megamoe.text.tokenizer import Tokenizer
 
@@ -47,12 +51,24 @@ def mean_loss(model: megamoe.models.deepseek_v4.model.Model, parts: list[torch.T
     return total / count, count
 
 
+def searched(master: pathlib.Path, work: pathlib.Path, recipes: list[str]) -> Iterator[tuple[str, pathlib.Path, str]]:
+    """Yield the master converted with each search: a name that says its mean relative error, the folder, the recipe."""
+    for search in ScaleSearch:
+        options = ConvertOptions(experts="requantize", attention="nvfp4", draft="convert", scale_search=search)
+        _, result = convert(master, work / search.value, options)
+        error = sum(record["relative_l2"] for record in result.records) / len(result.records)
+        for recipe in recipes:
+            yield f"{search.value} (relative L2 {error:.4f}), {recipe}", work / search.value, recipe
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--max-windows", type=int, default=0, help="0 means all")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--scale-searches", action="store_true", help="convert the bf16 master with each search")
+    parser.add_argument("--recipes", default="exact,w4a4", help="for --scale-searches")
     arguments = parser.parse_args()
 
     model = megamoe.load("tiny")
@@ -67,14 +83,15 @@ def main() -> None:
     if arguments.max_windows:
         parts = parts[: arguments.max_windows]
     rows = []
-    with tempfile.TemporaryDirectory() as master:
+    with tempfile.TemporaryDirectory() as work:
+        master = pathlib.Path(work) / "master"
         write_overlay(BUNDLED["tiny"], HERE / "master", master)
-        for name, directory, recipe in (
-            ("bf16 master", master, "exact"),
-            ("NVFP4, exact", "tiny", "exact"),
-            ("NVFP4, w4a16", "tiny", "w4a16"),
-            ("NVFP4, w4a4", "tiny", "w4a4"),
-        ):
+        cases = [("bf16 master", master, "exact")]
+        if arguments.scale_searches:
+            cases += list(searched(master, pathlib.Path(work), arguments.recipes.split(",")))
+        else:
+            cases += [(f"NVFP4, {recipe}", BUNDLED["tiny"], recipe) for recipe in ("exact", "w4a16", "w4a4")]
+        for name, directory, recipe in cases:
             started = time.perf_counter()
             loss, count = mean_loss(megamoe.load(directory, recipe=recipe), parts)
             rows.append(

@@ -79,6 +79,11 @@ def decode_e2m1(codes: Tensor) -> Tensor:
         raise ValueError(
             f"decode_e2m1: a code is 0..15; got {int(codes.amax())}. Packed bytes hold two codes: call unpack first."
         )
+    return lookup_e2m1(codes)
+
+
+def lookup_e2m1(codes: Tensor) -> Tensor:
+    """Return the values of unpacked codes without looking at their range; for callers that have just made them."""
     return _values(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 

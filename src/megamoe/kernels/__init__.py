@@ -6,4 +6,29 @@
 reads it to run something, and imports a kernel module when it is first picked.
 """
 
-KERNELS: dict[str, dict[str, str]] = {}
+KERNELS: dict[str, dict[str, str]] = {
+    "rms_norm": {"portable": "megamoe.kernels.portable.rms_norm"},
+    "rms_norm_quantize_nvfp4": {"portable": "megamoe.kernels.portable.rms_norm_quantize_nvfp4"},
+    "quantize_nvfp4": {"portable": "megamoe.kernels.portable.quantize_nvfp4"},
+    "quantize_fp8_rows": {"portable": "megamoe.kernels.portable.quantize_fp8_rows"},
+    "route_experts": {"portable": "megamoe.kernels.portable.route_experts"},
+    "hyper_connection_pre": {"portable": "megamoe.kernels.portable.hyper_connection_pre"},
+    "hyper_connection_head": {"portable": "megamoe.kernels.portable.hyper_connection_head"},
+    "hyper_connection_post": {"portable": "megamoe.kernels.portable.hyper_connection_post"},
+}
+
+ARCHITECTURES = ("sm90", "sm100", "sm103")
+"""Columns of the printed table. Portable kernels are compiled for all of them."""
+
+
+def support_table() -> str:
+    """Return the support table as Markdown, as docs/kernels.md and the README print it."""
+    lines = [
+        f"| operation | {' | '.join(ARCHITECTURES)} |",
+        f"| --- |{' --- |' * len(ARCHITECTURES)}",
+    ]
+    for op in sorted(KERNELS):
+        table = KERNELS[op]
+        cells = [arch if arch in table else "portable" if "portable" in table else "–" for arch in ARCHITECTURES]
+        lines.append(f"| `{op}` | {' | '.join(cells)} |")
+    return "\n".join(lines)

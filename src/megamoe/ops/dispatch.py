@@ -6,6 +6,10 @@
 
 There is no ranking and no fall-back: every implementation gives the operation's meaning, and a missing one is an error
 that says what to do. `use("reference")` is the only process-wide switch; it exists for `verify` and for tests.
+
+While torch traces (torch.compile, torch.export), an operation that kernels exist for is one node of the graph, the
+custom operator `torch.ops.megamoe.<op>`: shapes come from its fake implementation, and the rule above is applied when
+the graph runs.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -49,6 +54,37 @@ def _arch(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
+_LIBRARY = torch.library.Library("megamoe", "FRAGMENT")
+_TRACED: dict[str, Callable[..., Any]] = {}
+
+
+def traced(
+    op: str,
+    schemas: dict[str, str],
+    implementations: dict[str, Callable[..., Any]],
+    fakes: dict[str, Callable[..., Any]],
+    call: Callable[..., Any] | None = None,
+) -> None:
+    """Register an operation's custom operators, and what `pick` returns while torch traces.
+
+    An operation has several operators where it returns different tensors for different arguments: an operator may
+    not return one of its inputs.
+
+    Args:
+        op: the operation's name.
+        schemas: operator → its schema without the name, "(Tensor x) -> Tensor".
+        implementations: operator → tensors from tensors, on any device; it calls `pick` itself.
+        fakes: operator → empty tensors of the right shapes and dtypes.
+        call: takes what the reference takes, calls the operators, returns what the reference returns. None where the
+            operator of the operation's name does.
+    """
+    for name, schema in schemas.items():
+        _LIBRARY.define(name + schema)
+        _LIBRARY.impl(name, implementations[name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"megamoe::{name}", fakes[name], lib=_LIBRARY)
+    _TRACED[op] = getattr(torch.ops.megamoe, op) if call is None else call
+
+
 def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callable[..., Any]:
     """Return the callable that computes `op` on `device`.
 
@@ -60,6 +96,8 @@ def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callab
     Raises:
         NotImplementedError: the device has no implementation of the operation.
     """
+    if torch.compiler.is_compiling() and op in _TRACED:
+        return _TRACED[op]
     if device.type == "cpu" or _USED.get() == "reference":
         return reference
     if device.type != "cuda":
@@ -77,3 +115,53 @@ def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callab
         )
     run: Callable[..., Any] = importlib.import_module(module).run
     return run
+
+
+# What an engine does before it says that it is ready. The rooms above operations do not see kernels.
+
+
+def _store(device: torch.device) -> Any:
+    return importlib.import_module("megamoe.kernels.store").store_of(device)
+
+
+def open_pack(path: pathlib.Path, device: torch.device, *, version: str) -> None:
+    """Load kernels for a device from a pack before looking anywhere else.
+
+    Args:
+        path: the pack's directory.
+        device: a CUDA device.
+        version: megamoe's version; a pack of another one is refused.
+
+    Raises:
+        ValueError: the device is not a CUDA device, or the pack is damaged, foreign or for another architecture.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"open_pack: a kernel pack is for a CUDA device; got {device}. Leave --pack out.")
+    _store(device).use_pack(path, version=version)
+
+
+def warm_up(calls: Iterable[tuple[str, Mapping[str, int]]], device: torch.device) -> None:
+    """Load, and compile where necessary, every kernel that some operation calls need; on the CPU there is none.
+
+    Nothing is run, so no data is needed. Operations without a kernel on the device are passed over here and refused
+    when they are called.
+
+    Args:
+        calls: (operation, sizes of its named dimensions), as in models/*/shapes.py.
+        device: where the model is.
+    """
+    if device.type == "cuda":
+        store = _store(device)
+        plan = importlib.import_module("megamoe.kernels.plan")
+        store.warm_up(plan.requests_for(calls, store.target))
+
+
+def seal(device: torch.device) -> None:
+    """From now on, refuse to load or compile a kernel that is not loaded yet."""
+    if device.type == "cuda":
+        _store(device).seal()
+
+
+def explain(device: torch.device) -> str:
+    """Return what was loaded, from where and how long it took, as a Markdown table."""
+    return str(_store(device).explain()) if device.type == "cuda" else f"{device}: references, no kernels"

@@ -14,7 +14,7 @@ Math       per token, x = the X streams [X, D] flattened stream by stream:
 Numerics   everything fp32; u, x' and h are rounded once to the dtype of x; post and C stay fp32. Sums over streams are
            added in ascending order, in hyper_connection_post after the term of y. Row-invariant.
 Tolerance  verify/tolerance.py, "hyper_connection_pre", "..._post", "..._head"
-Kernels    none yet
+Kernels    portable: pre and head as one kernel that reads the streams once; post in one pass
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """
 
@@ -25,7 +25,7 @@ import functools
 import torch
 
 from megamoe.ops.check import FLOAT32, FLOATS, check
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.matmul import row_invariant_matmul
 from megamoe.ops.row_math import row_sum, sigmoid
 
@@ -227,3 +227,74 @@ def reference_head(
     values = x.float()
     pre = sigmoid(_projected(values, fn, norm_eps).mul_(scale).add_(base)).add_(hc_eps)  # [T, X]
     return _weighted_sum(pre, values).to(x.dtype)
+
+
+def _run_pre(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    run = pick("hyper_connection_pre", x.device, reference_pre)
+    return run(x, fn, base, scale, norm_eps, hc_eps, sinkhorn_iters)  # type: ignore[no-any-return]
+
+
+def _fake_pre(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_tokens, streams, width = x.shape
+    u = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
+    return u, _empty(x, num_tokens, streams), _empty(x, num_tokens, streams, streams)
+
+
+def _empty(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
+def _run_post(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    return pick("hyper_connection_post", x.device, reference_post)(y, x, post, comb)  # type: ignore[no-any-return]
+
+
+def _fake_post(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _run_head(
+    x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float
+) -> torch.Tensor:
+    run = pick("hyper_connection_head", x.device, reference_head)
+    return run(x, fn, base, scale, norm_eps, hc_eps)  # type: ignore[no-any-return]
+
+
+def _fake_head(
+    x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float
+) -> torch.Tensor:
+    return torch.empty((x.shape[0], x.shape[2]), dtype=x.dtype, device=x.device)
+
+
+for _op, _schema, _run_op, _fake_op in (
+    (
+        "hyper_connection_pre",
+        "(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, int sinkhorn_iters)"
+        " -> (Tensor, Tensor, Tensor)",
+        _run_pre,
+        _fake_pre,
+    ),
+    ("hyper_connection_post", "(Tensor y, Tensor x, Tensor post, Tensor comb) -> Tensor", _run_post, _fake_post),
+    (
+        "hyper_connection_head",
+        "(Tensor x, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps) -> Tensor",
+        _run_head,
+        _fake_head,
+    ),
+):
+    traced(_op, {_op: _schema}, {_op: _run_op}, {_op: _fake_op})

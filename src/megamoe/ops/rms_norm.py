@@ -5,7 +5,7 @@ Math       y[.., k] = x[.., k] * rsqrt(mean_k(x^2) + eps) * weight[k]; without a
 Numerics   fp32 inside (a bf16 input is widened first, so the per-head query norm is an fp32 norm, too); the weight is
            used in fp32 and not offset by one; one rounding to out_dtype. Row-invariant.
 Tolerance  verify/tolerance.py, "rms_norm"
-Kernels    none yet
+Kernels    portable: one pass, a row in registers
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code. It takes the mean of the per-head query
            norm in bf16; here, as in the serving engines, that norm is fp32 like every other.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from megamoe.ops.check import FLOATS, OUT_DTYPES, check
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.row_math import row_sum
 
 
@@ -51,3 +51,19 @@ def reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out_dtyp
     if weight is not None:
         y *= weight.float()
     return y.to(out_dtype)
+
+
+def _fake(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out_dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+
+
+def _run(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out_dtype: torch.dtype) -> torch.Tensor:
+    return pick("rms_norm", x.device, reference)(x, weight, eps, out_dtype)  # type: ignore[no-any-return]
+
+
+traced(
+    "rms_norm",
+    {"rms_norm": "(Tensor x, Tensor? weight, float eps, ScalarType out_dtype) -> Tensor"},
+    {"rms_norm": _run},
+    {"rms_norm": _fake},
+)

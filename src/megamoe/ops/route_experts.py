@@ -8,7 +8,8 @@ Numerics   everything fp32, the product included (the gate is stored in bf16 and
            selects; the weights are the unbiased scores, of experts chosen by table, too. Equal scores go to the lowest
            expert. Nothing is added to the sum that normalizes. Row-invariant.
 Tolerance  verify/tolerance.py, "route_experts"
-Kernels    none yet
+Kernels    portable: scores on the matrix unit, then a selection by warps. Ids outside the table or the experts give NaN
+           weights there, since a kernel cannot raise without waiting for the device
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """
 
@@ -18,7 +19,7 @@ import torch
 
 from megamoe.ops.check import FLOAT32, FLOATS, INT64, check
 from megamoe.ops.dequant_cache import dequantized
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.matmul import row_invariant_matmul
 from megamoe.ops.row_math import row_sum, softplus
 
@@ -114,3 +115,40 @@ def _refuse_outside(name: str, ids: torch.Tensor, limit: int, what: str) -> None
         raise ValueError(
             f"route_experts: {name} must be 0 to {limit - 1}, the {what}; got {got}. Check the vocabulary."
         )
+
+
+def _run(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    top_k: int,
+    routed_scaling: float,
+    bias: torch.Tensor | None,
+    expert_table: torch.Tensor | None,
+    token_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    run = pick("route_experts", x.device, reference)
+    return run(x, gate, top_k, routed_scaling, bias, expert_table, token_ids)  # type: ignore[no-any-return]
+
+
+def _fake(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    top_k: int,
+    routed_scaling: float,
+    bias: torch.Tensor | None,
+    expert_table: torch.Tensor | None,
+    token_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.empty((x.shape[0], top_k), dtype=torch.float32, device=x.device)
+    return weights, torch.empty((x.shape[0], top_k), dtype=torch.int64, device=x.device)
+
+
+traced(
+    "route_experts",
+    {
+        "route_experts": "(Tensor x, Tensor gate, int top_k, float routed_scaling, Tensor? bias, Tensor? expert_table,"
+        " Tensor? token_ids) -> (Tensor, Tensor)"
+    },
+    {"route_experts": _run},
+    {"route_experts": _fake},
+)

@@ -114,8 +114,8 @@ async def _with_pauses(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGen
 async def _end(task: asyncio.Future[Any]) -> BaseException | None:
     """Cancel a task, wait until it has ended in whatever way, and return its error; cancellation is none."""
     task.cancel()
-    results: list[Any] = await asyncio.gather(task, return_exceptions=True)
-    error = results[0]
+    results = await asyncio.gather(task, return_exceptions=True)
+    error: Any = results[0]
     return error if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError) else None
 
 

@@ -39,6 +39,9 @@ _REQUANTIZED = (
 
 TOLERANCES: dict[str, Tolerance] = {
     "rms_norm": Tolerance(1e-5, "one fp32 sum of K squares in any order, and an approximate rsqrt"),
+    "rms_norm_quantize_nvfp4": Tolerance(
+        1e-5, "y as rms_norm; the codes must be quantize_nvfp4 of that very y, every bit"
+    ),
     "rope": Tolerance(1e-6, "fp32 cos and sin of the same fp32 angle, four products; a different angle is a fault"),
     "hyper_connection_pre": Tolerance(3e-5, "an fp32 product over X * D, then 39 normalizations that do not amplify"),
     "hyper_connection_post": Tolerance(1e-6, "X + 1 fp32 products a channel"),
@@ -132,8 +135,9 @@ def _assert_equal_bits(op: str, got: torch.Tensor, want: torch.Tensor) -> None:
     if got.is_floating_point():
         nan = got.float().isnan() | want.float().isnan()
         _fail_at(op, nan, got, want, "is NaN")
-    as_bytes_got = got.contiguous().reshape(-1).view(torch.uint8).view(got.numel(), got.element_size())
-    as_bytes_want = want.contiguous().reshape(-1).view(torch.uint8).view(want.numel(), want.element_size())
+    got, want = (one.clone(memory_format=torch.contiguous_format) for one in (got, want))  # expanded ones, too
+    as_bytes_got = got.reshape(-1).view(torch.uint8).view(got.numel(), got.element_size())
+    as_bytes_want = want.reshape(-1).view(torch.uint8).view(want.numel(), want.element_size())
     _fail_at(op, (as_bytes_got != as_bytes_want).any(-1).view(want.shape), got, want, "must have equal bits")
 
 

@@ -145,9 +145,18 @@ PRO: dict[str, Any] = {
     "routed_scaling_factor": 2.5,
 }
 
+RANK = 8
+DSPARK_KEYS: dict[str, Any] = {
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": VOCAB - 1,
+    "dspark_target_layer_ids": [1, 2, 3],
+    "dspark_markov_rank": RANK,
+}
+DSPARK: dict[str, Any] = {**CONFIG, **DSPARK_KEYS}
+
 LINEAR = re.compile(
     r"(layers|mtp)\.\d+\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|ffn\.(experts\.\d+|shared_experts)\.w[123]"
-    r"|e_proj|h_proj)\.weight"
+    r"|e_proj|h_proj|main_proj)\.weight"
 )
 EXPERT = re.compile(r"(layers|mtp)\.\d+\.ffn\.experts\.\d+\.w[123]\.weight")
 Tensors = dict[str, torch.Tensor]
@@ -215,6 +224,29 @@ def make_master(seed: int, *, num_mtp: int = 1) -> Tensors:
         put(f"mtp.{stage}.e_proj.weight", HIDDEN, HIDDEN)
         put(f"mtp.{stage}.h_proj.weight", HIDDEN, HIDDEN)
         put_streams(f"mtp.{stage}.hc_head", STREAMS, 1)
+    return out
+
+
+def make_dspark_master(seed: int, *, num_stages: int = 3) -> Tensors:
+    """The same with a DSpark draft, for the config DSPARK."""
+    generator = torch.Generator().manual_seed(seed)
+    out = make_master(seed, num_mtp=num_stages)
+    last = num_stages - 1
+    for name in [name for name in out if name.startswith("mtp.")]:
+        leaf = name.split(".", 2)[2].removesuffix(".weight")
+        belongs_to_mtp = leaf in ("enorm", "hnorm", "e_proj", "h_proj")
+        if belongs_to_mtp or (re.fullmatch(r"norm|hc_head_\w+", leaf) and not name.startswith(f"mtp.{last}.")):
+            del out[name]
+    shapes = {
+        "mtp.0.main_proj": (HIDDEN, 3 * HIDDEN),
+        "mtp.0.main_norm": (HIDDEN,),
+        f"mtp.{last}.markov_head.markov_w1": (VOCAB, RANK),
+        f"mtp.{last}.markov_head.markov_w2": (VOCAB, RANK),
+        f"mtp.{last}.confidence_head.proj": (1, HIDDEN + RANK),
+    }
+    for name, shape in shapes.items():
+        scale = 1.0 if "markov" in name else shape[-1] ** -0.5
+        out[f"{name}.weight"] = (torch.randn(shape, generator=generator) * scale).bfloat16()
     return out
 
 
@@ -352,6 +384,17 @@ def values_of(weights: ModelWeights) -> Tensors:
         out[f"{prefix}.e_proj.weight"] = plain_values(mtp.e_proj)
         out[f"{prefix}.h_proj.weight"] = plain_values(mtp.h_proj)
         out.update(_streams(f"{prefix}.hc_head", mtp.hc_head))
+    if (dspark := weights.dspark) is not None:
+        last = f"mtp.{len(dspark.stages) - 1}"
+        for stage, block in enumerate(dspark.stages):
+            out.update(_block(f"mtp.{stage}", block))
+        out["mtp.0.main_proj.weight"] = plain_values(dspark.main_proj)
+        out["mtp.0.main_norm.weight"] = dspark.main_norm.float()
+        out[f"{last}.norm.weight"] = dspark.norm.float()
+        out.update(_streams(f"{last}.hc_head", dspark.hc_head))
+        out[f"{last}.markov_head.markov_w1.weight"] = dspark.markov_w1.float()
+        out[f"{last}.markov_head.markov_w2.weight"] = dspark.markov_w2.float()
+        out[f"{last}.confidence_head.proj.weight"] = dspark.confidence.float()
     return out
 
 

@@ -14,11 +14,11 @@ import pytest
 from megamoe.checkpoint import CheckpointError
 from megamoe.models import ARCHITECTURES, architecture_of
 from megamoe.models.deepseek_v4.config import DSparkConfig, LayerKind, ModelConfig, load_config, parse_config
+from megamoe.models.deepseek_v4.inventory import DSparkDraft, inventory
 from megamoe.models.deepseek_v4.shapes import MODELS, OpCall, op_calls, op_shapes
-from megamoe.models.deepseek_v4.weights import inventory
 from megamoe.ops.rope import YarnScaling
 
-from .checkpoints import CONFIG, FLASH, PRO
+from .checkpoints import CONFIG, DSPARK, FLASH, PRO
 
 SWA, CSA, HCA = LayerKind.SWA, LayerKind.CSA, LayerKind.HCA
 
@@ -163,7 +163,7 @@ def raw_config(model: str, repository: Any) -> dict[str, Any]:
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return logical shapes by name without layer and expert numbers."""
     shapes = {}
-    for entry in inventory(config, num_mtp=1):
+    for entry in (*inventory(config, num_mtp=1), *inventory(config, dspark=DSparkDraft.of(config, 1))):
         parts = [part for part in entry.name.removesuffix(".weight").split(".") if not part.isdigit()]
         name = ".".join(parts).removeprefix("layers.")
         ratio = config.ratios[int(entry.name.split(".")[1])] if entry.name.startswith("layers.") else 0
@@ -173,10 +173,12 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_sizes_of_linears_are_those_of_the_weights(model, repository):
-    config = parse_config(raw_config(model, repository))
+    layers, rank = {"tiny": ([0, 3], 8), "flash": ([40, 41, 42], 256), "pro": ([58, 59, 60], 512)}[model]
+    draft = {"dspark_target_layer_ids": layers, "dspark_markov_rank": rank, "dspark_noise_token_id": 0}
+    config = parse_config({**raw_config(model, repository), **draft, "dspark_block_size": 5})
     shapes = linear_shapes(config)
     names = {call.where: call for call in op_calls(model) if call.op == "linear"}
-    assert len(names) == 13
+    assert len(names) == 16
     for where, call in names.items():
         assert (call.dims["N"], call.dims["K"]) == shapes[where], where
     grouped = next(call for call in op_calls(model) if call.op == "grouped_linear")
@@ -184,7 +186,7 @@ def test_sizes_of_linears_are_those_of_the_weights(model, repository):
     experts = next(call for call in op_calls(model) if call.op == "experts")
     assert (experts.dims["F"], experts.dims["D"]) == shapes["ffn.experts.w1"]
     quantized = {"attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_b", "attn.indexer.wq_b", "mtp.e_proj"}
-    quantized |= {"ffn.shared_experts.w1", "ffn.shared_experts.w2"}
+    quantized |= {"mtp.main_proj", "ffn.shared_experts.w1", "ffn.shared_experts.w2"}
     assert {call.where for call in op_calls(model) if call.op == "nvfp4_linear"} == quantized
 
 
@@ -333,6 +335,21 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("index head too small", {**CONFIG, "index_head_dim": 4}, "must be even and at most index_head_dim (4)."),
     ("end token", {**CONFIG, "eos_token_id": 48}, "eos_token_id is 48; expected ids below vocab_size (48)."),
     ("end token text", {**CONFIG, "eos_token_id": "</s>"}, "eos_token_id is '</s>'; expected a token id or a list"),
+    (
+        "DSpark layers",
+        {**DSPARK, "dspark_target_layer_ids": [2, 4]},
+        "dspark_target_layer_ids is [2, 4]; layers are 0 to 3.",
+    ),
+    (
+        "no DSpark layers",
+        {**DSPARK, "dspark_target_layer_ids": []},
+        "dspark_target_layer_ids is []; expected a list of layer numbers.",
+    ),
+    (
+        "DSpark noise",
+        {**DSPARK, "dspark_noise_token_id": 48},
+        "dspark_noise_token_id is 48; expected an id below vocab_size (48).",
+    ),
     ("half a DSpark", {**CONFIG, "dspark_block_size": 5}, "dspark_block_size without dspark_markov_rank"),
     (
         "quantization method",

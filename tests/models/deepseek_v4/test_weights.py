@@ -19,9 +19,10 @@ from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.models.deepseek_v4 import names, stored
 from megamoe.models.deepseek_v4.config import load_config, parse_config
+from megamoe.models.deepseek_v4.inventory import DSparkDraft, inventory
 from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.stored import Format, StoredTensors
-from megamoe.models.deepseek_v4.weights import ModelWeights, Role, inventory, load_weights
+from megamoe.models.deepseek_v4.weights import ModelWeights, Role, load_weights
 
 from . import checkpoints
 from .checkpoints import CONFIG, LAYOUTS, Tensors, assert_same, encode_all, make_master, save, values_of
@@ -74,16 +75,12 @@ def test_inventory_gives_the_published_totals(raw, num_tensors, num_bytes, num_p
 
 
 def test_dspark_release_has_the_published_number_of_tensors():
-    config = parse_config(checkpoints.FLASH)
+    dspark = {key: value for key, value in checkpoints.DSPARK.items() if key.startswith("dspark_")}
+    flash, pro = parse_config({**checkpoints.FLASH, **dspark}), parse_config({**checkpoints.PRO, **dspark})
     per_entry = {Role.LINEAR: 2, Role.EXPERT: 2}
-    backbone = sum(per_entry.get(entry.role, 1) for entry in inventory(config, num_mtp=0))
-    stage = sum(
-        per_entry.get(entry.role, 1)
-        for entry in inventory(config, num_mtp=1)
-        if re.fullmatch(r"mtp\.0\.(attn|ffn|hc_attn|hc_ffn|attn_norm|ffn_norm)[._].*", entry.name)
-    )
-    extra = 2 + 1 + (1 + 3 + 2 + 1)  # main_proj and its scale, main_norm; norm, hc_head, markov_w1 and w2, confidence
-    assert backbone + 3 * stage + extra == 72_317
+    for config, published in ((flash, 72_317), (pro, 149_782)):
+        entries = inventory(config, dspark=DSparkDraft.of(config, 3))
+        assert sum(per_entry.get(entry.role, 1) for entry in entries) == published
 
 
 NAMES = [
@@ -342,39 +339,59 @@ def test_draft_copies_of_embedding_and_head_are_listed(tmp_path, seed):
     assert "mtp.0.embed.weight: differs from embed.weight" in refusal(save(tmp_path, master))
 
 
-def dspark_tensors(seed: int) -> Tensors:
-    """The official layout with a three-stage DSpark draft."""
-    tensors, _ = encode_all(make_master(seed, num_mtp=3), LAYOUTS["official"])
-    for name in list(tensors):
-        stage = re.fullmatch(r"mtp\.(\d)\.(enorm|hnorm|e_proj|h_proj|norm|hc_head_\w+)(\..*)?", name)
-        if stage and (stage[2] not in ("norm", "hc_head_fn", "hc_head_base", "hc_head_scale") or stage[1] != "2"):
-            del tensors[name]
-    proj, _ = checkpoints.encode(torch.randn(160, 480), "fp8")
-    tensors.update({f"mtp.0.main_proj.{leaf}": value for leaf, value in proj.items()})
-    tensors["mtp.0.main_norm.weight"] = torch.ones(160).bfloat16()
-    for name, shape in (("markov_head.markov_w1", (48, 8)), ("markov_head.markov_w2", (48, 8))):
-        tensors[f"mtp.2.{name}.weight"] = torch.zeros(shape).bfloat16()
-    tensors["mtp.2.confidence_head.proj.weight"] = torch.zeros(1, 168).bfloat16()
-    return tensors
+@pytest.mark.parametrize("layout", ["official", "nvidia", "mixed"])
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_dspark_draft(tmp_path, seed, layout, num_stages):
+    master = checkpoints.make_dspark_master(seed, num_stages=num_stages)
+    tensors, values = encode_all(master, LAYOUTS[layout])
+    weights = load(save(tmp_path, tensors, checkpoints.DSPARK))
+    assert weights.mtp == () and weights.unused_draft == () and weights.dspark is not None
+    assert len(weights.dspark.stages) == num_stages
+    assert_same(values_of(weights), values)
 
 
-def test_dspark_draft_is_listed_and_the_backbone_loads(tmp_path, seed):
-    tensors = dspark_tensors(seed)
+def test_dspark_draft_without_its_keys_is_listed_and_the_backbone_loads(tmp_path, seed):
+    tensors, values = encode_all(checkpoints.make_dspark_master(seed), LAYOUTS["official"])
     weights = load(save(tmp_path, tensors))
-    assert weights.mtp == ()
+    assert weights.mtp == () and weights.dspark is None
     assert weights.unused_draft == tuple(sorted(name for name in tensors if name.startswith("mtp.")))
-    _, values = encode_all(make_master(seed, num_mtp=3), LAYOUTS["official"])
     assert_same(values_of(weights), {name: value for name, value in values.items() if not name.startswith("mtp.")})
 
 
 def test_a_dspark_draft_must_be_whole(tmp_path, seed):
-    tensors = dspark_tensors(seed)
+    tensors, _ = encode_all(checkpoints.make_dspark_master(seed), LAYOUTS["official"])
     del tensors["mtp.1.ffn.experts.2.w2.scale"]
     tensors["mtp.2.markov_head.markov_w2.weight"] = torch.zeros(48, 7).bfloat16()
     message = refusal(save(tmp_path, tensors))
     assert "2 problems" in message
     assert "mtp.1.ffn.experts.2.w2.scale: missing, expected F8_E8M0 or U8 [160, 1]." in message
     assert "mtp.2.markov_head.markov_w2.weight: BF16 [48, 7], expected BF16 or F32 [48, 8]." in message
+
+
+def test_dspark_keys_without_a_draft(tmp_path, seed):
+    weights = load(save(tmp_path, make_master(seed, num_mtp=0), checkpoints.DSPARK))
+    assert weights.mtp == () and weights.dspark is None and weights.unused_draft == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mtp.0.main_proj.weight", r"mtp.0.main_proj.weight: missing"),
+        ("mtp.1.attn.wkv.weight", r"mtp.1.attn.wkv.weight: missing"),
+        ("mtp.2.markov_head.markov_w2.weight", r"mtp.2.markov_head.markov_w2.weight: missing, expected .* \[48, 8\]"),
+        ("mtp.2.confidence_head.proj.weight", r"mtp.2.confidence_head.proj.weight: missing, expected .* \[1, 168\]"),
+    ],
+)
+def test_a_dspark_draft_with_a_hole_is_refused(tmp_path, seed, name, reason):
+    master = checkpoints.make_dspark_master(seed)
+    del master[name]
+    assert re.search(reason, refusal(save(tmp_path, master, checkpoints.DSPARK)))
+
+
+def test_classic_tensors_in_a_dspark_draft_are_refused(tmp_path, seed):
+    master = checkpoints.make_dspark_master(seed)
+    master["mtp.1.enorm.weight"] = torch.ones(160).bfloat16()
+    assert "mtp.1.enorm.weight: " in refusal(save(tmp_path, master, checkpoints.DSPARK))
 
 
 def test_norms_of_a_stripped_draft_are_listed(tmp_path, seed):
@@ -759,7 +776,7 @@ REFUSALS: list[tuple[str, str, Callable[[Tensors], None], str]] = [
         "model.layers.1.attn.norm.weight: the same tensor as layers.1.attn.kv_norm.weight",
     ),
     (
-        "NaN block scale",
+        "F7: NaN block scale",
         "all_nvfp4",
         poke(f"{EXPERT}.weight_scale", 0x7F, byte=True),
         f"{EXPERT}.weight_scale: a byte that is NaN or negative in E4M3, at [159, 1] (1 of 320 scales).",

@@ -72,8 +72,12 @@ class Attention:
         query_latent = LinearInput(rms_norm(source.times(w.wq_a), w.q_norm, eps=self.eps), self.recipe)
         q = query_latent.times(w.wq_b).unflatten(-1, (self.num_heads, self.head_dim))  # [T, H, C]
         q = rope(rms_norm(q, None, eps=self.eps), positions, self.table)
-        kv = rope(rms_norm(source.times(w.wkv), w.kv_norm, eps=self.eps), positions, self.table)  # [T, C]
-        return query_latent, q, kv
+        return query_latent, q, self.latent_rows(source, positions)
+
+    def latent_rows(self, source: LinearInput, positions: torch.Tensor) -> torch.Tensor:
+        """Return the latent rows [T, C], key and value at once, rotated."""
+        kv = source.times(self.weights.wkv)
+        return rope(rms_norm(kv, self.weights.kv_norm, eps=self.eps), positions, self.table)
 
     def attend(self, q: torch.Tensor, plan: StepPlan, pools: LayerPools, selected: torch.Tensor | None) -> torch.Tensor:
         """Return [T, H, C]: softmax over window and selected entries with sink, rotated back to relative positions."""

@@ -75,7 +75,8 @@ _KNOWN = _IGNORED.union(_FIXED, _INTEGERS, _NUMBERS, _DSPARK, _ELSEWHERE)
 
 # Beyond these a number is damage, not a size: nothing is allocated or counted to for it.
 _LARGEST_INTEGER, _LARGEST_NUMBER = 2**40, 1e30
-_LARGEST = {"num_hidden_layers": 1024, "n_routed_experts": 16384}
+MAX_LAYERS, MAX_EXPERTS = 1024, 4096
+_LARGEST = {"num_hidden_layers": MAX_LAYERS, "n_routed_experts": MAX_EXPERTS}
 
 _YARN_KEYS = frozenset(
     "type rope_type factor beta_fast beta_slow original_max_position_embeddings attention_factor truncate "
@@ -471,12 +472,18 @@ class _Parser:
             self.problem(f"{', '.join(given)} without {', '.join(sorted(set(_DSPARK) - set(given)))}.")
             return None
         layers = self.raw["dspark_target_layer_ids"]
-        if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        num_layers, vocab_size = self.raw.get("num_hidden_layers"), self.raw.get("vocab_size")  # checked elsewhere
+        if not isinstance(layers, list) or not layers or any(type(layer) is not int for layer in layers):
             self.problem(f"dspark_target_layer_ids is {layers!r}; expected a list of layer numbers.")
             return None
+        if type(num_layers) is int and not 0 <= min(layers) <= max(layers) < num_layers:
+            self.problem(f"dspark_target_layer_ids is {layers!r}; layers are 0 to {num_layers - 1}.")
+        noise = self.integer("dspark_noise_token_id", minimum=0)
+        if type(vocab_size) is int and noise >= vocab_size:
+            self.problem(f"dspark_noise_token_id is {noise}; expected an id below vocab_size ({vocab_size}).")
         return DSparkConfig(
             block_size=self.integer("dspark_block_size"),
-            noise_token_id=self.integer("dspark_noise_token_id", minimum=0),
+            noise_token_id=noise,
             target_layer_ids=tuple(layers),
             markov_rank=self.integer("dspark_markov_rank"),
         )

@@ -68,6 +68,12 @@ class DSparkDraft:
     num_targets: int
     markov_rank: int
 
+    @classmethod
+    def of(cls, config: ModelConfig, num_stages: int) -> DSparkDraft:
+        """Return the draft that a configuration with DSpark keys describes."""
+        assert config.dspark is not None
+        return cls(num_stages, len(config.dspark.target_layer_ids), config.dspark.markov_rank)
+
 
 def inventory(config: ModelConfig, *, num_mtp: int = 0, dspark: DSparkDraft | None = None) -> tuple[Entry, ...]:
     """Return everything a checkpoint of this model holds.

@@ -25,6 +25,8 @@ from megamoe.models.deepseek_v4.cache import (
     tokens_per_page,
 )
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.dspark import DSpark, mean_of_streams
+from megamoe.models.deepseek_v4.dspark_drafter import DSparkDrafter, Tapped
 from megamoe.models.deepseek_v4.hyper_connection import collapse_streams
 from megamoe.models.deepseek_v4.mtp import MtpStage
 from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
@@ -80,6 +82,9 @@ class Model:
             for block, kind, ratio in zip(weights.blocks, config.layer_kinds, config.ratios, strict=True)
         )
         self.mtp = tuple(MtpStage(stage, config, recipe, window_table) for stage in weights.mtp)
+        self.dspark: DSpark | None = None
+        if weights.dspark is not None and config.dspark is not None:
+            self.dspark = DSpark(weights.dspark, config.dspark, config, recipe, window_table)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -111,7 +116,7 @@ class Model:
     @property
     def num_draft_stages(self) -> int:
         """Draft stages that keep rows of their own."""
-        return len(self.mtp)
+        return len(self.mtp) if self.dspark is None else len(self.dspark.stages)
 
     def capacity(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> CapacityReport:
         """Return what a shared cache costs, draft stages included if they are used."""
@@ -135,20 +140,32 @@ class Model:
             device=self.device,
         )
 
-    def run(self, plan: StepPlan, cache: SharedCache) -> torch.Tensor:
-        """Run the tokens of a step; returns the last block's streams [T, X, D]."""
-        return self.forward(plan, cache.layers)
+    def run(self, plan: StepPlan, cache: SharedCache) -> torch.Tensor | Tapped:
+        """Run the tokens of a step; returns the last block's streams [T, X, D], tapped if DSpark is to read them."""
+        if self.dspark is None or not cache.draft_layers:
+            return self.forward(plan, cache.layers)
+        taps: dict[int, torch.Tensor] = dict.fromkeys(self.dspark.shape.target_layer_ids, torch.empty(0))
+        streams = self.forward(plan, cache.layers, taps)
+        return Tapped(streams, torch.cat([taps[layer] for layer in self.dspark.shape.target_layer_ids], dim=1))
 
-    def logits_of(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    def logits_of(self, hidden: torch.Tensor | Tapped, rows: torch.Tensor | None) -> torch.Tensor:
         """Return fp32 logits [N, V] of some rows (int64 [N]) of what `run` returned, or of all."""
-        return self.head(hidden if rows is None else hidden[rows])
+        streams = hidden.streams if isinstance(hidden, Tapped) else hidden
+        return self.head(streams if rows is None else streams[rows])
 
-    def new_drafter(self, cache: SharedCache, num_tokens: int) -> MtpDrafter:
-        """Return the drafter of this checkpoint over a shared cache made with drafts.
+    def new_drafter(self, cache: SharedCache, num_tokens: int) -> MtpDrafter | DSparkDrafter:
+        """Return the drafter of this checkpoint over a shared cache made with drafts: DSpark's, or the classic one.
 
         Raises:
-            ValueError: the checkpoint has no draft stage.
+            ValueError: the checkpoint has no draft stage, or DSpark drafts fewer tokens at once.
         """
+        if self.dspark is not None:
+            if num_tokens > self.dspark.shape.block_size:
+                raise ValueError(
+                    f"drafts: model {self.name!r} drafts {self.dspark.shape.block_size} tokens at once; got "
+                    f"{num_tokens}. Set speculative_tokens to at most that."
+                )
+            return DSparkDrafter(self.dspark, self.embed, self.weights.head, cache)
         if not self.mtp:
             raise ValueError(
                 f"drafts: model {self.name!r} has no draft weights that can be used. Set speculative_tokens to 0."
@@ -194,12 +211,22 @@ class Model:
         cache.advance(ids.shape[0])
         return streams
 
-    def forward(self, plan: StepPlan, pools: Sequence[LayerPools]) -> torch.Tensor:
-        """Run all blocks over the tokens of `plan`; returns the streams [T, X, D] in the activation dtype."""
+    def forward(
+        self, plan: StepPlan, pools: Sequence[LayerPools], taps: dict[int, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Run all blocks over the tokens of `plan`; returns the streams [T, X, D] in the activation dtype.
+
+        Args:
+            plan: the tokens.
+            pools: per layer.
+            taps: for each layer number in it, the mean [T, D] of the streams after that layer is put there.
+        """
         embedded = self.embed(plan.token_ids)  # [T, D]
         streams = embedded[:, None, :].repeat(1, self.config.hc_mult, 1)  # [T, X, D]
-        for block, layer_pools in zip(self.blocks, pools, strict=True):
+        for layer, (block, layer_pools) in enumerate(zip(self.blocks, pools, strict=True)):
             streams = block(streams, plan, layer_pools)
+            if taps is not None and layer in taps:
+                taps[layer] = mean_of_streams(streams)
         return streams
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
 Plain data, so that tests, verify and bench run the sizes that real models use and nobody makes up others. A row is one
 call site: the operations that may serve it (which one depends on the weight's format and the recipe), where it is, and
 its sizes. T, the tokens of a step, is the caller's choice and not listed; nor are page tables and positions.
+The tiny model has no DSpark draft; its sizes in those rows are of one with two target layers and rank 8, for tests.
 
     T tokens  D hidden  H heads  C head channels  R rotary channels  G output groups  X streams  V vocabulary
     E experts  A active experts  F expert inner size  J cache entries a token attends to  Hi index heads
@@ -55,6 +56,7 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     (_LINEAR, "ffn.shared_experts.w1", {"N": (128, 2048, 3072), "K": (256, 4096, 7168)}),
     (_LINEAR, "ffn.shared_experts.w2", {"N": (256, 4096, 7168), "K": (128, 2048, 3072)}),
     (_LINEAR, "mtp.e_proj", {"N": (256, 4096, 7168), "K": (256, 4096, 7168)}),
+    (_LINEAR, "mtp.main_proj", {"N": (256, 4096, 7168), "K": (512, 12288, 21504)}),
     (_GROUPED, "attn.wo_a", {"G": (2, 8, 16), "N": (64, 1024, 1024), "K": (1024, 4096, 4096)}),
     (
         _EXPERTS,
@@ -63,12 +65,18 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ),
     # Linears that stay plain.
     ("linear", "head", {"N": (4096, 129280, 129280), "K": (256, 4096, 7168)}),
+    ("linear", "mtp.markov_head.markov_w2", {"N": (4096, 129280, 129280), "K": (8, 256, 512)}),
+    ("linear", "mtp.confidence_head.proj", {"N": (1, 1, 1), "K": (264, 4352, 7680)}),
     ("linear", "attn.compressor.wkv (ratio 4)", {"N": (1024, 1024, 1024), "K": (256, 4096, 7168)}),
     ("linear", "attn.compressor.wkv (ratio 128)", {"N": (512, 512, 512), "K": (256, 4096, 7168)}),
     ("linear", "attn.indexer.compressor.wkv", {"N": (256, 256, 256), "K": (256, 4096, 7168)}),
     ("linear", "attn.indexer.weights_proj", {"N": (16, 64, 64), "K": (256, 4096, 7168)}),
     ("route_experts", "ffn.gate", {"E": (8, 256, 384), "D": (256, 4096, 7168), "A": (2, 6, 6)}),
-    ("route_experts", "ffn.gate (hash)", {"V": (4096, 129280, 129280), "E": (8, 256, 384), "A": (2, 6, 6)}),
+    (
+        "route_experts",
+        "ffn.gate (hash)",
+        {"V": (4096, 129280, 129280), "E": (8, 256, 384), "D": (256, 4096, 7168), "A": (2, 6, 6)},
+    ),
     # Inputs of quantized linears.
     (_QUANTIZE, "attn input, ffn input", {"K": (256, 4096, 7168)}),
     (_QUANTIZE, "attn.wq_b input", {"K": (128, 1024, 1536)}),
@@ -77,8 +85,8 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     (_QUANTIZE, "ffn.w2 input", {"K": (128, 2048, 3072)}),
     ("clamped_swiglu", "ffn.shared_experts", {"F": (128, 2048, 3072)}),
     # Norms, rotations, streams.
-    ("rms_norm", "attn_norm, ffn_norm, norm", {"K": (256, 4096, 7168)}),
-    ("rms_norm", "attn.q_norm", {"K": (128, 1024, 1536)}),
+    ("rms_norm rms_norm_quantize_nvfp4", "attn_norm, ffn_norm, norm", {"K": (256, 4096, 7168)}),
+    ("rms_norm rms_norm_quantize_nvfp4", "attn.q_norm", {"K": (128, 1024, 1536)}),
     ("rms_norm", "attn queries", {"H": (4, 64, 128), "K": (512, 512, 512)}),
     ("rms_norm", "attn.kv_norm", {"K": (512, 512, 512)}),
     ("rms_norm", "mtp.hnorm", {"X": (4, 4, 4), "K": (256, 4096, 7168)}),
@@ -111,6 +119,11 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
         "sparse_attention",
         "attn (window only)",
         {"H": (4, 64, 128), "C": (512, 512, 512), "W": (128, 128, 128), "J": (0, 0, 0)},
+    ),
+    (
+        "sparse_attention",
+        "attn (DSpark block)",  # J: the rows of the block
+        {"H": (4, 64, 128), "C": (512, 512, 512), "W": (128, 128, 128), "J": (5, 5, 5)},
     ),
     (
         "sparse_attention",
@@ -155,3 +168,25 @@ def op_shapes(op: str) -> tuple[OpCall, ...]:
         known = sorted({name for ops, _, _ in TABLE for name in ops.split()})
         raise ValueError(f"op_shapes: no model calls {op!r}; called are {', '.join(known)}.")
     return tuple(calls.values())
+
+
+def known_model(hidden_size: int, num_experts: int) -> str:
+    """Return which of MODELS has these sizes: the name to pass to `op_calls` for a checkpoint.
+
+    Raises:
+        ValueError: none has.
+    """
+    sizes = {name: op_dims(name) for name in MODELS}
+    for name, dims in sizes.items():
+        if (dims["D"], dims["E"]) == (hidden_size, num_experts):
+            return name
+    known = ", ".join(f"{name} ({dims['D']}, {dims['E']})" for name, dims in sizes.items())
+    raise ValueError(
+        f"shapes: hidden size and routed experts must be those of {known}; got ({hidden_size}, {num_experts}). Add the "
+        "model to models/deepseek_v4/shapes.py."
+    )
+
+
+def op_dims(model: str) -> Mapping[str, int]:
+    """Return the sizes of a model's routed experts: E, A, D and F."""
+    return next(call.dims for call in op_calls(model) if call.op == "experts")

@@ -10,8 +10,9 @@ Numerics   containers keep the stored codes and scales. MXFP4 becomes NVFP4 with
            their own. wo_a stored as FP8 becomes BF16 where that is exact, else FP32. With dequantize=True every weight
            is a plain tensor holding the stored values.
 FP32       hyper-connection parameters, attn_sink, ape and gate.bias are FP32 whatever they are stored in.
-Draft      which draft there is, the tensors say. Classic MTP stages are loaded. DSpark stages (0731, 0813 releases)
-           are recognized and listed as unused, like the norms of a stage that lost all its linears.
+Draft      which draft there is, the tensors say. Classic MTP stages and DSpark stages (0731, 0813 releases) are loaded.
+           DSpark stages whose dspark_* keys config.json lacks cannot be run and are listed as unused, like the norms
+           of a stage that lost all its linears.
            num_nextn_predict_layers is not believed: re-saved checkpoints keep it after dropping the tensors.
 """
 
@@ -30,7 +31,7 @@ from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.mxfp4 import mxfp4_to_nvfp4, shared_top_exponent
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
-from megamoe.models.deepseek_v4.inventory import Entry, Role, draft_names, inventory
+from megamoe.models.deepseek_v4.inventory import DSparkDraft, Entry, Role, draft_names, inventory
 from megamoe.models.deepseek_v4.layout import FLOATS, Format, dspark_shape
 from megamoe.models.deepseek_v4.stored import StoredTensors
 
@@ -185,6 +186,31 @@ class MtpWeights:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class DSparkWeights:
+    """A DSpark draft: N target layers, rank R.
+
+    Attributes:
+        stages: sliding-window layers, run one after the other.
+        main_proj: [D, N * D], of the target layers' outputs side by side.
+        main_norm: [D], after main_proj.
+        norm: [D], before the head.
+        hc_head: collapses the streams of the last stage.
+        markov_w1: [V, R], by the token before.
+        markov_w2: [V, R], by the token drafted.
+        confidence: [1, D + R].
+    """
+
+    stages: tuple[BlockWeights, ...]
+    main_proj: LinearWeight
+    main_norm: torch.Tensor
+    norm: torch.Tensor
+    hc_head: HyperConnectionWeights
+    markov_w1: torch.Tensor
+    markov_w2: torch.Tensor
+    confidence: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ModelWeights:
     """All weights.
 
@@ -195,9 +221,10 @@ class ModelWeights:
         hc_head: collapses the streams.
         blocks: one per backbone layer.
         mtp: classic draft stages; empty when the checkpoint has none.
-        unused_draft: native names of draft tensors that are recognized and not used: DSpark stages; what is left of
-            a classic stage whose linears were all stripped; a draft's copies of the embedding and the head (proved
-            equal to the originals).
+        dspark: the DSpark draft, or None.
+        unused_draft: native names of draft tensors that are recognized and not used: DSpark stages without dspark_*
+            keys; what is left of a stage whose linears were all stripped; a draft's copies of the embedding and the
+            head (proved equal to the originals).
         input_scales: calibrated activation scales (amax / 2688, multiplies) by weight, as stored. Experts that
             calibration never reached may carry values near zero.
     """
@@ -208,6 +235,7 @@ class ModelWeights:
     hc_head: HyperConnectionWeights
     blocks: tuple[BlockWeights, ...]
     mtp: tuple[MtpWeights, ...]
+    dspark: DSparkWeights | None
     unused_draft: tuple[str, ...]
     input_scales: Mapping[str, float]
 
@@ -245,9 +273,28 @@ def load_weights(
     return loader.load()
 
 
-_MTP_MODULE = re.compile(r"mtp\.\d+\.(attn|ffn|e_proj|h_proj)\..+")
-_DSPARK_MODULE = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\..+")
-_STAGE = re.compile(r"mtp\.(\d+)\..+")
+def check_headers(stored: StoredTensors, config: ModelConfig) -> dict[str, Format]:
+    """Check names, dtypes and shapes of all tensors as `load_weights` does, mixed formats allowed.
+
+    Args:
+        stored: the checkpoint; afterwards every tensor of it is accounted for.
+        config: from the same checkpoint.
+
+    Returns:
+        The format of every weight of the backbone and of the draft stages that would be loaded.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, stored twice, misshapen or of the wrong dtype.
+    """
+    loader = _Loader(stored, config, torch.float32, "cpu")
+    loader.check_entries(loader.entries(*loader.claim_draft()))
+    loader.stop_if_refused()
+    return loader.formats
+
+
+_MTP_MODULE = re.compile(r"mtp\.[0-9]{1,2}\.(attn|ffn|e_proj|h_proj)\..+")
+_DSPARK_MODULE = re.compile(r"mtp\.[0-9]{1,2}\.(main_proj|main_norm|markov_head|confidence_head)\..+")
+_STAGE = re.compile(r"mtp\.([0-9]{1,2})\..+")
 
 
 class _Loader:
@@ -265,15 +312,20 @@ class _Loader:
         self.input_scales: dict[str, float] = {}
 
     def load(self) -> ModelWeights:
-        num_mtp = self.claim_draft()
-        entries = inventory(self.config, num_mtp=num_mtp)
+        num_mtp, num_dspark = self.claim_draft()
+        entries = self.entries(num_mtp, num_dspark)
         self.check_entries(entries)
         self.stop_if_refused()
         self.check_scales(entries)
         self.stop_if_refused()
-        weights = self.build(num_mtp)
+        weights = self.build(num_mtp, num_dspark)
         self.stop_if_refused()
         return weights
+
+    def entries(self, num_mtp: int, num_dspark: int) -> tuple[Entry, ...]:
+        """Return what is loaded, given the stages of the draft."""
+        dspark = DSparkDraft.of(self.config, num_dspark) if num_dspark else None
+        return inventory(self.config, num_mtp=num_mtp, dspark=dspark)
 
     def stop_if_refused(self) -> None:
         if self.stored.problems:
@@ -281,29 +333,31 @@ class _Loader:
 
     # Step 1: headers.
 
-    def claim_draft(self) -> int:
-        """Claim draft tensors that are not loaded; return the number of classic MTP stages to load."""
+    def claim_draft(self) -> tuple[int, int]:
+        """Claim draft tensors that are not loaded; return how many classic MTP and DSpark stages to load."""
         draft = [name for name in self.stored.names if _STAGE.fullmatch(name)]
         has_dspark = any(_DSPARK_MODULE.fullmatch(name) for name in draft)
         is_dspark = self.config.dspark is not None or has_dspark
         stages = {int(name.split(".")[1]) for name in draft}
-        if has_dspark:  # not loaded, and yet whole
+        if has_dspark and self.config.dspark is None:  # not loaded, and yet whole
             shape = dspark_shape(self.stored, self.config, max(stages) + 1)
             for entry in inventory(self.config, dspark=shape):
                 if entry.name.startswith("mtp."):
                     self.check_entry(entry)
         loaded: set[int] = set()
-        if not is_dspark:
-            loaded = {int(name.split(".")[1]) for name in draft if _MTP_MODULE.fullmatch(name)}
+        if not is_dspark or self.config.dspark is not None:
+            modules = (_MTP_MODULE, _DSPARK_MODULE) if is_dspark else (_MTP_MODULE,)
+            loaded = {int(name.split(".")[1]) for name in draft if any(one.fullmatch(name) for one in modules)}
         unused = {name for stage in stages - loaded for name in draft_names(self.config, f"mtp.{stage}")}
         for name in draft:
-            copied = re.sub(r"mtp\.\d+\.", "", name)
+            copied = re.sub(r"mtp\.[0-9]{1,2}\.", "", name)
             if copied in ("embed.weight", "head.weight"):
                 self.claim_copy(name, copied)
             elif name in unused:
                 self.stored.claim(name)
                 self.unused_draft.append(name)
-        return next(stage for stage in range(len(loaded) + 1) if stage not in loaded)
+        count = next(stage for stage in range(len(loaded) + 1) if stage not in loaded)
+        return (0, count) if is_dspark else (count, 0)
 
     def claim_copy(self, name: str, original: str) -> None:
         """Claim a draft's copy of the embedding or the head, which must be the same tensor."""
@@ -375,7 +429,7 @@ class _Loader:
 
     # Step 3: values.
 
-    def build(self, num_mtp: int) -> ModelWeights:
+    def build(self, num_mtp: int, num_dspark: int) -> ModelWeights:
         return ModelWeights(
             embed=self.plain("embed.weight"),
             head=self.plain("head.weight"),
@@ -388,6 +442,7 @@ class _Loader:
                 )
             ),
             mtp=tuple(self.mtp(f"mtp.{stage}") for stage in range(num_mtp)),
+            dspark=self.dspark(num_dspark) if num_dspark else None,
             unused_draft=tuple(sorted(self.unused_draft)),
             input_scales=types.MappingProxyType(self.input_scales),
         )
@@ -401,6 +456,19 @@ class _Loader:
             e_proj=self.linear(f"{prefix}.e_proj"),
             h_proj=self.linear(f"{prefix}.h_proj"),
             hc_head=self.hyper_connection(f"{prefix}.hc_head"),
+        )
+
+    def dspark(self, num_stages: int) -> DSparkWeights:
+        last = f"mtp.{num_stages - 1}"
+        return DSparkWeights(
+            stages=tuple(self.block(f"mtp.{stage}", LayerKind.SWA, False) for stage in range(num_stages)),
+            main_proj=self.linear("mtp.0.main_proj"),
+            main_norm=self.plain("mtp.0.main_norm.weight"),
+            norm=self.plain(f"{last}.norm.weight"),
+            hc_head=self.hyper_connection(f"{last}.hc_head"),
+            markov_w1=self.plain(f"{last}.markov_head.markov_w1.weight"),
+            markov_w2=self.plain(f"{last}.markov_head.markov_w2.weight"),
+            confidence=self.plain(f"{last}.confidence_head.proj.weight"),
         )
 
     def block(self, prefix: str, kind: LayerKind, hash_routed: bool) -> BlockWeights:

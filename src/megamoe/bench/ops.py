@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations on a GPU: megamoe bench OP… (or all).
+
+For every operation, shape of models/*/shapes.py (Flash and Pro) and number of tokens: the result of a sample of
+tokens is compared with the CPU reference first, and a wrong one is not timed; then kernel and baseline are timed by
+bench/timing.py and set against the ceiling of bench/roofline.py, whose rates are measured in the same run. The last
+line of standard output is one JSON document.
+
+Exit codes: 0 all measured · 1 a kernel is wrong and was not timed, or not all was run · 2 no GPU here, or not the one
+asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megamoe.bench import report, timing
+from megamoe.bench.roofline import Ceiling, tensor_bytes
+from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
+from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
+from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, rows_of
+from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, compare, known_ops, open_gpu
+
+NUM_TOKENS = (1, 64, 4096)
+MODELS = ("flash", "pro")
+SAMPLE = 12
+MATRIX = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """What a kernel is interleaved with.
+
+    Attributes:
+        name: named in every report.
+        run: the same work by other means, from the operation's keyword arguments; it must not synchronize.
+    """
+
+    name: str
+    run: Callable[..., Any]
+
+
+@functools.cache
+def _thresholds(device: torch.device) -> torch.Tensor:
+    return torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device)
+
+
+def _eager_nvfp4(
+    x: torch.Tensor, tensor_scale: torch.Tensor | None = None, scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
+) -> Any:
+    values = x.float().unflatten(-1, (-1, 16))
+    amax = values.abs().amax(-1)
+    g = amax.amax(-1).clamp(min=1e-12) / 2688.0 if tensor_scale is None else tensor_scale.expand(x.shape[:-1])
+    scales = (amax / (6.0 * g[..., None])).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+    quotient = values / (g[..., None] * scales.float())[..., None]
+    codes = torch.bucketize(quotient.abs(), _thresholds(x.device)).to(torch.uint8) | (
+        quotient.signbit().to(torch.uint8) << 3
+    )
+    pairs = codes.flatten(-2).unflatten(-1, (-1, 2))
+    codes = pairs[..., 0] | (pairs[..., 1] << 4)
+    scales = to_tiled_128x4(scales) if scale_layout is ScaleLayout.TILED_128X4 else scales
+    return codes, scales, g if tensor_scale is None else tensor_scale.expand(x.shape[:-2])
+
+
+def _eager_fp8_rows(x: torch.Tensor) -> Any:
+    values = F.pad(x.float(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
+    scale = torch.exp2(torch.ceil(torch.log2(values.abs().amax(-1).clamp(min=1e-4) / 448.0)))
+    codes = (values / scale[..., None]).to(torch.float8_e4m3fn).flatten(-2)
+    return codes[..., : x.shape[-1]], scale
+
+
+def _eager_post(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    mixed = torch.einsum("tjk,tjd->tkd", comb, x.float())
+    return (post[..., None] * y.float()[:, None] + mixed).to(x.dtype)
+
+
+def _eager_rms_norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, 1e-6)
+
+
+def _eager_rms_norm_quantize(x: torch.Tensor, weight: torch.Tensor) -> Any:
+    y = _eager_rms_norm(x, weight)
+    return y, _eager_nvfp4(y)
+
+
+def _eager_projection(x: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = x.float()
+    flat = values.flatten(1)
+    return values, (flat @ fn.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def _eager_pre(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor) -> Any:
+    values, m = _eager_projection(x, fn)
+    pre = torch.sigmoid(m[:, :4] * scale[0] + base[:4]) + 1e-6
+    post = 2.0 * torch.sigmoid(m[:, 4:8] * scale[1] + base[4:8])
+    comb = (m[:, 8:] * scale[2] + base[8:]).view(-1, 4, 4).softmax(-1) + 1e-6
+    comb = comb / (comb.sum(1, keepdim=True) + 1e-6)
+    for _ in range(19):
+        comb = comb / (comb.sum(2, keepdim=True) + 1e-6)
+        comb = comb / (comb.sum(1, keepdim=True) + 1e-6)
+    return (pre[:, :, None] * values).sum(1).to(x.dtype), post, comb
+
+
+def _eager_head(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    values, m = _eager_projection(x, fn)
+    return ((torch.sigmoid(m * scale + base) + 1e-6)[:, :, None] * values).sum(1).to(x.dtype)
+
+
+def _eager_route(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    top_k: int,
+    routed_scaling: float,
+    bias: torch.Tensor | None = None,
+    expert_table: torch.Tensor | None = None,
+    token_ids: torch.Tensor | None = None,
+) -> Any:
+    scores = F.softplus((x @ gate.T).float()).sqrt()  # bf16 logits: cheaper than the operation allows
+    if expert_table is not None:
+        ids = expert_table[token_ids].long()
+    else:
+        ids = (scores if bias is None else scores + bias).topk(top_k, dim=-1).indices
+    chosen = scores.gather(1, ids)
+    return chosen / chosen.sum(-1, keepdim=True) * routed_scaling, ids
+
+
+BASELINES: dict[str, Baseline] = {
+    "rms_norm": Baseline("torch F.rms_norm", _eager_rms_norm),
+    "rms_norm_quantize_nvfp4": Baseline("torch eager", _eager_rms_norm_quantize),
+    "quantize_nvfp4": Baseline("torch eager", _eager_nvfp4),
+    "quantize_fp8_rows": Baseline("torch eager", _eager_fp8_rows),
+    "route_experts": Baseline("torch eager, bf16 logits", _eager_route),
+    "hyper_connection_pre": Baseline("torch eager", _eager_pre),
+    "hyper_connection_head": Baseline("torch eager", _eager_head),
+    "hyper_connection_post": Baseline("torch eager", _eager_post),
+}
+
+LOOKED_UP = ("expert_table",)
+"""Arguments of which a call reads a row a token: too little to count."""
+
+FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
+    "route_experts": lambda dims, tokens: 2 * tokens * dims["E"] * dims["D"],
+}
+"""Operation → products and sums that run on the matrix units; absent where memory alone counts."""
+
+
+def matrix_tflops() -> float:
+    """Return the rate of a large bf16 matrix product through cuBLAS."""
+    a = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16)
+    graph = timing.capture(lambda _: a @ b.T, 1, calls=4)
+    times = timing.time_graphs({"cublas": graph}, 4, from_l2=False, rounds=7)
+    return 2.0 * MATRIX**3 / times["cublas"].median_us / 1e6
+
+
+def check_sample(call: OpCall, inputs: OpInputs, arguments: Arguments, got: Any, num_tokens: int) -> None:
+    """Compare some tokens of a result with the CPU reference.
+
+    Raises:
+        AssertionError: one is wrong.
+    """
+    index = torch.unique(torch.linspace(0, num_tokens - 1, min(SAMPLE, num_tokens)).long())
+    sampled = {
+        name: moved(rows_of(value, index) if name in inputs.per_token else value, "cpu")
+        for name, value in arguments.items()
+    }
+    want = rows_of(inputs.door(**sampled), torch.arange(len(index)))  # scales in the order of rows, as picked ones
+    compare(call.op, moved(rows_of(got, index), "cpu"), want, sampled)
+
+
+def bench_case(
+    call: OpCall, inputs: OpInputs, num_tokens: int, copy_gbps: float, tflops: float, baseline: Baseline | None
+) -> report.Row:
+    """Check and time one case.
+
+    Raises:
+        AssertionError: the kernel is wrong, so there is no time.
+    """
+    generator = torch.Generator("cuda").manual_seed(num_tokens)
+    arguments = inputs.make(call.dims, num_tokens, generator)
+    got = inputs.door(**arguments)
+    check_sample(call, inputs, arguments, got, num_tokens)
+    per_token = {name: value for name, value in arguments.items() if name in inputs.per_token}
+    shared = {name: value for name, value in arguments.items() if name not in inputs.per_token}
+    read = {name: value for name, value in arguments.items() if name not in LOOKED_UP}
+    num_bytes = tensor_bytes(read) + tensor_bytes(got)
+    rotated = tensor_bytes(per_token) + tensor_bytes(got)
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    count = timing.num_sets(rotated, l2_bytes, 8 << 30)
+    from_l2 = count * rotated < 2 * l2_bytes
+    del got
+    sets = [per_token] + [_map_values(per_token, torch.clone) for _ in range(count - 1)]
+    calls = max(count, timing.CALLS if rotated < (64 << 20) else count)
+    graphs = {"kernel": timing.capture(lambda index: inputs.door(**sets[index], **shared), count, calls)}
+    if baseline is not None:
+        graphs["baseline"] = timing.capture(lambda index: baseline.run(**sets[index], **shared), count, calls)
+    times = timing.time_graphs(graphs, calls, from_l2)
+    flops = FLOPS[call.op](call.dims, num_tokens) if call.op in FLOPS else 0
+    ceiling = Ceiling(num_bytes, flops, copy_gbps, tflops)
+    return report.Row(
+        call.op,
+        str(call),
+        num_tokens,
+        ceiling.us,
+        num_bytes,
+        flops,
+        times["kernel"],
+        baseline.name if baseline else None,
+        times.get("baseline"),
+    )
+
+
+def _map_values(arguments: Arguments, function: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
+    copies: Arguments = {}
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            copies[name] = function(value)
+        elif hasattr(value, "codes"):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            tensors = {key: function(one) for key, one in fields.items() if isinstance(one, torch.Tensor)}
+            copies[name] = dataclasses.replace(value, **tensors)
+        else:
+            copies[name] = value
+    return copies
+
+
+def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str]) -> list[tuple[OpCall, OpInputs, int]]:
+    """Return what to measure, in order: the first number of tokens for all operations, then the next."""
+    return [
+        (call, inputs, tokens)
+        for tokens in num_tokens
+        for op in names
+        for call in op_shapes(op)
+        if call.model in models
+        for inputs in INPUTS[op]
+    ]
+
+
+def run(
+    names: Sequence[str],
+    *,
+    num_tokens: Sequence[int] = NUM_TOKENS,
+    models: Sequence[str] = MODELS,
+    arch: str | None = None,
+    pack: pathlib.Path | None = None,
+    as_json: bool = False,
+    csv_path: pathlib.Path | None = None,
+    commit: str | None = None,
+    seconds: float = math.inf,
+) -> int:
+    """Measure, print, and return the exit code. With as_json only the JSON document is on standard output."""
+    try:
+        ops = known_ops(names)
+        open_gpu(arch, pack)
+    except (NoGpuError, ValueError) as error:
+        print(f"megamoe: error: bench: {error}", file=sys.stderr)
+        return NO_GPU
+    begin = time.perf_counter()
+    copy_gbps, tflops = timing.copy_gbps(), matrix_tflops()
+    log = sys.stderr if as_json else sys.stdout
+    print(f"ceilings of this run: copy {copy_gbps:.0f} GB/s, bf16 matrix product {tflops:.0f} TFLOP/s", file=log)
+    print(report.HEADER, file=log, flush=True)
+    rows: list[report.Row] = []
+    wrong: list[str] = []
+    planned = plan(ops, num_tokens, models)
+    for call, inputs, tokens in planned:
+        if time.perf_counter() - begin > seconds:
+            break
+        try:
+            row = bench_case(call, inputs, tokens, copy_gbps, tflops, BASELINES.get(call.op))
+        except AssertionError as error:
+            wrong.append(f"{call.op} {call} T={tokens}: {error}")
+            print(f"WRONG, not timed: {wrong[-1]}", file=log, flush=True)
+            continue
+        rows.append(row)
+        print(report.table_line(row), file=log, flush=True)
+        torch.cuda.empty_cache()  # the graphs of this case are gone; their memory may be wanted in other sizes
+    not_run = len(planned) - len(rows) - len(wrong)
+    if not_run:
+        print(f"{not_run} cases were not run: --seconds {seconds:g} had passed", file=log)
+    if csv_path is not None:
+        csv_path.write_text(report.as_csv(rows), encoding="utf-8")
+    ceilings = {"copy_gbps": round(copy_gbps, 1), "bf16_tflops": round(tflops, 1)}
+    document = report.as_document(rows, report.machine(commit), ceilings)
+    print(json.dumps({**document, "wrong": wrong, "not_run": not_run}), flush=True)
+    return WRONG if wrong or not_run else DONE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `python -m megamoe.bench.ops`: the same as megamoe bench OP…"""
+    parser = argparse.ArgumentParser(prog="megamoe.bench.ops", description="Time kernels against their ceilings.")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="operations; none or all for every one with a kernel")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(NUM_TOKENS), help="numbers of tokens")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="whose shapes: tiny, flash, pro")
+    parser.add_argument("--arch", help="refuse to run on another GPU: sm90a, sm100a or sm103a")
+    parser.add_argument("--pack", type=pathlib.Path, help="kernel pack to load from")
+    parser.add_argument("--json", action="store_true", help="print the JSON document alone on standard output")
+    parser.add_argument("--csv", type=pathlib.Path, help="also write the rows to this file")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no further case after so many")
+    parser.add_argument("--commit", help="recorded in the document; by default git is asked")
+    given = parser.parse_args(arguments)
+    return run(
+        given.ops,
+        num_tokens=given.tokens,
+        models=given.models,
+        arch=given.arch,
+        pack=given.pack,
+        as_json=given.json,
+        csv_path=given.csv,
+        commit=given.commit,
+        seconds=given.seconds,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host side of kernels that work on rows: how a row is shared out to threads, and tensors as rows.
+
+A row of K values is cut into vectors of 8. `lanes` threads share a row; thread `l` holds vectors l, l + lanes, … in
+registers, at most four where the size divides, so that a row is read once and up to four 16-byte loads a thread are
+in flight. Short rows share a block of 128 threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+VECTOR = 8
+BLOCK_THREADS = 128
+WARP = 32
+MAX_WIDTH = 32768
+_WANTED_VECTORS = 4
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTile:
+    """How rows of one width are shared out.
+
+    Attributes:
+        width: K.
+        lanes: threads per row: a power of two up to 32, or a multiple of 32.
+        vectors: vectors of 8 per thread.
+        rows: rows per block.
+        exact: every thread has all its vectors.
+    """
+
+    width: int
+    lanes: int
+    vectors: int
+    rows: int
+    exact: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads per block."""
+        return self.lanes * self.rows
+
+    @property
+    def warps(self) -> int:
+        """Warps that share a row; 1 if a row lies in one warp."""
+        return max(1, self.lanes // WARP)
+
+
+def row_tile(width: int, min_lanes: int = 2) -> RowTile:
+    """Return the tile for rows of `width` values, a multiple of 8 up to 32768.
+
+    Args:
+        width: K.
+        min_lanes: fewest threads per row, a power of two up to 32.
+    """
+    num_vectors = width // VECTOR
+    wanted = math.ceil(num_vectors / _WANTED_VECTORS)
+    if wanted <= WARP:
+        lanes = max(min_lanes, 1 << (wanted - 1).bit_length())
+        rows = BLOCK_THREADS // lanes
+    else:
+        smallest = WARP * math.ceil(wanted / WARP)
+        candidates = range(smallest, min(2 * smallest, 1024) + 1, WARP)
+        lanes = next((lanes for lanes in candidates if num_vectors % lanes == 0), smallest)
+        rows = 1
+    return RowTile(width, lanes, math.ceil(num_vectors / lanes), rows, num_vectors % lanes == 0)
+
+
+def tiled_place(row, column, num_columns: int):
+    """Return where the scale of a row and column lies in 128x4 tiles; row and column are numbers of either half."""
+    tile = row // 128 * -(-num_columns // 4) + column // 4
+    return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+
+
+def require_width(op: str, width: int, multiple: int = VECTOR) -> None:
+    """Refuse row widths the kernel has no tile for."""
+    if width < multiple or width % multiple or width > MAX_WIDTH:
+        raise NotImplementedError(
+            f"{op}: the kernel takes rows of {multiple} to {MAX_WIDTH} values, a multiple of {multiple}; got {width}. "
+            f'Pad the rows, or run the reference: with megamoe.ops.use("reference").'
+        )
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x as [rows, K] with 16-byte aligned rows: a view, or one contiguous copy where no view has them."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    step = 16 // x.element_size()
+    if rows.stride(-1) != 1 or rows.stride(0) % step or rows.data_ptr() % 16:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows
+
+
+def as_vector(x: torch.Tensor) -> torch.Tensor:
+    """Return [K] contiguous and 16-byte aligned: x, or a copy where it is not."""
+    return x if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

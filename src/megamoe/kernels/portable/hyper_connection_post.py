@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""hyper_connection_post: mix a sublayer's output back into the streams, one pass.
+
+Meaning    ops/hyper_connection.py; this file only makes it fast
+Grid       one block a token, or 128 threads for several tokens of few channels (parts/rows.py)
+Memory     16-byte loads and stores; the mixing weights of a token are read by all its threads at once
+Limits     D a multiple of 8 up to 32768; 1 to 8 streams
+Bound      memory: (2 X + 1) D values a token
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from megamoe.kernels.parts.rows import DTYPE_NAMES, as_rows, require_width
+from megamoe.kernels.store import kernel
+
+MAX_STREAMS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The compile key.
+
+    Attributes:
+        width: D.
+        streams: X.
+        x, y: "bf16" or "f32".
+    """
+
+    width: int
+    streams: int
+    x: str
+    y: str
+
+
+def configs(dims: Mapping[str, int]) -> Iterator[Config]:
+    """Yield what a model needs for one entry of its shape table."""
+    yield Config(dims["D"], dims["X"], "bf16", "bf16")
+
+
+def run(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """Compute hyper_connection_post."""
+    num_tokens, streams, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    require_streams("hyper_connection_post", streams)
+    require_width("hyper_connection_post", width)
+    launch = kernel(__name__, Config(width, streams, DTYPE_NAMES[x.dtype], DTYPE_NAMES[y.dtype]), x.device)
+    launch(
+        as_rows(y),
+        as_rows(x),
+        post.contiguous(),
+        comb.contiguous().view(num_tokens, streams * streams),
+        out.view(num_tokens * streams, width),
+    )
+    return out
+
+
+def require_streams(op: str, streams: int) -> None:
+    """Refuse numbers of streams the kernels keep no registers for."""
+    if streams > MAX_STREAMS:
+        raise NotImplementedError(
+            f"{op}: the kernel takes up to {MAX_STREAMS} streams; got {streams}. Run the reference: "
+            f'with megamoe.ops.use("reference").'
+        )

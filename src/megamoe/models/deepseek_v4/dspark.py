@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DSpark: a block of tokens drafted at once from three layers' outputs, and a small table that chains them.
+
+    taps    m_t = rms_norm(main_proj [mean over streams of each target layer's output at t], main_norm)
+    rows    every stage keeps a window of latent rows made from m_t, one per certain position t
+    block   the newest token, whose own position t + 1 the model has not run yet, and block_size - 1 noise tokens, at
+            positions t + 1, t + 2, ...; each of them attends to the window that ends at t and to all rows of the block,
+            later ones too. The block's rows are in nobody's cache
+    chain   logits_k = head(norm(h_k)) + markov_w2 markov_w1[token before], for k = 0, 1, ...: the token after row k
+
+Numerics   as the backbone's: the block's rows are rounded like rows of the cache
+Source     the inference code of DeepSeek-V4-Flash-0731, as docs/numerics.md describes it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megamoe.cache.pools import LayerPools
+from megamoe.formats.cache_rows import CachePool
+from megamoe.models.deepseek_v4.block import Block
+from megamoe.models.deepseek_v4.config import DSparkConfig, LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.hyper_connection import collapse_streams, wrap_sublayer
+from megamoe.models.deepseek_v4.linear import LinearInput
+from megamoe.models.deepseek_v4.plan import StepPlan
+from megamoe.models.deepseek_v4.weights import DSparkWeights
+from megamoe.models.recipe import Recipe
+from megamoe.ops.linear import linear
+from megamoe.ops.rms_norm import rms_norm
+from megamoe.ops.rope import RopeTable
+from megamoe.ops.write_cache import write_cache
+
+
+def mean_of_streams(streams: torch.Tensor) -> torch.Tensor:
+    """Return the mean [T, D] of streams [T, X, D], added in fp32 in their order and rounded once to their dtype."""
+    total = streams[:, 0].float()
+    for stream in range(1, streams.shape[1]):
+        total = total + streams[:, stream].float()
+    return (total / streams.shape[1]).to(streams.dtype)
+
+
+class DSpark:
+    """All stages of a DSpark draft; shares the embedding and the head with the backbone.
+
+    Attributes:
+        shape: block size, noise token, target layers, rank.
+        stages: sliding-window blocks.
+    """
+
+    def __init__(
+        self, weights: DSparkWeights, shape: DSparkConfig, config: ModelConfig, recipe: Recipe, table: RopeTable
+    ) -> None:
+        """Build the blocks from their weights; `table` is the table of sliding-window layers."""
+        self.weights = weights
+        self.shape = shape
+        self.config = config
+        self.recipe = recipe
+        self.stages = tuple(
+            Block(stage, config, recipe, kind=LayerKind.SWA, ratio=0, table=table) for stage in weights.stages
+        )
+
+    def main(self, taps: torch.Tensor) -> torch.Tensor:
+        """Return what the stages' rows are made of, [T, D].
+
+        Args:
+            taps: [T, N * D], the stream means of the target layers side by side, in the order of their numbers in
+                the configuration.
+        """
+        projected = LinearInput(taps, self.recipe).times(self.weights.main_proj)
+        return rms_norm(projected, self.weights.main_norm, eps=self.config.rms_norm_eps)
+
+    def fill(self, main: torch.Tensor, plan: StepPlan, pools: Sequence[LayerPools]) -> None:
+        """Write every stage's rows of certain positions.
+
+        Args:
+            main: [T, D] from `main`.
+            plan: positions and slots of these tokens.
+            pools: the stages' own pools.
+        """
+        source = LinearInput(main, self.recipe)
+        for stage, stage_pools in zip(self.stages, pools, strict=True):
+            write_cache(stage.attention.latent_rows(source, plan.positions), stage_pools.window, plan.window_slots)
+
+    def block(
+        self, embedded: torch.Tensor, ids: torch.Tensor, last: StepPlan, pools: Sequence[LayerPools]
+    ) -> torch.Tensor:
+        """Run the stages over one block per sequence.
+
+        Args:
+            embedded: [N, K, D], embeddings of `ids`.
+            ids: [N, K] int64, the newest token and noise; K is the block size.
+            last: plan of the last certain position of each of the N sequences.
+            pools: the stages' own pools; not changed.
+
+        Returns:
+            [N, K, D], the collapsed streams of the last stage.
+        """
+        num_sequences, size = ids.shape
+        ahead = torch.arange(1, size + 1, device=ids.device)
+        slots = torch.arange(num_sequences * size, device=ids.device)
+        plan = StepPlan(
+            token_ids=ids.flatten(),
+            positions=(last.positions[:, None] + ahead).flatten(),
+            query_starts=torch.arange(0, num_sequences * size + 1, size, dtype=torch.int32, device=ids.device),
+            window_slots=slots,
+            window_read_slots=last.window_read_slots.repeat_interleave(size, dim=0),
+            entries={},
+        )
+        together = slots.view(num_sequences, size).repeat_interleave(size, dim=0)  # [N * K, K]: all rows of the block
+        streams = embedded.flatten(0, 1)[:, None, :].repeat(1, self.config.hc_mult, 1)  # [N * K, X, D]
+        for stage, stage_pools in zip(self.stages, pools, strict=True):
+            rows = CachePool.allocate(
+                num_sequences, size, self.recipe.kv_row_format, self.config.head_dim, device=ids.device
+            )
+            streams = _run(stage, streams, plan, LayerPools(stage_pools.window, entries=rows), together, self.config)
+        return collapse_streams(streams, self.weights.hc_head, self.config).view(num_sequences, size, -1)
+
+    def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Return fp32 logits [N, K, V] of a block before the chain.
+
+        Args:
+            hidden: [N, K, D] from `block`.
+            head: [V, D].
+        """
+        normed = rms_norm(hidden.flatten(0, 1), self.weights.norm, eps=self.config.rms_norm_eps)
+        return linear(normed, head, out_dtype=torch.float32).view(*hidden.shape[:2], -1)
+
+    def chain(
+        self,
+        base: torch.Tensor,
+        newest: torch.Tensor,
+        num_tokens: int,
+        choose: Callable[[torch.Tensor, int], torch.Tensor],
+    ) -> torch.Tensor:
+        """Choose the drafted tokens one after the other.
+
+        Args:
+            base: [N, K, V] fp32 from `base_logits`.
+            newest: [N] int64, each sequence's newest token.
+            num_tokens: how many to draft, at most K.
+            choose: (logits [N, V], how many were drafted before) -> ids [N] int64.
+
+        Returns:
+            [N, num_tokens] int64.
+        """
+        before, drafted = newest, []
+        for ahead in range(num_tokens):
+            bias = linear(self._table_row(before), self.weights.markov_w2, out_dtype=torch.float32)  # [N, V]
+            before = choose(base[:, ahead] + bias, ahead)
+            drafted.append(before)
+        return torch.stack(drafted, dim=1)
+
+    def confidence(self, hidden: torch.Tensor, newest: torch.Tensor, drafted: torch.Tensor) -> torch.Tensor:
+        """Return how likely each drafted token is to be accepted, as the draft itself sees it: [N, num_tokens] fp32.
+
+        Args:
+            hidden: [N, K, D] from `block`.
+            newest: [N] int64.
+            drafted: [N, num_tokens] int64 from `chain`.
+        """
+        before = torch.cat((newest[:, None], drafted[:, :-1]), dim=1)  # [N, num_tokens]
+        table = self._table_row(before.flatten())
+        features = torch.cat((hidden[:, : drafted.shape[1]].flatten(0, 1), table), dim=1)
+        return linear(features, self.weights.confidence, out_dtype=torch.float32).view(drafted.shape).sigmoid()
+
+    def _table_row(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.weights.markov_w1[ids].to(self.recipe.activation_dtype)
+
+
+def _run(
+    stage: Block,
+    streams: torch.Tensor,
+    plan: StepPlan,
+    pools: LayerPools,
+    together: torch.Tensor,
+    config: ModelConfig,
+) -> torch.Tensor:
+    """Run one stage over blocks whose own rows go to `pools.entries`; returns the streams [N * K, X, D]."""
+    attention, w = stage.attention, stage.weights
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        assert pools.entries is not None
+        _, q, rows = attention.project(x, plan.positions)
+        write_cache(rows, pools.entries, plan.window_slots)
+        return attention.project_output(attention.attend(q, plan, pools, together))
+
+    streams = wrap_sublayer(streams, w.hc_attn, w.attn_norm, attend, config)
+    return wrap_sublayer(streams, w.hc_ffn, w.ffn_norm, lambda x: stage.moe(x, plan.token_ids), config)

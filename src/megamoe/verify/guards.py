@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs that notice what a kernel does to them: poisoned before, fenced on both sides.
+
+Inside `with GuardedOutputs(poison)` every tensor that `torch.empty` makes lies between two fences in a larger
+allocation, and all of it, the tensor itself included, is filled with the poison byte. A kernel that leaves an element
+unwritten returns poison (0xFF is NaN in every floating-point format here); one that writes too far breaks a fence.
+Running twice with different poisons finds unwritten integers, too.
+"""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any
+
+import torch
+
+FENCE_BYTES = 4096
+
+
+class GuardedOutputs:
+    """Fences around everything `torch.empty` allocates in a `with` block.
+
+    Args:
+        poison: the byte to fill with.
+    """
+
+    def __init__(self, poison: int = 0xFF) -> None:
+        """Nothing is changed yet."""
+        self.poison = poison
+        self._allocations: list[torch.Tensor] = []
+        self._original = torch.empty
+
+    def __enter__(self) -> GuardedOutputs:
+        """Replace `torch.empty`."""
+        torch.empty = self._empty
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Put `torch.empty` back."""
+        torch.empty = self._original
+
+    def _empty(self, *size: Any, dtype: torch.dtype | None = None, device: Any = None, **rest: Any) -> torch.Tensor:
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        dtype = dtype or torch.get_default_dtype()
+        num_bytes = math.prod(shape) * dtype.itemsize
+        room = -(-num_bytes // 256) * 256
+        whole = self._original(room + 2 * FENCE_BYTES, dtype=torch.uint8, device=device, **rest)
+        whole.fill_(self.poison)
+        self._allocations.append(whole[:FENCE_BYTES])
+        self._allocations.append(whole[FENCE_BYTES + num_bytes :])
+        return whole[FENCE_BYTES : FENCE_BYTES + num_bytes].view(dtype).view(shape)
+
+    @property
+    def num_outputs(self) -> int:
+        """Tensors allocated so far."""
+        return len(self._allocations) // 2
+
+    def check(self, op: str) -> None:
+        """Look at all fences.
+
+        Raises:
+            AssertionError: a byte outside an output was written.
+        """
+        for index, fence in enumerate(self._allocations):
+            changed = (fence != self.poison).nonzero()
+            if len(changed):
+                side = "before" if index % 2 == 0 else "after"
+                raise AssertionError(
+                    f"{op}: wrote {len(changed)} bytes {side} output {index // 2}, the first {int(changed[0])} bytes "
+                    "into its fence"
+                )

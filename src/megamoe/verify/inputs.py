@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs for every operation that has a kernel: one table, read by verify, by bench and by the tests.
+
+Sizes come from models/*/shapes.py; the number of tokens is the caller's. Values are random with a spread of row
+magnitudes, never zeros alone, and the first rows hold what goes wrong: zeros of both signs, ties, values near the
+ends of the range. The same generator state gives the same inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from megamoe.formats.fp8 import Fp8RowTensor
+from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.formats.scale_layout import ScaleLayout
+from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
+from megamoe.ops.quantize import quantize_fp8_rows, quantize_nvfp4
+from megamoe.ops.rms_norm import rms_norm
+from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
+from megamoe.ops.route_experts import route_experts
+
+Arguments = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpInputs:
+    """How to call an operation.
+
+    Attributes:
+        door: the operation.
+        make: (dims, number of tokens, generator) → keyword arguments on the generator's device.
+        per_token: the arguments whose first dimension is the tokens; each token's result depends on its rows alone.
+        tile: tokens that share a block at most; verify runs one below, at and above it.
+    """
+
+    door: Callable[..., Any]
+    make: Callable[[Mapping[str, int], int, torch.Generator], Arguments]
+    per_token: tuple[str, ...]
+    tile: int = 16
+
+
+def activations(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Return bf16 values [*shape]: rows of different magnitude, a few outliers, hard rows first."""
+    device = generator.device
+    x = torch.randn(shape, generator=generator, device=device)
+    magnitude = torch.randint(-6, 7, (*shape[:-1], 1), generator=generator, device=device).float().exp2()
+    outlier = torch.rand(shape, generator=generator, device=device) > 0.999
+    x = torch.where(outlier, x * 30.0, x) * magnitude
+    x = x.to(torch.bfloat16)
+    for index, row in enumerate(_hard_rows(shape[-1], device)):
+        if shape[0] > index + 1:  # the first row stays random, so that one token is not a special case
+            x[index + 1] = row.to(torch.bfloat16)
+    return x
+
+
+def _hard_rows(width: int, device: torch.device) -> list[torch.Tensor]:
+    column = torch.arange(width, device=device)
+    sign = torch.where(column % 3 == 0, -1.0, 1.0)
+    quarters = sign * (column % 97) / 16.0  # with an amax of 6 every threshold of E2M1 is hit exactly
+    return [
+        torch.zeros(width, device=device) * sign,  # zeros of both signs
+        quarters,
+        quarters * 2.0**-130,  # subnormal in bf16 and fp32
+        quarters.clamp(-6, 6) * 2.0**124,  # near the largest finite value
+        torch.where(column == width - 1, 1.0, 2.0**-20 * sign),  # one value far above the others
+        sign * 2.0 ** (column % 24 - 12).float(),
+    ]
+
+
+def scaled(generator: torch.Generator, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    """Return fp32 Gaussian values of a scale."""
+    return torch.randn(shape, generator=generator, device=generator.device) * scale
+
+
+def _heads(dims: Mapping[str, int], num_tokens: int) -> tuple[int, ...]:
+    """Return the leading sizes of a row operation: tokens, and heads, groups or streams where the call has them."""
+    return (num_tokens, *(dims[name] for name in ("H", "G", "X") if name in dims))
+
+
+def _rms_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    weight = None if "H" in dims else (1.0 + scaled(generator, dims["K"], scale=0.2)).bfloat16()
+    return {"x": _finite_squares(activations(generator, *_heads(dims, num_tokens), dims["K"])), "weight": weight}
+
+
+def _finite_squares(x: torch.Tensor) -> torch.Tensor:
+    """Return x with values whose squares overflow made smaller: no norm is defined for them."""
+    return torch.where(x.abs() > 2.0**56, x * 2.0**-80, x)
+
+
+def _rms_norm_quantize(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {
+        "x": _finite_squares(activations(generator, num_tokens, dims["K"])),
+        "weight": (1.0 + scaled(generator, dims["K"], scale=0.2)).bfloat16(),
+    }
+
+
+def _quantize_nvfp4(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": activations(generator, *_heads(dims, num_tokens), dims["K"])}
+
+
+def _quantize_nvfp4_static(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    scale = torch.tensor(4.0 / 2688.0, device=generator.device)  # rows above 4 saturate, as after calibration
+    arguments: Arguments = {"x": activations(generator, *_heads(dims, num_tokens), dims["K"]), "tensor_scale": scale}
+    return arguments
+
+
+def _quantize_nvfp4_tiled(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    x = activations(generator, num_tokens, dims["K"])
+    return {"x": x, "scale_layout": ScaleLayout.TILED_128X4}
+
+
+def _quantize_fp8_rows(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": activations(generator, num_tokens, dims["K"])}
+
+
+def _streams(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> torch.Tensor:
+    x = scaled(generator, num_tokens, dims["X"], dims["D"])
+    return (x * torch.rand(num_tokens, 1, 1, generator=generator, device=generator.device).add(0.25)).bfloat16()
+
+
+def _hyper_connection_post(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    streams = dims["X"]
+    logits = scaled(generator, num_tokens, streams, streams)
+    return {
+        "y": scaled(generator, num_tokens, dims["D"]).bfloat16(),
+        "x": _streams(dims, num_tokens, generator),
+        "post": scaled(generator, num_tokens, streams).sigmoid() * 2.0,
+        "comb": logits.softmax(-1),
+    }
+
+
+def _hyper_connection_pre(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return _mixing(dims, num_tokens, generator, (2 + dims["X"]) * dims["X"], 3)
+
+
+def _hyper_connection_head(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return _mixing(dims, num_tokens, generator, dims["X"], 1)
+
+
+def _mixing(
+    dims: Mapping[str, int], num_tokens: int, generator: torch.Generator, num_rows: int, num_scales: int
+) -> Arguments:
+    width = dims["X"] * dims["D"]
+    return {
+        "x": _streams(dims, num_tokens, generator),
+        "fn": scaled(generator, num_rows, width, scale=2.0 * width**-0.5),
+        "base": scaled(generator, num_rows, scale=0.5),
+        "scale": scaled(generator, num_scales, scale=0.3) + 1.0,
+    }
+
+
+def _route_experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return _routing(dims, num_tokens, generator, torch.int64)
+
+
+def _route_experts_biased(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _routing(dims, num_tokens, generator, torch.int32)
+    return arguments if "V" in dims else {**arguments, "bias": _tied(scaled(generator, dims["E"], scale=0.1))}
+
+
+def _routing(
+    dims: Mapping[str, int], num_tokens: int, generator: torch.Generator, table_dtype: torch.dtype
+) -> Arguments:
+    width, num_experts = dims["D"], dims["E"]
+    gate = _tied(scaled(generator, num_experts, width, scale=1.5 * width**-0.5))
+    arguments: Arguments = {
+        "x": scaled(generator, num_tokens, width).bfloat16(),
+        "gate": gate.bfloat16(),
+        "top_k": dims["A"],
+        "routed_scaling": 2.5,
+    }
+    if "V" in dims:
+        device = generator.device
+        table = torch.randint(num_experts, (dims["V"], dims["A"]), generator=generator, device=device)
+        arguments["expert_table"] = table.to(table_dtype)
+        arguments["token_ids"] = torch.randint(dims["V"], (num_tokens,), generator=generator, device=device)
+    return arguments
+
+
+def _tied(values: torch.Tensor) -> torch.Tensor:
+    """Return per-expert values with experts 0 and 1, and 2 and the last, alike and large: often chosen, always tied."""
+    values = values.clone()
+    values[0], values[2] = values[0] * 2.0, values[2] * 2.0
+    values[1], values[-1] = values[0], values[2]
+    return values
+
+
+INPUTS: dict[str, tuple[OpInputs, ...]] = {
+    "rms_norm": (OpInputs(rms_norm, _rms_norm, ("x",)),),
+    "rms_norm_quantize_nvfp4": (OpInputs(rms_norm_quantize_nvfp4, _rms_norm_quantize, ("x",)),),
+    "quantize_nvfp4": (
+        OpInputs(quantize_nvfp4, _quantize_nvfp4, ("x",)),
+        OpInputs(quantize_nvfp4, _quantize_nvfp4_static, ("x",)),
+        OpInputs(quantize_nvfp4, _quantize_nvfp4_tiled, ("x",), tile=128),
+    ),
+    "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
+    "route_experts": (
+        OpInputs(route_experts, _route_experts, ("x", "token_ids")),
+        OpInputs(route_experts, _route_experts_biased, ("x", "token_ids")),
+    ),
+    "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
+    "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
+    "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),
+}
+"""Operation → the ways it is called. Every operation of KERNELS is here (a test sees to it)."""
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Return an argument or a result on a device; tensors and containers move, everything else stays."""
+    if isinstance(value, tuple):
+        return tuple(moved(one, device) for one in value)
+    return value.to(device) if isinstance(value, torch.Tensor) or hasattr(value, "codes") else value
+
+
+def rows_of(value: Any, index: torch.Tensor) -> Any:
+    """Return some tokens of an argument or a result whose first dimension is the tokens."""
+    if isinstance(value, tuple):
+        return tuple(rows_of(one, index) for one in value)
+    index = index.to(value.device)
+    if isinstance(value, NvFp4Tensor):
+        row_major = value.row_major().scales
+        return dataclasses.replace(
+            value,
+            codes=value.codes[index],
+            scales=row_major.view(torch.uint8)[index].view(row_major.dtype),
+            scale_layout=ScaleLayout.ROW_MAJOR,
+            tensor_scale=value.tensor_scale[index] if value.tensor_scale.dim() else value.tensor_scale,
+        )
+    if isinstance(value, Fp8RowTensor):
+        codes, scales = value.codes.view(torch.uint8)[index], value.scales.view(torch.uint8)[index]
+        return Fp8RowTensor(codes.view(value.codes.dtype), scales.view(value.scales.dtype), value.group)
+    return value[index]
+
+
+def parts(value: Any, name: str = "y") -> dict[str, torch.Tensor]:
+    """Return the tensors of a result by name: containers and tuples are taken apart."""
+    if isinstance(value, tuple):
+        return {key: part for index, one in enumerate(value) for key, part in parts(one, f"{name}{index}").items()}
+    if isinstance(value, NvFp4Tensor):
+        return {
+            f"{name}.codes": value.codes,
+            f"{name}.scales": value.scales,
+            f"{name}.tensor_scale": value.tensor_scale,
+        }
+    if isinstance(value, Fp8RowTensor):
+        return {f"{name}.codes": value.codes, f"{name}.scales": value.scales}
+    return {name: value}

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks on a machine without a GPU: ceilings, reports, and that a wrong kernel is not timed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+from megamoe.bench import ops as benching
+from megamoe.bench import report, timing
+from megamoe.bench.roofline import Ceiling, tensor_bytes
+from megamoe.formats.nvfp4 import quantize
+from megamoe.kernels import KERNELS
+from megamoe.models.deepseek_v4.shapes import op_shapes
+from megamoe.verify.inputs import INPUTS, parts
+
+ROW = report.Row(
+    "rms_norm",
+    "flash norm K=4096",
+    64,
+    2.0,
+    6000,
+    0,
+    timing.Timing(4.0, 3.5, 5.0, False),
+    "torch",
+    timing.Timing(8.0, 7.0, 9.0, False),
+)
+
+
+def test_ceiling_is_the_larger_of_bytes_and_products() -> None:
+    memory = Ceiling(3_000_000_000, 0, 3000.0, 750.0)
+    assert memory.us == memory.memory_us == pytest.approx(1000.0)
+    compute = Ceiling(1, 750 * 10**12, 3000.0, 750.0)
+    assert compute.us == compute.compute_us == pytest.approx(1e6)
+
+
+def test_bytes_of_arguments() -> None:
+    x = torch.zeros(4, 32, dtype=torch.bfloat16)
+    assert tensor_bytes({"x": x, "weight": None, "top_k": 6, "eps": 0.1}) == 4 * 32 * 2
+    assert tensor_bytes(quantize(x)) == 4 * 16 + 4 * 2 + 4
+    assert tensor_bytes((x, x)) == 2 * 4 * 32 * 2
+
+
+@pytest.mark.parametrize(
+    ("set_bytes", "sets"), [(1, timing.MAX_SETS), (10 << 20, 11), (60 << 20, timing.MIN_SETS), (9 << 30, 3)]
+)
+def test_sets_exceed_the_cache_twice(set_bytes: int, sets: int) -> None:
+    count = timing.num_sets(set_bytes, 50 << 20, 8 << 30)
+    assert count == sets
+    if 2 << 20 < set_bytes:
+        assert count * set_bytes > 2 * (50 << 20)
+
+
+def test_medians() -> None:
+    assert timing.summary([5.0, 1.0, 2.0], True) == timing.Timing(2.0, 1.0, 5.0, True)
+
+
+def test_rows_say_share_and_speedup() -> None:
+    assert ROW.share == 0.5 and ROW.speedup == 2.0
+    assert report.table_line(ROW) == "| rms_norm | flash norm K=4096 | 64 | 2.00 | 4.00 | 50 % | torch | 8.00 | 2.00 |"
+    (row,) = csv.DictReader(io.StringIO(report.as_csv([ROW])))
+    assert row["kernel_us"] == "4.0" and row["share_of_ceiling"] == "0.5" and row["num_tokens"] == "64"
+    document = json.loads(json.dumps(report.as_document([ROW], {"gpu": "x"}, {"copy_gbps": 1.0})))
+    assert document["machine"] == {"gpu": "x"} and document["rows"][0]["kernel"]["median_us"] == 4.0
+
+
+def test_committed_results_have_the_columns_a_run_writes(repository: pathlib.Path) -> None:
+    files = sorted(repository.glob("benchmarks/*/*_ops.csv"))
+    assert files
+    for path in files:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        assert list(rows[0]) == list(ROW.flat())
+        for row in rows:
+            share = float(row["ceiling_us"]) / float(row["kernel_us"])
+            assert float(row["share_of_ceiling"]) == pytest.approx(share, rel=0.02, abs=0.002)
+            assert float(row["kernel_low_us"]) <= float(row["kernel_us"]) <= float(row["kernel_high_us"])
+
+
+@pytest.mark.parametrize("op", sorted(KERNELS))
+def test_a_right_result_passes_and_a_wrong_one_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, inputs = op_shapes(op)[0], INPUTS[op][0]
+    arguments = inputs.make(call.dims, 20, torch.Generator().manual_seed(0))
+    got = inputs.door(**arguments)
+    benching.check_sample(call, inputs, arguments, got, 20)
+    first = next(iter(parts(got).values())).view(-1)
+    last = first.view(torch.uint8) if first.dtype.itemsize == 1 else first
+    last[-1] = last[-1] + (1 if last.dtype == torch.uint8 else 1000)
+    with pytest.raises(AssertionError):
+        benching.check_sample(call, inputs, arguments, got, 20)
+
+
+@pytest.mark.parametrize("op", sorted(KERNELS))
+def test_baselines_do_the_same_work(op: str) -> None:
+    """A baseline that computes something else would make any ratio."""
+    call = next(one for one in op_shapes(op))
+    for inputs in INPUTS[op]:
+        arguments = inputs.make(call.dims, 6, torch.Generator().manual_seed(3))
+        want = list(parts(inputs.door(**arguments)).values())
+        got = list(_flat(benching.BASELINES[op].run(**arguments)))
+        for one, other in zip(got, want, strict=True):
+            assert one.shape == other.shape
+            if one.is_floating_point() and one.dtype.itemsize > 1 and one.dim():
+                close = (one.float() - other.float()).norm() <= 0.02 * other.float().norm()
+                assert close or not other.float().isfinite().all()
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    return [one for part in value for one in _flat(part)] if isinstance(value, tuple) else [value]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_it_says_so_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benching.main(["rms_norm"]) == 2
+    assert capsys.readouterr().err.startswith("megamoe: error: bench: there is no CUDA device here")
+    assert benching.main(["sort"]) == 2
+    assert "no kernel for sort" in capsys.readouterr().err

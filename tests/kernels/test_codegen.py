@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel and configuration of the table, compiled without a GPU: what PTX and SASS must and must not hold.
+
+`make test-kernels`. For sm_90a all kernels, for sm_100a the portable ones; the sizes are those of all three models.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+from megamoe.kernels import KERNELS
+from megamoe.kernels.compile import TARGETS, Built, Request, compile_objects
+from megamoe.kernels.plan import requests_for
+from megamoe.kernels.store import load_library
+from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
+
+from .ptx import divergent_whole_warp_instructions, instructions
+
+pytestmark = pytest.mark.kernels
+
+SHARED_LIMIT = 227 * 1024
+PTX_WANTED = {
+    "portable.rms_norm": ["rsqrt.approx.f32", "shfl.sync.bfly.b32"],
+    "portable.quantize_nvfp4": ["div.rn.f32", "rcp.rn.f32", "cvt.rn.satfinite.e4m3x2.f32", "max.NaN.f32"],
+    "portable.rms_norm_quantize_nvfp4": ["div.rn.f32", "cvt.rn.satfinite.e4m3x2.f32", "rsqrt.approx.f32"],
+    "portable.quantize_fp8_rows": ["div.rn.f32", "cvt.rn.satfinite.e4m3x2.f32"],
+    "portable.hyper_connection_pre": [
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "barrier.cluster.arrive",
+        "barrier.cluster.wait",
+    ],
+    "parts.route_scores": ["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "sqrt.rn.f32"],
+    "parts.route_select": ["div.rn.f32"],
+}
+"""Module → instructions that its PTX must hold."""
+
+PTX_FORBIDDEN = {
+    "portable.quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
+    "portable.rms_norm_quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
+    "portable.quantize_fp8_rows": ["div.full.f32", "div.approx", "rcp.approx"],
+}
+"""Module → instructions whose rounding is not the operation's."""
+
+SASS_WANTED = {
+    "portable.rms_norm": ["LDG.E.128", "STG.E.128"],
+    "portable.quantize_nvfp4": ["LDG.E.128"],
+    "portable.rms_norm_quantize_nvfp4": ["LDG.E.128", "STG.E.128"],
+    "portable.quantize_fp8_rows": ["LDG.E.128", "STG.E.64"],
+    "portable.hyper_connection_post": ["LDG.E.128", "STG.E.128"],
+    "portable.hyper_connection_pre": ["LDG.E.128", "STG.E.128", "HMMA.16816.F32.BF16"],
+    "parts.route_scores": ["LDG.E.128", "HMMA.16816.F32.BF16"],
+}
+"""Module → prefixes of instructions that its SASS must hold."""
+
+
+def planned(target: str) -> list[Request]:
+    calls = [(call.op, call.dims) for model in MODELS for call in op_calls(model) if call.op in KERNELS]
+    requests = requests_for(calls, target)
+    if target != "sm90a":  # the folders of other architectures are compiled for these only
+        requests = [one for one in requests if not one.module.startswith("sm90.")]
+    return requests
+
+
+@pytest.fixture(scope="module", params=["sm90a", "sm100a"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Built]]:
+    directory = tmp_path_factory.mktemp(request.param)
+    requests = planned(request.param)
+    result = compile_objects(requests, request.param, directory, keep_code=True)
+    assert [one.request for one in result] == requests
+    return request.param, result
+
+
+def tool(name: str) -> str:
+    """Return the path of a binary of NVIDIA's wheel."""
+    distribution = importlib.metadata.distribution(f"nvidia-cuda-{name}")
+    (path,) = [one for one in distribution.files or [] if one.name == name]
+    return str(distribution.locate_file(path))
+
+
+def sass_of(cubin: pathlib.Path) -> list[str]:
+    text = subprocess.run([tool("nvdisasm"), str(cubin)], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+
+
+def test_everything_compiles_for_its_target(built: tuple[str, list[Built]]) -> None:
+    target, kernels = built
+    for one in kernels:
+        assert f".target {TARGETS[target]}" in one.ptx.read_text(), one.request
+        assert one.path.stat().st_size < 200_000
+
+
+def test_ptx_holds_what_it_must(built: tuple[str, list[Built]]) -> None:
+    for one in built[1]:
+        text = one.ptx.read_text()
+        names = set(instructions(text))
+        for wanted in PTX_WANTED.get(one.request.module, []):
+            if wanted == "rcp.rn.f32" and ("x", "f32") in one.request.values:
+                continue  # values of 24 bits are divided
+            assert any(name.startswith(wanted) for name in names) or wanted in text, (str(one.request), wanted)
+        for forbidden in PTX_FORBIDDEN.get(one.request.module, []):
+            assert not any(name.startswith(forbidden) for name in names), (str(one.request), forbidden)
+
+
+def test_no_lane_waits_alone(built: tuple[str, list[Built]]) -> None:
+    for one in built[1]:
+        assert divergent_whole_warp_instructions(one.ptx.read_text()) == [], str(one.request)
+
+
+def test_sass_has_wide_accesses_and_no_spills(built: tuple[str, list[Built]]) -> None:
+    for one in built[1]:
+        names = sass_of(one.cubin)
+        assert len(names) > 50
+        spills = [name for name in names if name.startswith(("LDL", "STL"))]
+        assert spills == [], str(one.request)
+        for wanted in SASS_WANTED.get(one.request.module, []):
+            assert any(name.startswith(wanted) for name in names), (str(one.request), wanted)
+
+
+def test_resources_are_within_limits(built: tuple[str, list[Built]]) -> None:
+    for one in built[1]:
+        usage = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", str(one.cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        assert numbers["STACK"] == numbers["LOCAL"] == 0, str(one.request)
+        assert numbers["REG"] <= 255
+        config = one.request.config()
+        assert numbers["SHARED"] + getattr(config, "shared_bytes", 0) <= SHARED_LIMIT
+
+
+def test_two_blocks_of_the_wide_kernel_share_a_multiprocessor(built: tuple[str, list[Built]]) -> None:
+    """hyper_connection_pre for Flash: 256 threads and 128 registers; one register more halves the loads in flight."""
+    kernels = [one for one in built[1] if str(one.request).startswith("portable.hyper_connection_pre[width=4096")]
+    assert kernels
+    for one in kernels:
+        usage = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", str(one.cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        assert int(re.findall(r"REG:(\d+)", usage)[0]) <= 128
+
+
+def test_objects_load_without_a_gpu_and_check_their_arguments(built: tuple[str, list[Built]]) -> None:
+    """F6: dtype, shape and device are checked at every launch, by the object itself."""
+    import torch
+
+    one = next(
+        one for one in built[1] if str(one.request) == "portable.rms_norm[width=4096,x=bf16,weight=bf16,out=bf16]"
+    )
+    launch = load_library(one.path, one.request.symbol)
+    x = torch.zeros(2, 4096, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="expected device_type=cuda"):
+        launch(x, x[0], x, 1e-6)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile keys: what names an object, what makes it stale, and what is refused before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pathlib
+import shutil
+
+import pytest
+
+from megamoe.kernels import compile as compiling
+from megamoe.kernels.compile import CompileError, Request, compile_objects, num_workers, source_hash
+from megamoe.kernels.portable import rms_norm
+from megamoe.kernels.portable.rms_norm import Config
+
+CONFIG = Config(4096, "bf16", "bf16", "bf16")
+
+
+# keys
+
+
+def test_a_request_names_module_and_every_field() -> None:
+    request = Request.of(rms_norm.__name__, CONFIG)
+    assert str(request) == "portable.rms_norm[width=4096,x=bf16,weight=bf16,out=bf16]"
+    assert request.config() == CONFIG
+    assert request.symbol == Request.of(rms_norm.__name__, Config(4096, "bf16", "bf16", "bf16")).symbol
+
+
+def test_f6_another_value_is_another_object() -> None:
+    """A kernel compiled for one size or dtype is never taken for another."""
+    requests = {Request.of(rms_norm.__name__, CONFIG)}
+    for field, value in (("width", 4104), ("x", "f32"), ("weight", None), ("out", "f32")):
+        requests.add(Request.of(rms_norm.__name__, dataclasses.replace(CONFIG, **{field: value})))
+    requests.add(Request.of("megamoe.kernels.portable.quantize_nvfp4", CONFIG))
+    assert len({one.symbol for one in requests}) == 6
+
+
+# source hash
+
+
+@pytest.fixture
+def copied(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A copy of kernels/ that source_hash looks at."""
+    root = tmp_path / "kernels"
+    shutil.copytree(pathlib.Path(compiling.__file__).parent, root)
+    monkeypatch.setattr(compiling, "__file__", str(root / "compile.py"))
+    source_hash.cache_clear()
+    yield root
+    source_hash.cache_clear()
+
+
+def hash_after(path: pathlib.Path) -> str:
+    path.write_text(path.read_text(encoding="utf-8") + "\n# changed\n", encoding="utf-8")
+    source_hash.cache_clear()
+    return source_hash("portable.rms_norm")
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("portable/rms_norm.py", True),
+        ("portable/rms_norm_device.py", True),
+        ("parts/rows.py", True),  # imported by the host half
+        ("parts/rows_device.py", True),
+        ("parts/mma_device.py", False),
+        ("portable/quantize_nvfp4_device.py", False),
+        ("store.py", False),
+    ],
+)
+def test_source_hash_follows_imports(copied: pathlib.Path, file: str, counts: bool) -> None:
+    before = source_hash("portable.rms_norm")
+    assert (hash_after(copied / file) != before) is counts
+
+
+def test_source_hash_reaches_through_imports(copied: pathlib.Path) -> None:
+    before = source_hash("portable.quantize_nvfp4")
+    path = copied / "parts/ptx_device.py"  # quantize_nvfp4_device -> nvfp4_device -> ptx_device
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    source_hash.cache_clear()
+    assert source_hash("portable.quantize_nvfp4") != before
+
+
+# refusals
+
+
+def test_refusals(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request.of(rms_norm.__name__, CONFIG)
+    with pytest.raises(ValueError, match="--arch must be one of"):
+        compile_objects([request], "sm_90a", tmp_path)
+    monkeypatch.setattr(compiling, "dsl_version", lambda: None)
+    with pytest.raises(
+        CompileError, match=r"nvidia-cutlass-dsl is not installed here\. Install megamoe\[cuda\], or build"
+    ):
+        compile_objects([request], "sm90a", tmp_path)
+    monkeypatch.setattr(compiling, "dsl_version", lambda: "1")
+    monkeypatch.setattr(compiling, "_c_compiler", lambda: None)
+    with pytest.raises(CompileError, match="no C compiler"):
+        compile_objects([request], "sm90a", tmp_path)
+
+
+def test_a_kernel_that_does_not_compile_is_told_with_the_compilers_words(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_require_tools", lambda: None)
+    with pytest.raises(CompileError, match=r"(?s)for sm90a does not compile.*portable\.no_such_kernel"):
+        compile_objects([Request("portable.no_such_kernel", ())], "sm90a", tmp_path)
+
+
+def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAMOE_COMPILE_WORKERS", "3")
+    assert (num_workers(0), num_workers(2), num_workers(9)) == (1, 2, 3)
+    monkeypatch.setenv("MEGAMOE_COMPILE_WORKERS", "many")
+    with pytest.raises(ValueError, match="MEGAMOE_COMPILE_WORKERS must be a positive number; got 'many'"):
+        num_workers(2)
+    monkeypatch.delenv("MEGAMOE_COMPILE_WORKERS")
+    assert 1 <= num_workers(100) <= 8
+
+
+def test_device_halves_exist_for_every_request_module() -> None:
+    for module in ("portable.rms_norm", "parts.route_scores", "portable.hyper_connection_pre"):
+        assert importlib.util.find_spec(f"megamoe.kernels.{module}_device") is not None

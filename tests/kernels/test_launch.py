@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How kernels are launched, on a GPU: on torch's current stream, in CUDA graphs, without a synchronization.
+
+F6: a compiled kernel used again for other addresses, strides and shapes. F9: a loop over tiles that always takes the
+first. F12: a graph replayed after the buffers of its capture were let go.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import megamoe
+from megamoe.kernels import KERNELS
+from megamoe.kernels.store import store_for, target_of
+from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
+from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, parts
+from megamoe.verify.ops import compare, verify_case
+
+pytestmark = pytest.mark.gpu
+
+# The smallest model's first shape, and Flash's: rows inside a warp, and rows across warps.
+CASES = [
+    (call, inputs)
+    for op in KERNELS
+    for model in ("tiny", "flash")
+    for call in [one for one in op_shapes(op) if one.model == model][:1]
+    for inputs in INPUTS[op]
+]
+IDS = [f"{call.op} {call}" for call, _ in CASES]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pack() -> Iterator[None]:
+    """Open the pack that MEGAMOE_TEST_PACK names, where there is no DSL to compile with."""
+    named = os.environ.get("MEGAMOE_TEST_PACK")
+    if named:
+        store_for(target_of(torch.device("cuda"))).use_pack(pathlib.Path(named), version=megamoe.__version__)
+    yield
+
+
+def make(call: OpCall, inputs: OpInputs, num_tokens: int, seed: int) -> Arguments:
+    return inputs.make(call.dims, num_tokens, torch.Generator("cuda").manual_seed(seed))
+
+
+def reference(inputs: OpInputs, arguments: Arguments) -> object:
+    return inputs.door(**{name: one.cpu() if isinstance(one, torch.Tensor) else one for name, one in arguments.items()})
+
+
+@pytest.mark.parametrize(("call", "inputs"), CASES, ids=IDS)
+@pytest.mark.parametrize("num_tokens", [1, 17, 67])
+def test_kernel_equals_reference(call: OpCall, inputs: OpInputs, num_tokens: int) -> None:
+    verify_case(call, inputs, num_tokens)
+
+
+@pytest.mark.parametrize(("call", "inputs"), CASES, ids=IDS)
+def test_f12_capture_change_inputs_replay(call: OpCall, inputs: OpInputs, seed: int) -> None:
+    arguments = make(call, inputs, 37, seed)
+    inputs.door(**arguments)  # loads the kernel
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = inputs.door(**arguments)
+    other = make(call, inputs, 37, seed + 1)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            value.copy_(other[name])
+    del other
+    gc.collect()
+    torch.cuda.empty_cache()
+    clutter = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]
+    graph.replay()
+    torch.cuda.synchronize()
+    compare(call.op, got, reference(inputs, arguments), arguments)
+    del clutter
+
+
+@pytest.mark.parametrize(("call", "inputs"), CASES, ids=IDS)
+def test_f6_one_kernel_serves_other_addresses_and_sizes(call: OpCall, inputs: OpInputs, seed: int) -> None:
+    results = []
+    for num_tokens in (5, 40, 3):
+        arguments = make(call, inputs, num_tokens, seed + num_tokens)
+        results.append((inputs.door(**arguments), arguments))  # all alive, so all at different addresses
+    for got, arguments in results:
+        compare(call.op, got, reference(inputs, arguments), arguments)
+
+
+@pytest.mark.parametrize(("call", "inputs"), CASES, ids=IDS)
+def test_current_stream_no_synchronization_nothing_hidden(call: OpCall, inputs: OpInputs, seed: int) -> None:
+    arguments = make(call, inputs, 33, seed)
+    wanted = reference(inputs, arguments)
+    inputs.door(**arguments)
+    stream = torch.cuda.Stream()
+    late = {name: torch.zeros_like(one) if isinstance(one, torch.Tensor) else one for name, one in arguments.items()}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # a launch on another stream would read the zeros
+            for name, one in arguments.items():
+                if isinstance(one, torch.Tensor):
+                    late[name].copy_(one)
+            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+            got = inputs.door(**late)
+            allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    compare(call.op, got, wanted, arguments)
+    outputs = {one.untyped_storage().data_ptr() for one in parts(got).values()}
+    inside = {one.untyped_storage().data_ptr() for one in late.values() if isinstance(one, torch.Tensor)}
+    assert allocated <= len(outputs - inside) + WORKSPACES.get(call.op, 0)
+
+
+WORKSPACES = {"hyper_connection_pre": 1, "hyper_connection_head": 1, "route_experts": 1}
+"""Operations that need scratch memory, and in how many tensors; `run` allocates it in the open."""

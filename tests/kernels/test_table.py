@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The support table and the files agree, and every kernel can be planned, verified and read about."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+
+import pytest
+
+from megamoe.kernels import ARCHITECTURES, KERNELS, support_table
+from megamoe.kernels.compile import PACKAGE, TARGETS, Request
+from megamoe.kernels.plan import module_for, requests_for
+from megamoe.models.deepseek_v4.shapes import MODELS, op_calls, op_shapes
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.tolerance import TOLERANCES
+
+MODULES = sorted({module for table in KERNELS.values() for module in table.values()})
+FOLDERS = ("portable", "sm90", "sm100")
+
+
+def test_every_entry_has_a_file_and_every_file_an_entry(repository: pathlib.Path) -> None:
+    root = repository / "src/megamoe/kernels"
+    files = {
+        f"{PACKAGE}{folder}.{path.stem}"
+        for folder in FOLDERS
+        for path in (root / folder).glob("*.py")
+        if path.stem != "__init__" and not path.stem.endswith("_device")
+    }
+    assert files == set(MODULES)
+
+
+@pytest.mark.parametrize("op", sorted(KERNELS))
+def test_entries_are_well_formed(op: str, repository: pathlib.Path) -> None:
+    for arch, module in KERNELS[op].items():
+        assert arch in (*ARCHITECTURES, "portable")
+        assert module.split(".")[-2:] == [arch, op], "a kernel has its operation's name and its architecture's folder"
+        host = importlib.import_module(module)
+        assert callable(host.run) and callable(host.configs)
+        assert f"ops/{op}.py" in host.__doc__ or "ops/" in host.__doc__, "the header says where the meaning is"
+    assert op in INPUTS, "verify and bench have no inputs for it"
+    assert op in TOLERANCES
+    assert op_shapes(op)
+
+
+def test_host_halves_need_no_compiler(repository: pathlib.Path) -> None:
+    """A server without the DSL imports every host half; only device halves import it."""
+    for path in (repository / "src/megamoe/kernels").rglob("*.py"):
+        imports_it = any(
+            line.startswith(("import cutlass", "from cutlass"))
+            for line in path.read_text(encoding="utf-8").splitlines()
+        )
+        assert imports_it <= path.stem.endswith("_device"), path
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("model", MODELS)
+def test_requests_of_a_model_can_be_rebuilt_from_their_values(model: str, target: str) -> None:
+    requests = requests_for(((call.op, call.dims) for call in op_calls(model)), target)
+    assert len(requests) > 5 and len({one.symbol for one in requests}) == len(requests)
+    for one in requests:
+        assert Request.of(PACKAGE + one.module, one.config()) == one
+
+
+def test_planning_passes_over_what_has_no_kernel() -> None:
+    assert requests_for([("hadamard", {"n": 128})], "sm90a") == []
+    assert module_for("hadamard", "sm90a") is None
+    assert module_for("rms_norm", "sm100a") == "megamoe.kernels.portable.rms_norm"
+    with pytest.raises(ValueError, match="--arch must be one of sm90a, sm100a, sm103a; got 'sm80'"):
+        module_for("rms_norm", "sm80")
+
+
+def test_the_document_prints_the_table(repository: pathlib.Path) -> None:
+    assert support_table() in (repository / "docs/kernels.md").read_text(encoding="utf-8")

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `megamoe convert`: what it prints, its exit codes, and a process that is killed from outside."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import ModuleType
+
+import pytest
+import torch
+
+from megamoe.checkpoint import CheckpointReader, write_safetensors
+from megamoe.checkpoint.manifest import MANIFEST_NAME
+from megamoe.checkpoint.overlay import write_overlay
+from megamoe.cli import main
+from megamoe.models.deepseek_v4.convert import SearchChoice
+from megamoe.models.deepseek_v4.convert_command import read_calibration
+from megamoe.models.load import BUNDLED
+
+from .checkpoints import CONFIG, LAYOUTS, encode_all, make_master, save
+
+
+@pytest.fixture
+def official(tmp_path: pathlib.Path, seed: int) -> pathlib.Path:
+    return save(tmp_path / "official", encode_all(make_master(seed), LAYOUTS["official"])[0])
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_it_prints(official, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["convert", str(official), str(out)]) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert re.fullmatch(
+        rf"wrote {re.escape(str(out))}: 0\.002 GB -> 0\.002 GB in 1 file\(s\); weights: .*48 nvfp4.*", lines[0]
+    )
+    assert lines[1].startswith("48 of 48 converted weights proved equal to the source, block by block; report: ")
+    assert re.fullmatch(r"\d+\.\d s, \d+\.\d\d GB/s of source read", lines[2]) and len(lines) == 3
+    assert "no calibration: weights that become NVFP4 get input_scale 0.125" in printed.err
+    assert main(["convert", str(official), str(out)]) == 0
+    assert "0.00 GB/s of source read; 1 file(s) were finished before" in capsys.readouterr().out
+
+
+def test_json(official, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["convert", str(official), str(out), "--json", "--jobs", "1"]) == 0
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    assert printed.err == "" and summary["proved_exact"] == summary["weights"] == 48
+    assert summary["formats"] == {"fp8": 44, "mxfp4": 12, "nvfp4": 48} and summary["inexact"] == {}
+    with CheckpointReader(out) as reader:
+        assert summary["made_bytes"] == reader.num_bytes
+
+
+def test_dry_run_writes_nothing_and_lists_inexact_blocks(official, tmp_path, capsys):
+    with CheckpointReader(official) as reader:
+        tensors = {name: reader.tensor(name).clone() for name in reader.names}
+    tensors["layers.2.ffn.experts.1.w2.scale"].view(torch.uint8)[4, 0] = 60
+    source = save(tmp_path / "wide", tensors)
+    arguments = ["convert", str(source), str(tmp_path / "out"), "--dry-run"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "layers.2.ffn.experts.1.w2: 1 of 160 blocks have no equal" in error
+    assert main([*arguments, "--experts", "requantize"]) == 0
+    assert "  layers.2.ffn.experts.1.w2: 1 blocks, first [row, block] [4, 0]" in capsys.readouterr().out
+    assert main([*arguments, "--experts", "requantize", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["inexact"] == {
+        "layers.2.ffn.experts.1.w2": {"blocks": 1, "listed": [[4, 0]]}
+    }
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--to", "int4"], "is not one of 'nvfp4', 'mxfp4', 'fp8'"),
+        (["--to", "mxfp4", "--experts", "requantize"], "rounds to NVFP4 only"),
+        (["--jobs", "0"], "--jobs"),
+        (["--scale-search", "best"], "--scale-search must be one of max, mse, four-over-six"),
+        (["--scale-search", "max,head=mse"], "got 'max,head=mse'"),
+        (["--calibration", "nowhere.json"], "No such file or directory: nowhere.json"),
+    ],
+)
+def test_refusals(official, tmp_path, capsys, arguments, reason):
+    assert main(["convert", str(official), str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("megamoe: error: ") and error.count("\n") == 1 and reason in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_taken_and_missing_folders(official, tmp_path, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("x")
+    assert main(["convert", str(official), str(tmp_path / "taken")]) == 2
+    assert "exists, is not empty" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+
+
+def test_calibration_files(tmp_path):
+    path = tmp_path / "amax.json"
+    for content, reason in (("[1]", "must be an object"), ('{"a": "b"}', "must be an object"), ("{", "not JSON")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=rf"calibration .*amax.json: {reason}"):
+            read_calibration(path)
+    path.write_text('{"layers.0.attn.wq_a": 2}')
+    assert read_calibration(path) == {"layers.0.attn.wq_a": 2.0}
+
+
+def test_a_process_killed_from_outside(seed, tmp_path, repository):
+    """SIGKILL at random moments of a real process, then the same command to its end."""
+    tensors, _ = encode_all(make_master(seed), LAYOUTS["official"])
+    source = tmp_path / "source"
+    source.mkdir()
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else 4
+        shards.setdefault(f"model-{layer + 1:05d}-of-00005.safetensors", {})[name] = tensor
+    for shard, part in shards.items():
+        write_safetensors(source / shard, part)
+    (source / "config.json").write_text(json.dumps(CONFIG))
+    options = ["--attention", "nvfp4", "--draft", "convert", "--scale-search", "mse", "--jobs", "2"]
+    assert main(["convert", str(source), str(tmp_path / "whole"), *options]) == 0
+    out, order = tmp_path / "out", random.Random(seed)
+    command = [sys.executable, "-m", "megamoe.cli", "convert", str(source), str(out), *options]
+    killed = 0
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = (out / MANIFEST_NAME).stat().st_mtime_ns if (out / MANIFEST_NAME).exists() else None
+        while process.poll() is None and not list(out.glob(".*.partial")):
+            time.sleep(0.005)
+        time.sleep(order.random() * 0.5)
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        assert begun is None or (out / MANIFEST_NAME).stat().st_mtime_ns >= begun
+    assert killed
+    assert subprocess.run(command, cwd=repository, capture_output=True, check=False).returncode == 0
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+# the tool that makes the bundled model
+
+
+@pytest.fixture(scope="module")
+def package(repository) -> ModuleType:
+    """tools/tiny_model/package.py as a module."""
+    folder = repository / "tools" / "tiny_model"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location("package_tiny_model", folder / "package.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module
+
+
+def test_the_bundled_model_is_what_convert_writes(package, repository, tmp_path):
+    """The same tensors, dtypes, shapes and metadata; the weights themselves depend on the search."""
+    tools = repository / "tools" / "tiny_model"
+    write_overlay(BUNDLED["tiny"], tools / "master", tmp_path / "master")
+    amax = json.loads((tools / "calibration.json").read_text())
+    made = tmp_path / "made"
+    made.mkdir()
+    error = package.write_quantized(tmp_path / "master", amax, SearchChoice.parse("max"), made)
+    assert 0.08 < error < 0.12
+    assert {path.name for path in made.iterdir()} == set(package.SHIPPED)
+    with CheckpointReader(made) as ours, CheckpointReader(BUNDLED["tiny"]) as shipped:
+        assert ours.names == shipped.names
+        for name in ours.names:
+            assert str(ours.info(name)) == str(shipped.info(name))
+            is_rounded = f"{name.removesuffix('.weight')}.weight_scale" in ours
+            if not is_rounded and not name.endswith(("weight_scale", "weight_scale_2")):
+                assert torch.equal(ours.tensor(name), shipped.tensor(name)), name
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (made, BUNDLED["tiny"])]
+    for config in configs:
+        config["quantization_config"].pop("producer")
+    assert configs[0] == configs[1]
