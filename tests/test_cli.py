@@ -89,7 +89,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"megamoe {megamoe.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "-h"], ["verify", "--help"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "-h"], ["verify", "--help"], ["inspect", "-h"]], ids=str
+)
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     assert capsys.readouterr().out.startswith("Usage: megamoe")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pathlib
 from typing import Any
 
 import pytest
@@ -67,6 +68,18 @@ def test_rows_say_share_and_speedup() -> None:
     assert row["kernel_us"] == "4.0" and row["share_of_ceiling"] == "0.5" and row["num_tokens"] == "64"
     document = json.loads(json.dumps(report.as_document([ROW], {"gpu": "x"}, {"copy_gbps": 1.0})))
     assert document["machine"] == {"gpu": "x"} and document["rows"][0]["kernel"]["median_us"] == 4.0
+
+
+def test_committed_results_have_the_columns_a_run_writes(repository: pathlib.Path) -> None:
+    files = sorted(repository.glob("benchmarks/*/*_ops.csv"))
+    assert files
+    for path in files:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        assert list(rows[0]) == list(ROW.flat())
+        for row in rows:
+            share = float(row["ceiling_us"]) / float(row["kernel_us"])
+            assert float(row["share_of_ceiling"]) == pytest.approx(share, rel=0.02, abs=0.002)
+            assert float(row["kernel_low_us"]) <= float(row["kernel_us"]) <= float(row["kernel_high_us"])
 
 
 @pytest.mark.parametrize("op", sorted(KERNELS))

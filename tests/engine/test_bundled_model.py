@@ -268,19 +268,16 @@ def test_f22_each_kind_of_row_must_be_restored(
         self._pairs = pairs
 
     monkeypatch.setattr(Snapshots, "restore", restore)
+    # Three pages: far more entries than the indexer selects, so that one wrong key shows in the following tokens.
     engine = make(model, max_sequences=2)
-    first = {"first": text[:270]}
-    run(engine, first)
-    second = {
-        "between": text[300:340],
-        "second": text[:256] + text[280:290],
-    }  # another sequence used the ring meanwhile
+    run(engine, {"first": text[: 3 * PAGE + 10]}, max_tokens=1)
+    second = {"between": text[300:340], "second": text[: 3 * PAGE] + text[280:340]}
     for layer in engine._cache.layers:
         pool = getattr(layer, part)
         if pool is not None:
             pool.storage.zero_()
     run(engine, second)
-    assert engine.stats().prefix_hit_tokens == 256
+    assert engine.stats().prefix_hit_tokens == 3 * PAGE
     assert recorder.differs(model, second) == ["second"]
 
 

@@ -35,7 +35,7 @@ PTX_WANTED = {
         "barrier.cluster.wait",
     ],
     "parts.route_scores": ["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "sqrt.rn.f32"],
-    "parts.route_select": ["shfl.sync.bfly.b32", "div.rn.f32"],
+    "parts.route_select": ["div.rn.f32"],
 }
 """Module → instructions that its PTX must hold."""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamoe.kernels.parts.rows import MAX_WIDTH, VECTOR, as_rows, as_vector, require_width, row_tile
+from megamoe.formats.scale_layout import to_tiled_128x4
+from megamoe.kernels.parts.rows import MAX_WIDTH, VECTOR, as_rows, as_vector, require_width, row_tile, tiled_place
 
 WIDTHS = [8, 16, 128, 256, 512, 1000, 1024, 1032, 1040, 1536, 2048, 3072, 4096, 7168, 8192, 16384, 20000, 32768]
 
@@ -49,6 +50,18 @@ def test_widths_are_refused() -> None:
             require_width("op", width)
     with pytest.raises(NotImplementedError, match="a multiple of 16; got 24"):
         require_width("op", 24, 16)
+
+
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(1, 1), (130, 5), (300, 8), (128, 4)])
+def test_tiled_place_is_the_formats_order(num_rows: int, num_columns: int) -> None:
+    scales = torch.arange(1, num_rows * num_columns + 1).remainder(251).add(1).to(torch.uint8)
+    scales = scales.view(num_rows, num_columns)
+    tiled = to_tiled_128x4(scales)
+    placed = torch.zeros_like(tiled)
+    for row in range(num_rows):
+        for column in range(num_columns):
+            placed[tiled_place(row, column, num_columns)] = scales[row, column]
+    assert torch.equal(placed, tiled)
 
 
 # tensors as rows

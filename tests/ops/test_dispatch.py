@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import sys
 import types
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from megamoe import ops
-from megamoe.kernels import KERNELS
+from megamoe.kernels import KERNELS, store
+from megamoe.kernels.compile import Built, Request
+from megamoe.models.deepseek_v4.shapes import op_calls
 from megamoe.ops import dispatch
 from megamoe.ops.dispatch import pick
 
@@ -78,3 +81,38 @@ def test_use_reference_holds_inside_the_block_only(monkeypatch: pytest.MonkeyPat
 def test_use_refuses_other_names() -> None:
     with pytest.raises(ValueError, match="implementation must be 'reference' or 'device'; got 'fast'"), ops.use("fast"):
         pass
+
+
+# --- before serving ---
+
+
+def test_warm_up_loads_a_models_kernels_and_seal_ends_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[pathlib.Path] = []
+
+    def compile_nothing(requests: list[Request], target: str, directory: pathlib.Path) -> list[Built]:
+        built = [Built(one, directory / f"{one.symbol}.so", 0.0) for one in requests]
+        for one in built:
+            one.path.write_bytes(b"object")
+        return built
+
+    kernels = store.KernelStore("sm90a", tmp_path, loader=lambda path, symbol: loaded.append(path))
+    monkeypatch.setattr(store, "compile_objects", compile_nothing)
+    monkeypatch.setattr(store, "store_of", lambda device: kernels)
+    calls = [(call.op, call.dims) for call in op_calls("tiny")]
+    dispatch.warm_up(calls, CUDA)
+    assert len(loaded) == len(kernels.ledger) > 10
+    dispatch.seal(CUDA)
+    dispatch.warm_up(calls, CUDA)  # nothing new
+    with pytest.raises(store.SealedError, match="was not loaded before the store was sealed"):
+        dispatch.warm_up([("rms_norm", {"K": 1024})], CUDA)
+    assert "sealed" in dispatch.explain(CUDA) and "portable.rms_norm[width=256" in dispatch.explain(CUDA)
+
+
+def test_the_cpu_has_nothing_to_warm_up() -> None:
+    dispatch.warm_up([("rms_norm", {"K": 1024})], CPU)
+    dispatch.seal(CPU)
+    assert dispatch.explain(CPU) == "cpu: references, no kernels"
+    with pytest.raises(ValueError, match="a kernel pack is for a CUDA device; got cpu"):
+        dispatch.open_pack(pathlib.Path("pack"), CPU, version="1")

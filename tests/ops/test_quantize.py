@@ -8,6 +8,7 @@ import torch
 
 from megamoe.formats import fp8, mxfp4, nvfp4
 from megamoe.formats.e2m1 import unpack
+from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.ops.quantize import quantize_fp8_rows, quantize_mxfp4, quantize_nvfp4
 
 from .invariance import assert_row_invariant
@@ -25,6 +26,16 @@ def test_nvfp4_codes_by_hand() -> None:
     values = [6.0, -0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -4.0, 0.5, -0.0, 6.0, 4.0, -6.0, 1.0]
     assert nvfp4.dequantize(q).div(448).tolist() == [values]
     assert unpack(q.codes)[0, :2].tolist() == [7, 8]  # 6 and -0, the sign of zero is kept
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 127, 128, 129])
+@pytest.mark.parametrize("width", [64, 80])
+def test_tiled_scales_are_the_row_major_ones_in_another_order(num_tokens: int, width: int, seed: int) -> None:
+    x = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    plain, tiled = quantize_nvfp4(x), quantize_nvfp4(x, scale_layout=ScaleLayout.TILED_128X4)
+    assert tiled.scale_layout is ScaleLayout.TILED_128X4 and torch.equal(tiled.codes, plain.codes)
+    back = tiled.row_major().scales
+    assert torch.equal(back.view(torch.uint8), plain.scales.view(torch.uint8))
 
 
 def test_nvfp4_takes_one_scale_per_token_and_none_from_its_neighbours() -> None:

@@ -507,6 +507,14 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
     ("F20 to zero", "preview", cast_e8m0_to_zero, "scale-cast", f"{EXPERT}.scale", "the middle scale is 2^-127"),
     ("F20 to fp32", "preview", cast_e8m0_to_float, "scale-cast", f"{WQ_A}.scale", "the middle scale is 11"),
     (
+        "F20 of E4M3",
+        "nvidia",
+        lambda files: files.put(E4M3_SCALES, "F8_E4M3", (256, 8)),
+        "scale-cast",
+        E4M3_SCALES,
+        "the middle scale is 0, a size no weight needs",
+    ),
+    (
         "F20 dtype",
         "preview",
         lambda files: files.put(f"{EXPERT}.scale", "F32", (256, 4)),
@@ -520,6 +528,14 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         lambda files: files.put("layers.2.attn.wq_c.weight", "BF16", (3,)),
         "tensor-unknown",
         "layers.2.attn.wq_c.weight",
+        "unknown tensor BF16 [3].",
+    ),
+    (
+        "a layer far out",
+        "preview",
+        lambda files: files.put("layers.500.attn.wq_a.weight", "BF16", (3,)),
+        "tensor-unknown",
+        "layers.500.attn.wq_a.weight",
         "unknown tensor BF16 [3].",
     ),
     ("two spellings", "preview", copy_under_another_name, "tensor-twice", f"model.{WQ_A}.weight", "the same tensor as"),
@@ -682,7 +698,8 @@ ALONE = {
     "F2", "F2 of compressed-tensors", "F3", "F3 of one weight", "F3 of compressed-tensors", "F3 of weights", "F4",
     "F4 of MXFP4", "F4 of FP8", "F5", "F5 packed along N", "F5 of a plain weight", "F7", "F7 negative", "F7 of MXFP4",
     "F7 of Base", "F15", "F15 of compressed-tensors", "zero scale", "infinite scale", "F17", "F20", "F20 to zero",
-    "F20 to fp32", "F20 dtype", "unknown tensor", "two spellings", "misshapen", "half precision", "layers, one short",
+    "F20 to fp32", "F20 of E4M3", "F20 dtype",
+    "a layer far out", "unknown tensor", "two spellings", "misshapen", "half precision", "layers, one short",
     "layers, one more", "no compressor", "fallback layer_types", "hash layers", "experts", "fused experts",
     "F14 of the last experts",
     "hidden size", "vocabulary", "DSpark unannounced", "DSpark rank", "F16 expert_dtype", "F16 no declaration",
@@ -896,6 +913,12 @@ def test_every_rule_is_exercised():
     found = {row[3] for row in FAULTS} | {row[2] for row in FILE_FAULTS}
     elsewhere = {"shard-gap", "shard-header"}  # tests/checkpoint/test_reader.py
     assert set(RULES) == found | elsewhere
+
+
+def test_every_rule_is_documented(repository):
+    text = (repository / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    for rule, (fault, holds_when) in RULES.items():
+        assert f"| `{rule}` | {fault or '–'} | {holds_when} |" in text, rule
 
 
 def test_every_fault_of_the_issue_has_a_rule():

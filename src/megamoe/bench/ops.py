@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 from megamoe.bench import report, timing
 from megamoe.bench.roofline import Ceiling, tensor_bytes
+from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, rows_of
 from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, compare, known_ops, open_gpu
@@ -56,7 +57,9 @@ def _thresholds(device: torch.device) -> torch.Tensor:
     return torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device)
 
 
-def _eager_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> Any:
+def _eager_nvfp4(
+    x: torch.Tensor, tensor_scale: torch.Tensor | None = None, scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
+) -> Any:
     values = x.float().unflatten(-1, (-1, 16))
     amax = values.abs().amax(-1)
     g = amax.amax(-1).clamp(min=1e-12) / 2688.0 if tensor_scale is None else tensor_scale.expand(x.shape[:-1])
@@ -67,6 +70,7 @@ def _eager_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | None = None) -> A
     )
     pairs = codes.flatten(-2).unflatten(-1, (-1, 2))
     codes = pairs[..., 0] | (pairs[..., 1] << 4)
+    scales = to_tiled_128x4(scales) if scale_layout is ScaleLayout.TILED_128X4 else scales
     return codes, scales, g if tensor_scale is None else tensor_scale.expand(x.shape[:-2])
 
 
@@ -172,7 +176,7 @@ def check_sample(call: OpCall, inputs: OpInputs, arguments: Arguments, got: Any,
         name: moved(rows_of(value, index) if name in inputs.per_token else value, "cpu")
         for name, value in arguments.items()
     }
-    want = inputs.door(**sampled)
+    want = rows_of(inputs.door(**sampled), torch.arange(len(index)))  # scales in the order of rows, as picked ones
     compare(call.op, moved(rows_of(got, index), "cpu"), want, sampled)
 
 

@@ -47,6 +47,5 @@ def tensor_bytes(value: Any) -> int:
     """Return the bytes of a tensor, a container, or a collection of them."""
     if isinstance(value, dict):
         return sum(tensor_bytes(one) for one in value.values())
-    if value is None or isinstance(value, (int, float, torch.dtype)):
-        return 0
-    return sum(part.numel() * part.element_size() for part in parts(value).values() if isinstance(part, torch.Tensor))
+    tensors = [part for part in parts(value).values() if isinstance(part, torch.Tensor)]  # numbers and names are none
+    return sum(part.numel() * part.element_size() for part in tensors)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -114,3 +115,53 @@ def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callab
         )
     run: Callable[..., Any] = importlib.import_module(module).run
     return run
+
+
+# What an engine does before it says that it is ready. The rooms above operations do not see kernels.
+
+
+def _store(device: torch.device) -> Any:
+    return importlib.import_module("megamoe.kernels.store").store_of(device)
+
+
+def open_pack(path: pathlib.Path, device: torch.device, *, version: str) -> None:
+    """Load kernels for a device from a pack before looking anywhere else.
+
+    Args:
+        path: the pack's directory.
+        device: a CUDA device.
+        version: megamoe's version; a pack of another one is refused.
+
+    Raises:
+        ValueError: the device is not a CUDA device, or the pack is damaged, foreign or for another architecture.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"open_pack: a kernel pack is for a CUDA device; got {device}. Leave --pack out.")
+    _store(device).use_pack(path, version=version)
+
+
+def warm_up(calls: Iterable[tuple[str, Mapping[str, int]]], device: torch.device) -> None:
+    """Load, and compile where necessary, every kernel that some operation calls need; on the CPU there is none.
+
+    Nothing is run, so no data is needed. Operations without a kernel on the device are passed over here and refused
+    when they are called.
+
+    Args:
+        calls: (operation, sizes of its named dimensions), as in models/*/shapes.py.
+        device: where the model is.
+    """
+    if device.type == "cuda":
+        store = _store(device)
+        plan = importlib.import_module("megamoe.kernels.plan")
+        store.warm_up(plan.requests_for(calls, store.target))
+
+
+def seal(device: torch.device) -> None:
+    """From now on, refuse to load or compile a kernel that is not loaded yet."""
+    if device.type == "cuda":
+        _store(device).seal()
+
+
+def explain(device: torch.device) -> str:
+    """Return what was loaded, from where and how long it took, as a Markdown table."""
+    return str(_store(device).explain()) if device.type == "cuda" else f"{device}: references, no kernels"

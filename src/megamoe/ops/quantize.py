@@ -20,20 +20,27 @@ from megamoe.formats import fp8, mxfp4, nvfp4
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.formats.scale_layout import ScaleLayout, tiled_128x4_bytes
 from megamoe.ops.check import FLOAT32, FLOATS, check
 from megamoe.ops.dispatch import pick, traced
 
 
-def quantize_nvfp4(x: torch.Tensor, *, tensor_scale: torch.Tensor | None = None) -> NvFp4Tensor:
+def quantize_nvfp4(
+    x: torch.Tensor,
+    *,
+    tensor_scale: torch.Tensor | None = None,
+    scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
+) -> NvFp4Tensor:
     """Round activations to NVFP4.
 
     Args:
         x: [..., T, K] bf16 or fp32, finite; K a positive multiple of 16; T may be 0.
         tensor_scale: [] fp32, a checkpoint's calibrated `input_scale`, used for all tokens: values beyond
             2688 * tensor_scale saturate. None: every token gets max(amax, 1e-12) / 2688 of its own.
+        scale_layout: order of the block scales; tiles of 128x4 are what block-scaled matrix units read.
 
     Returns:
-        [..., T, K] NVFP4, row-major scales; scale_per "row" if tensor_scale is None, else "tensor".
+        [..., T, K] NVFP4; scale_per "row" if tensor_scale is None, else "tensor".
 
     Raises:
         TypeError: x is not bf16 or fp32, or tensor_scale is not fp32.
@@ -42,7 +49,7 @@ def quantize_nvfp4(x: torch.Tensor, *, tensor_scale: torch.Tensor | None = None)
     """
     check("quantize_nvfp4", x=(x, "... T K", FLOATS), tensor_scale=(tensor_scale, "?", FLOAT32))
     run = pick("quantize_nvfp4", x.device, reference_nvfp4)
-    return run(x, tensor_scale)  # type: ignore[no-any-return]
+    return run(x, tensor_scale, scale_layout)  # type: ignore[no-any-return]
 
 
 def quantize_fp8_rows(x: torch.Tensor, *, group: int = 128) -> Fp8RowTensor:
@@ -84,11 +91,15 @@ def quantize_mxfp4(x: torch.Tensor) -> MxFp4Tensor:
     return run(x)  # type: ignore[no-any-return]
 
 
-def reference_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | None) -> NvFp4Tensor:
+def reference_nvfp4(
+    x: torch.Tensor, tensor_scale: torch.Tensor | None, scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
+) -> NvFp4Tensor:
     """Compute quantize_nvfp4 in plain torch."""
     if tensor_scale is None:
-        return nvfp4.quantize(x, scale_per="row")
-    return nvfp4.quantize(x, tensor_scale=tensor_scale, scale_per="tensor")
+        quantized = nvfp4.quantize(x, scale_per="row")
+    else:
+        quantized = nvfp4.quantize(x, tensor_scale=tensor_scale, scale_per="tensor")
+    return quantized.tiled() if scale_layout is ScaleLayout.TILED_128X4 else quantized
 
 
 def reference_fp8_rows(x: torch.Tensor, group: int) -> Fp8RowTensor:
@@ -101,34 +112,41 @@ def reference_mxfp4(x: torch.Tensor) -> MxFp4Tensor:
     return mxfp4.quantize(x)
 
 
-def fake_nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def fake_nvfp4(x: torch.Tensor, tiled: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return empty codes, block scales and row scales for the quantization of x."""
     *rows, width = x.shape
     codes = torch.empty((*rows, width // 2), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((*rows, width // nvfp4.BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
+    num_blocks = width // nvfp4.BLOCK
+    shape = (*rows[:-1], tiled_128x4_bytes(rows[-1], num_blocks)) if tiled else (*rows, num_blocks)
+    scales = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
     return codes, scales, torch.empty(rows, dtype=torch.float32, device=x.device)
 
 
-def _run_nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    q = pick("quantize_nvfp4", x.device, reference_nvfp4)(x, None)
+def _layout(tiled: bool) -> ScaleLayout:
+    return ScaleLayout.TILED_128X4 if tiled else ScaleLayout.ROW_MAJOR
+
+
+def _run_nvfp4(x: torch.Tensor, tiled: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q = pick("quantize_nvfp4", x.device, reference_nvfp4)(x, None, _layout(tiled))
     return q.codes, q.scales, q.tensor_scale
 
 
-def _run_nvfp4_static(x: torch.Tensor, tensor_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    q = pick("quantize_nvfp4", x.device, reference_nvfp4)(x, tensor_scale)
+def _run_nvfp4_static(x: torch.Tensor, tensor_scale: torch.Tensor, tiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    q = pick("quantize_nvfp4", x.device, reference_nvfp4)(x, tensor_scale, _layout(tiled))
     return q.codes, q.scales
 
 
-def _fake_nvfp4_static(x: torch.Tensor, tensor_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_nvfp4(x)[:2]
+def _fake_nvfp4_static(x: torch.Tensor, tensor_scale: torch.Tensor, tiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return fake_nvfp4(x, tiled)[:2]
 
 
-def _call_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | None) -> NvFp4Tensor:
+def _call_nvfp4(x: torch.Tensor, tensor_scale: torch.Tensor | None, scale_layout: ScaleLayout) -> NvFp4Tensor:
+    tiled = scale_layout is ScaleLayout.TILED_128X4
     if tensor_scale is None:
-        codes, scales, tensor_scale = torch.ops.megamoe.quantize_nvfp4(x)
-        return NvFp4Tensor(codes, scales, tensor_scale, scale_per="row")
-    codes, scales = torch.ops.megamoe.quantize_nvfp4_static(x, tensor_scale)
-    return NvFp4Tensor(codes, scales, tensor_scale.expand(x.shape[:-2]))
+        codes, scales, tensor_scale = torch.ops.megamoe.quantize_nvfp4(x, tiled)
+        return NvFp4Tensor(codes, scales, tensor_scale, scale_layout, "row")
+    codes, scales = torch.ops.megamoe.quantize_nvfp4_static(x, tensor_scale, tiled)
+    return NvFp4Tensor(codes, scales, tensor_scale.expand(x.shape[:-2]), scale_layout)
 
 
 def _run_fp8_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,8 +168,8 @@ def _call_fp8_rows(x: torch.Tensor, group: int) -> Fp8RowTensor:
 traced(
     "quantize_nvfp4",
     {
-        "quantize_nvfp4": "(Tensor x) -> (Tensor, Tensor, Tensor)",
-        "quantize_nvfp4_static": "(Tensor x, Tensor tensor_scale) -> (Tensor, Tensor)",
+        "quantize_nvfp4": "(Tensor x, bool tiled) -> (Tensor, Tensor, Tensor)",
+        "quantize_nvfp4_static": "(Tensor x, Tensor tensor_scale, bool tiled) -> (Tensor, Tensor)",
     },
     {"quantize_nvfp4": _run_nvfp4, "quantize_nvfp4_static": _run_nvfp4_static},
     {"quantize_nvfp4": fake_nvfp4, "quantize_nvfp4_static": _fake_nvfp4_static},

@@ -541,7 +541,8 @@ def _kinds(formats: Mapping[str, Format]) -> dict[str, set[str]]:
 
 def _draft_words(draft: DraftFound, raw: Mapping[str, Any]) -> str:
     if draft.num_dspark:
-        return f"DSpark, {draft.num_dspark} stages (recognized; megamoe runs the backbone without it)"
+        words = "" if "dspark_block_size" in raw else " (not run: config.json has no dspark_* fields)"
+        return f"DSpark, {draft.num_dspark} stages{words}"
     if draft.num_mtp:
         return f"classic MTP, {draft.num_mtp} stage{'s' if draft.num_mtp > 1 else ''}"
     claimed = raw.get("num_nextn_predict_layers")

@@ -87,7 +87,15 @@ def run(directory: str | os.PathLike[str], request: PlanRequest, *, as_json: boo
     if as_json:
         print(json.dumps(report(inspection, request)))
     else:
-        _print(inspection, request, Console(highlight=False, markup=False, emoji=False, soft_wrap=False))
+        console = Console(highlight=False, markup=False, emoji=False)
+        if console.is_terminal:
+            _print(inspection, request, console)
+        else:
+            console.width = PIPE_WIDTH
+            with console.capture() as capture:
+                _print(inspection, request, console)
+            for line in capture.get().splitlines():
+                print(line.rstrip())
     return inspection.verdict.value
 
 
@@ -216,8 +224,6 @@ def _is_enough(fit: Fit, request: PlanRequest) -> bool | None:
 
 
 def _print(inspection: Inspection, request: PlanRequest, console: Console) -> None:
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
     _print_summary(inspection, console)
     if inspection.groups:
         console.print()
@@ -313,7 +319,7 @@ def _print_memory(inspection: Inspection, request: PlanRequest, console: Console
         cache_plan(inspection.config, form, num_draft_layers=inspection.num_draft_layers) for form in CACHE_FORMATS
     ]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("cache of one sequence")
+    table.add_column("one sequence", no_wrap=True)
     for header in ("bytes/token", "window", "draft", "compressor", *(f"at {_tokens(context)}" for context in chosen)):
         table.add_column(header, justify="right", no_wrap=True)
     for plan in plans:
@@ -332,7 +338,7 @@ def _print_memory(inspection: Inspection, request: PlanRequest, console: Console
         console.print(_fits_table([fit for fit in found if fit.split is split], chosen, request))
     console.print()
     console.print(
-        f"Sequences on all GPUs together, cache in {plans[0].format.name}. {USABLE:.0%} of each GPU is planned for "
+        f"Sequences on all GPUs together, cache as {plans[0].format.name}. {USABLE:.0%} of each GPU is planned for "
         "weights and caches; GB is 10^9 bytes. The cache is one latent for all heads: tensor parallelism does not "
         "divide it."
     )

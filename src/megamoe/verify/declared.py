@@ -102,7 +102,7 @@ def _check_modules(declared: Mapping[str, Any], formats: Mapping[str, Format]) -
         nvfp4: set[str] | None = {
             _native_module(name)
             for name, entry in layers.items()
-            if isinstance(entry, dict) and entry.get("quant_algo") == "NVFP4"
+            if isinstance(entry, dict) and "NVFP4" in str(entry.get("quant_algo"))
         }
         where = "quantization_config.quantized_layers"
     elif "NVFP4" in flags:

@@ -16,6 +16,7 @@ import torch
 
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
 from megamoe.ops.quantize import quantize_fp8_rows, quantize_nvfp4
 from megamoe.ops.rms_norm import rms_norm
@@ -103,7 +104,13 @@ def _quantize_nvfp4(dims: Mapping[str, int], num_tokens: int, generator: torch.G
 
 def _quantize_nvfp4_static(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     scale = torch.tensor(4.0 / 2688.0, device=generator.device)  # rows above 4 saturate, as after calibration
-    return {"x": activations(generator, *_heads(dims, num_tokens), dims["K"]), "tensor_scale": scale}
+    arguments: Arguments = {"x": activations(generator, *_heads(dims, num_tokens), dims["K"]), "tensor_scale": scale}
+    return arguments
+
+
+def _quantize_nvfp4_tiled(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    x = activations(generator, num_tokens, dims["K"])
+    return {"x": x, "scale_layout": ScaleLayout.TILED_128X4}
 
 
 def _quantize_fp8_rows(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
@@ -188,6 +195,7 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "quantize_nvfp4": (
         OpInputs(quantize_nvfp4, _quantize_nvfp4, ("x",)),
         OpInputs(quantize_nvfp4, _quantize_nvfp4_static, ("x",)),
+        OpInputs(quantize_nvfp4, _quantize_nvfp4_tiled, ("x",), tile=128),
     ),
     "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
     "route_experts": (
@@ -214,10 +222,12 @@ def rows_of(value: Any, index: torch.Tensor) -> Any:
         return tuple(rows_of(one, index) for one in value)
     index = index.to(value.device)
     if isinstance(value, NvFp4Tensor):
+        row_major = value.row_major().scales
         return dataclasses.replace(
             value,
             codes=value.codes[index],
-            scales=value.scales.view(torch.uint8)[index].view(value.scales.dtype),
+            scales=row_major.view(torch.uint8)[index].view(row_major.dtype),
+            scale_layout=ScaleLayout.ROW_MAJOR,
             tensor_scale=value.tensor_scale[index] if value.tensor_scale.dim() else value.tensor_scale,
         )
     if isinstance(value, Fp8RowTensor):

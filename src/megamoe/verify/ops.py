@@ -133,9 +133,8 @@ def verify_case(call: OpCall, inputs: OpInputs, num_tokens: int, device: str = "
     if num_tokens > 1:
         last = torch.tensor([num_tokens - 1])
         alone = {name: rows_of(value, last) if name in inputs.per_token else value for name, value in on_device.items()}
-        # A scale of the whole tensor has no tokens.
-        among = {name: part[last.to(part.device)] for name, part in _plain(runs[0]).items() if part.dim()}
-        single = _plain(inputs.door(**alone))
+        among = _plain(rows_of(runs[0], last))  # tiled scales become row-major: tokens are apart there
+        single = _plain(rows_of(inputs.door(**alone), torch.tensor([0])))
         for name, part in among.items():
             if not torch.equal(part, single[name]):
                 raise AssertionError(f"{op}: {name} of the last token depends on the tokens beside it")

@@ -7,7 +7,6 @@ import dataclasses
 import html.parser
 import json
 import pathlib
-import re
 from typing import Any
 
 import pytest
@@ -31,7 +30,19 @@ from megamoe.models.deepseek_v4.convert import (
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.weights import ModelWeights, load_weights
 
-from .checkpoints import CONFIG, EXPERT, LAYOUTS, LINEAR, assert_same, encode_all, make_master, save, values_of
+from .checkpoints import (
+    CONFIG,
+    DSPARK_KEYS,
+    EXPERT,
+    LAYOUTS,
+    LINEAR,
+    assert_same,
+    encode_all,
+    make_dspark_master,
+    make_master,
+    save,
+    values_of,
+)
 
 OFFICIAL_CONFIG = {
     **CONFIG,
@@ -577,38 +588,24 @@ def test_fused_experts_are_taken_apart(seed, tmp_path):
     assert_same(stored(tmp_path / "fused-out"), stored(tmp_path / "apart-out"))
 
 
-def test_a_dspark_draft(seed, tmp_path):
-    master = make_master(seed)
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).bfloat16()
-
-    extra = {
-        "mtp.0.main_norm.weight": noise(160),
-        "mtp.0.main_proj.weight": noise(160, 320),
-        "mtp.0.markov_head.markov_w1.weight": noise(48, 8),
-        "mtp.0.markov_head.markov_w2.weight": noise(48, 8),
-        "mtp.0.confidence_head.proj.weight": noise(1, 168),
-    }
-    dspark = {"block_size": 4, "noise_token_id": 2, "target_layer_ids": [1, 3], "markov_rank": 8}
-    config = {**OFFICIAL_CONFIG, **{f"dspark_{key}": value for key, value in dspark.items()}}
-    tensors, values = encode_all(master, LAYOUTS["official"])
-    for name in [n for n in tensors if re.match(r"mtp\.0\.(e_proj|h_proj|enorm|hnorm)\.", n)]:
-        del tensors[name]
-    source = save(tmp_path / "dspark", {**tensors, **extra}, config)
-    convert(source, tmp_path / "kept", dataclasses.replace(EVERYTHING, draft="keep"))
-    before, after = stored(source), stored(tmp_path / "kept")
+def test_a_dspark_draft_is_carried_over(seed, tmp_path):
+    tensors, _ = encode_all(make_dspark_master(seed), LAYOUTS["official"])
+    source = save(tmp_path / "dspark", tensors, {**OFFICIAL_CONFIG, **DSPARK_KEYS})
+    convert(source, tmp_path / "out", dataclasses.replace(EVERYTHING, draft="keep"))
+    before, after = stored(source), stored(tmp_path / "out")
     for name, tensor in before.items():
         if name.startswith("mtp."):
             assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    planned, _ = convert(source, tmp_path / "converted", EVERYTHING)
-    draft = {module for module, found in planned.formats.items() if module.startswith("mtp.") and found is Format.NVFP4}
-    assert len(draft) == 5 + 3 * (1 + 4) + 1 and "mtp.0.main_proj" in draft
-    loaded = load(tmp_path / "converted").dspark
-    assert loaded is not None and isinstance(loaded.main_proj, NvFp4Tensor)
-    expert = NvFp4Tensor(*(getattr(loaded.stages[0].moe.w2, part)[1] for part in ("codes", "scales", "tensor_scale")))
-    assert torch.equal(nvfp4.dequantize(expert), values["mtp.0.ffn.experts.1.w2.weight"])
+
+
+def test_a_dspark_draft_is_converted_like_the_backbone(seed, tmp_path):
+    tensors, _ = encode_all(make_dspark_master(seed), LAYOUTS["official"])
+    source = save(tmp_path / "dspark", tensors, {**OFFICIAL_CONFIG, **DSPARK_KEYS})
+    convert(source, tmp_path / "out", EVERYTHING)
+    draft = load(tmp_path / "out").dspark
+    assert draft is not None
+    assert isinstance(draft.main_proj, NvFp4Tensor) and isinstance(draft.stages[2].moe.w1, NvFp4Tensor)
+    assert draft.markov_w1.dtype is torch.bfloat16
 
 
 # reports

@@ -776,7 +776,7 @@ REFUSALS: list[tuple[str, str, Callable[[Tensors], None], str]] = [
         "model.layers.1.attn.norm.weight: the same tensor as layers.1.attn.kv_norm.weight",
     ),
     (
-        "NaN block scale",
+        "F7: NaN block scale",
         "all_nvfp4",
         poke(f"{EXPERT}.weight_scale", 0x7F, byte=True),
         f"{EXPERT}.weight_scale: a byte that is NaN or negative in E4M3, at [159, 1] (1 of 320 scales).",

@@ -20,7 +20,7 @@ from megamoe.kernels.parts.ptx_device import (
     multiply,
     reciprocal,
 )
-from megamoe.kernels.parts.rows import VECTOR
+from megamoe.kernels.parts.rows import VECTOR, tiled_place
 from megamoe.kernels.parts.rows_device import RowThread, both
 
 AMAX_FLOOR = 1e-12
@@ -50,7 +50,9 @@ def row_tensor_scale(thread: RowThread, amaxes, scratch):
     return divide(max_keeping_nan(amax, Float32(AMAX_FLOOR)), Float32(TENSOR_SCALE_DIVISOR))
 
 
-def store_nvfp4(thread: RowThread, registers, amaxes, tensor_scale, codes: cute.Tensor, scales: cute.Tensor, exact):
+def store_nvfp4(
+    thread: RowThread, registers, amaxes, tensor_scale, codes: cute.Tensor, scales: cute.Tensor, exact, tiled=False
+):
     """Quantize a thread's vectors and store their codes and scales.
 
     Args:
@@ -58,18 +60,24 @@ def store_nvfp4(thread: RowThread, registers, amaxes, tensor_scale, codes: cute.
         amaxes: block_amax of every vector.
         tensor_scale: g.
         codes: [rows, K/8] uint32, eight codes a word.
-        scales: [rows, K/16] uint8.
+        scales: [rows, K/16] uint8, or all tiles of 128x4 as one run.
         exact: the values have 8 significant bits (bf16), so that one refinement step divides exactly; see below.
+        tiled: the scales are in 128x4 tiles (formats/scale_layout.py).
     """
     six_scales = multiply(Float32(6.0), tensor_scale)
     for index in range(thread.tile.vectors):
         # wanted = block_amax / (6 g); an infinite amax must not become the largest finite scale
-        wanted = divide(amaxes[index], six_scales)
-        wanted = fma(amaxes[index], Float32(0.0), wanted)
-        byte, scale = e4m3_of(max_keeping_nan(wanted, Float32(SMALLEST_SCALE)))
+        quotient = divide(amaxes[index], six_scales)
+        quotient = fma(amaxes[index], Float32(0.0), quotient)
+        byte, scale = e4m3_of(max_keeping_nan(quotient, Float32(SMALLEST_SCALE)))
         step = multiply(tensor_scale, scale)
         word = quantize_vector(registers[None, index], step, amaxes[index], exact)
-        store_words(both(thread.live, thread.has(index)), thread.row, thread.vector(index), word, byte, codes, scales)
+        wanted = both(thread.live, thread.has(index))
+        if tiled:
+            place = tiled_place(thread.row, thread.vector(index) // 2, thread.tile.width // 16)
+            store_words_tiled(wanted, thread.row, thread.vector(index), place, word, byte, codes, scales)
+        else:
+            store_words(wanted, thread.row, thread.vector(index), word, byte, codes, scales)
 
 
 @cute.jit
@@ -79,6 +87,24 @@ def store_words(wanted, row: Int32, vector: Int32, word: Uint32, byte: Uint32, c
         codes[row, vector] = word
         if vector % 2 == 0:
             scales[row, vector // 2] = Uint8(byte)
+
+
+@cute.jit
+def store_words_tiled(
+    wanted,
+    row: Int32,
+    vector: Int32,
+    place: Int32,
+    word: Uint32,
+    byte: Uint32,
+    codes: cute.Tensor,
+    scales: cute.Tensor,
+):
+    """The same with the block's scale at a place in a run of tiles."""
+    if wanted:
+        codes[row, vector] = word
+        if vector % 2 == 0:
+            scales[place] = Uint8(byte)
 
 
 @cute.jit

@@ -71,6 +71,12 @@ def row_tile(width: int, min_lanes: int = 2) -> RowTile:
     return RowTile(width, lanes, math.ceil(num_vectors / lanes), rows, num_vectors % lanes == 0)
 
 
+def tiled_place(row, column, num_columns: int):
+    """Return where the scale of a row and column lies in 128x4 tiles; row and column are numbers of either half."""
+    tile = row // 128 * -(-num_columns // 4) + column // 4
+    return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+
+
 def require_width(op: str, width: int, multiple: int = VECTOR) -> None:
     """Refuse row widths the kernel has no tile for."""
     if width < multiple or width % multiple or width > MAX_WIDTH:

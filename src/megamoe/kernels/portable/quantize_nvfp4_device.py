@@ -4,6 +4,7 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint8
+from cutlass.cute.runtime import make_fake_tensor
 
 from megamoe.kernels.parts.nvfp4_device import block_amax, row_tensor_scale, store_nvfp4
 from megamoe.kernels.parts.rows import VECTOR, row_tile
@@ -25,7 +26,10 @@ def program(config: Config):
     x = symbolic_rows(DTYPES[config.x], num_rows, config.width)
     tensor_scale = symbolic_vector(Float32, num_rows if config.dynamic else 1)
     codes = symbolic_rows(Int32, num_rows, config.width // VECTOR, 4)
-    scales = symbolic_rows(Uint8, num_rows, config.width // 16, 1)
+    if config.tiled:
+        scales = make_fake_tensor(Uint8, (cute.sym_int64(),), (1,))
+    else:
+        scales = symbolic_rows(Uint8, num_rows, config.width // 16, 1)
     return QuantizeNvFp4(config), (x, tensor_scale, codes, scales, current_stream())
 
 
@@ -54,4 +58,4 @@ class QuantizeNvFp4:
             store_scalar_if(thread.live, thread.lane, scale, tensor_scale, thread.row)
         else:
             scale = tensor_scale[0]
-        store_nvfp4(thread, registers, amaxes, scale, codes, scales, self.config.x == "bf16")
+        store_nvfp4(thread, registers, amaxes, scale, codes, scales, self.config.x == "bf16", self.config.tiled)

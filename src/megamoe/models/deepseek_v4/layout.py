@@ -220,7 +220,8 @@ class StoredHeaders:
             rule = "tensor-dtype" if info.dtype not in dtypes else "tensor-shape"
             if info.shape != shape and len(shape) == 2 and info.shape == shape[::-1]:
                 rule = if_turned
-                hint = f"It looks transposed. {hint}"
+                stored_so = "[out, in / block]" if if_turned == SCALES_TRANSPOSED else "[out, in]"
+                hint = f"It looks transposed. {hint or f'It must be stored {stored_so}.'}"
             elif info.shape == shape and if_turned == SCALES_TRANSPOSED:
                 rule = "scale-dtype"
             text = f"{self.label(name)}: {info}, expected {said}."

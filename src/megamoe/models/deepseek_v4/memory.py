@@ -48,9 +48,9 @@ class CacheFormat:
 
 
 CACHE_FORMATS = (
-    CacheFormat("FP8 rows, FP8 index keys", True, 8),
-    CacheFormat("FP8 rows, FP4 index keys", True, 4),
-    CacheFormat("bf16 rows, bf16 index keys", False, 16),
+    CacheFormat("FP8, FP8 index", True, 8),
+    CacheFormat("FP8, FP4 index", True, 4),
+    CacheFormat("bf16", False, 16),
 )
 
 

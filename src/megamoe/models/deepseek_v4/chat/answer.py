@@ -10,7 +10,8 @@ markup. A model that repeats a `<｜DSML｜tool_calls>` of its user in ordinary 
 
 **Nothing is taken back, no markup gets out.** Characters that may turn out to belong to a tag ("\\n\\n<") are held
 until that is decided; everything else goes out at once. Between tags of a block only white space may stand. Arguments
-are sent as pieces of one JSON object: raw text is escaped as it comes, JSON is checked character by character.
+are sent as pieces of one JSON object: raw text is escaped as it comes, JSON is checked character by character. A block
+with a call ends reasoning as `</think>` does, since models go straight from a thought to the call.
 
 **What does not follow the grammar is withheld and reported,** never guessed at: one Malformed event where it is found.
 Inside a block everything up to its end is skipped then; a call without ToolCallEnd must not be executed. Single
@@ -38,7 +39,6 @@ class Fault(enum.Enum):
 
     STRAY_CONTROL = "stray_control"  # a control token that means nothing where it is
     STRAY_TAG = "stray_tag"  # a DSML tag outside a block
-    CALLS_IN_REASONING = "calls_in_reasoning"  # a block before </think>
     EMPTY_BLOCK = "empty_block"  # a block without a call
     BAD_TAG = "bad_tag"  # inside a block: text or another tag where a certain tag must be
     BAD_VALUE = "bad_value"  # a parameter that should be JSON and is not
@@ -149,12 +149,22 @@ class AnswerParser:
         self._texts: dict[str, str] = {mark: token for token, mark in self._marks.items()}
         self._num_calls = 0
         self._calls_in_block = 0
+        self._before_block = self._state
         self._keys: set[str] = set()
         self._json = JsonPrefix()
         self._resume = self._state  # where to go on after what is skipped, and the tag that ends it
         self._skip_until = ""
         self._drop_space = False  # content after a block: white space between is no content
         self._is_finished = False
+        self._steps = {
+            _State.REASONING: self._free_text,
+            _State.CONTENT: self._free_text,
+            _State.BLOCK: self._block,
+            _State.CALL: self._call,
+            _State.TEXT_VALUE: self._value,
+            _State.JSON_VALUE: self._value,
+            _State.SKIPPING: self._skip,
+        }
 
     @property
     def in_reasoning(self) -> bool:
@@ -233,16 +243,7 @@ class AnswerParser:
     # the machine: each step looks at the buffer, takes what is decided and says whether to look again
 
     def _advance(self) -> list[Event]:
-        step = {
-            _State.REASONING: self._free_text,
-            _State.CONTENT: self._free_text,
-            _State.BLOCK: self._block,
-            _State.CALL: self._call,
-            _State.TEXT_VALUE: self._value,
-            _State.JSON_VALUE: self._value,
-            _State.SKIPPING: self._skip,
-        }
-        while step[self._state]():
+        while self._steps[self._state]():
             pass
         return self._take()
 
@@ -275,10 +276,11 @@ class AnswerParser:
             self._emit_text(self._take_buffer(lead))
             return False
         is_whole = self._buffer.startswith(">", end)
-        if name == "tool_calls" and is_whole and not is_closing and self._state is _State.CONTENT:
+        if name == "tool_calls" and is_whole and not is_closing:
             self._emit_text(self._take_buffer(lead))
             self._take_buffer(end + 1 - lead)
-            self._state, self._calls_in_block = _State.BLOCK, 0
+            self._before_block, self._calls_in_block = self._state, 0
+            self._state = _State.BLOCK
             return True
         tag = f"<{'/' if is_closing else ''}{protocol.DSML}{name}>"
         bracket = name_at - (3 if is_closing else 2)
@@ -288,9 +290,7 @@ class AnswerParser:
             self._withhold(self._take_buffer(end + is_whole - bracket))
             return True
         self._emit_text(self._take_buffer(lead))
-        in_reasoning = name == "tool_calls" and self._state is _State.REASONING
-        fault = Fault.CALLS_IN_REASONING if in_reasoning else Fault.STRAY_TAG
-        self._report(fault, f"{tag} in {self._state.name.lower()}")
+        self._report(Fault.STRAY_TAG, f"{tag} in {self._state.name.lower()}")
         self._skip_to(f"</{_DSML}{name}>", self._state)
         return True
 
@@ -301,7 +301,7 @@ class AnswerParser:
             if not self._calls_in_block:
                 self._report(Fault.EMPTY_BLOCK, "no call between <｜DSML｜tool_calls> and its end")
                 self._withhold(f"<{_DSML}tool_calls>{found}")
-            self._state, self._drop_space = _State.CONTENT, True
+            self._go_on(self._after_block)
             return True
         if found != _CALL:
             return found is None and self._break(Fault.BAD_TAG, "a call or the end of the block must follow")
@@ -370,7 +370,7 @@ class AnswerParser:
     def _skip(self) -> bool:
         end = self._buffer.find(self._skip_until)
         think_end = self._buffer.find(_THINK_END)
-        if self._resume is _State.REASONING and think_end >= 0 and not 0 <= end < think_end:
+        if self._resume is _State.REASONING and think_end >= 0:
             self._withhold(self._take_buffer(think_end))
             self._state = self._resume
             return True
@@ -378,7 +378,7 @@ class AnswerParser:
             self._withhold(self._take_buffer(max(0, len(self._buffer) - len(self._skip_until) + 1)))
             return False
         self._withhold(self._take_buffer(end + len(self._skip_until)))
-        self._state, self._drop_space = self._resume, self._resume is _State.CONTENT
+        self._go_on(self._resume)
         return True
 
     # parts of a step
@@ -416,8 +416,16 @@ class AnswerParser:
     def _break(self, fault: Fault, detail: str) -> bool:
         """Report a fault inside a block and skip to its end."""
         self._report(fault, detail)
-        self._skip_to(_END_OF_BLOCK, _State.CONTENT)
+        self._skip_to(_END_OF_BLOCK, self._after_block)
         return True
+
+    @property
+    def _after_block(self) -> _State:
+        """What follows a block: a call ends reasoning as </think> does, a block without one changes nothing."""
+        return _State.CONTENT if self._calls_in_block else self._before_block
+
+    def _go_on(self, state: _State) -> None:
+        self._state, self._drop_space = state, state is _State.CONTENT
 
     def _skip_to(self, until: str, resume: _State) -> None:
         self._state, self._skip_until, self._resume = _State.SKIPPING, until, resume
