@@ -234,7 +234,7 @@ def _is_loopback(host: str) -> bool:
     type=click.Choice(["keep", "convert"]),
     default="keep",
     show_default=True,
-    help="Linears of a classic MTP draft: keep, or convert as those of the backbone.",
+    help="Linears of a draft: keep, or convert as those of the backbone.",
 )
 @click.option(
     "--scale-search",

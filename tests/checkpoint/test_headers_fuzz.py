@@ -11,12 +11,14 @@ import tracemalloc
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamoe.checkpoint import CheckpointError, CheckpointReader
 from megamoe.checkpoint.headers import INDEX_NAME, ITEM_BYTES, read_headers
 from megamoe.models.deepseek_v4.config import parse_config
+from megamoe.models.deepseek_v4.weights import load_weights
 from megamoe.verify.checkpoint import inspect_checkpoint
 
 from ..fake_files import Files, fake
@@ -300,6 +302,45 @@ def test_inspect_survives_any_config(small, folder, data):
     inspect_checkpoint(folder)
     for path in folder.iterdir():
         path.unlink()
+
+
+def claims(**shapes: list[int]) -> dict[str, Any]:
+    """Return a header of tensors without bytes: their shapes may say anything."""
+    return {
+        name.replace("__", "."): {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
+        for name, shape in shapes.items()
+    }
+
+
+HUGE: list[tuple[str, dict[str, Any]]] = [
+    ("layer", claims(layers__999999999__attn_norm__weight=[0])),
+    ("layer of ten thousand", claims(layers__9999__attn_norm__weight=[0], layers__9999__ffn__gate__weight=[0, 0])),
+    ("stage", claims(mtp__99999999__main_proj__weight=[0], mtp__99999999__attn__wq_a__weight=[0])),
+    ("expert", claims(layers__0__ffn__experts__999999999999__w1__weight=[0])),
+    ("experts by the router", claims(layers__0__ffn__gate__weight=[2**60, 0], layers__1__ffn__gate__weight=[2**60, 0])),
+    ("fused experts", claims(model__layers__0__mlp__experts__gate_up_proj=[2**60, 0, 0])),
+    (
+        "sizes",
+        claims(embed__weight=[2**60, 0], head__weight=[2**60, 0], mtp__0__markov_head__markov_w1__weight=[0, 2**60]),
+    ),
+    ("ratio", claims(layers__3__attn__compressor__ape=[2**60, 0], layers__3__attn__compressor__norm__weight=[0])),
+    ("digits of another script", claims(**{"layers.\u0661.attn_norm.weight": [0], "mtp.\u0662.main_proj.weight": [0]})),
+]
+
+
+@pytest.mark.parametrize("header", [row[1] for row in HUGE], ids=[row[0] for row in HUGE])
+def test_numbers_in_names_and_shapes_are_not_counted_to(tmp_path, header):
+    write(tmp_path, framed(json.dumps(header).encode()))
+    for layout in ("preview", "dspark"):
+        config = fake.config_of("small", layout)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        started = time.process_time()
+        inspection = inspect_checkpoint(tmp_path)
+        with pytest.raises(CheckpointError), CheckpointReader(tmp_path) as reader:
+            load_weights(reader, parse_config(config), dequantize=False, dtype=torch.bfloat16)
+        assert time.process_time() - started < 20
+        assert inspection.num_tensors == len(header)
+        assert {finding.rule for finding in inspection.findings} & {"tensor-missing", "tensor-unknown"}
 
 
 def test_headers_of_a_fifo_or_folder_are_not_opened(tmp_path):

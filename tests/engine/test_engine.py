@@ -6,8 +6,11 @@ from __future__ import annotations
 import pathlib
 import random
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
@@ -232,6 +235,96 @@ def test_neighbours_that_are_aborted_change_nothing(speculative_tokens: int, see
     assert aborted and engine.stats().aborted == len(aborted) and engine.stats().pages_used == 0
     for request_id in set(requests) - aborted:
         assert tokens_of(outputs[request_id]) == solo[seed][request_id]
+
+
+SOLO: dict[tuple[tuple[int, ...], int, int, float], object] = {}
+
+
+def alone(prompt: list[int], seed: int, max_tokens: int, temperature: float) -> object:
+    """Return what a request gets alone, remembered."""
+    key = (tuple(prompt), seed, max_tokens, temperature)
+    if key not in SOLO:
+        engine = make_engine(max_sequences=1, prefix_cache=False)
+        engine.add("a", prompt, SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=1))
+        SOLO[key] = tokens_of(collect(engine)["a"])
+    return SOLO[key]
+
+
+@hypothesis.settings(max_examples=40, stateful_step_count=40)
+class Server(RuleBasedStateMachine):
+    """Requests come, go and are aborted in any order over few pages; each gets what it gets alone, no page is lost."""
+
+    @initialize(
+        num_pages=strategies.integers(6, 20),
+        drafts=strategies.sampled_from([0, 0, 1, 3]),
+        snapshots=strategies.integers(0, 8),
+        chunk=strategies.integers(4, 20),
+        rings=strategies.integers(1, 4),
+    )
+    def start(self, num_pages: int, drafts: int, snapshots: int, chunk: int, rings: int) -> None:
+        self.engine = make_engine(
+            num_pages=num_pages,
+            speculative_tokens=drafts,
+            num_snapshots=snapshots,
+            prefill_chunk=chunk,
+            max_sequences=rings,
+            max_step_tokens=rings * (1 + drafts) + 7,
+        )
+        self.wanted: dict[str, tuple[list[int], int, int, float]] = {}
+        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.next_id = 0
+
+    @rule(
+        length=strategies.integers(1, 30),
+        tail=strategies.integers(2, 4),
+        max_tokens=strategies.integers(1, 15),
+        greedy=strategies.booleans(),
+    )
+    def add(self, length: int, tail: int, max_tokens: int, greedy: bool) -> None:
+        request_id, self.next_id = str(self.next_id), self.next_id + 1
+        prompt = [BOS, *range(10, 10 + length), tail]
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0 if greedy else 1.0, seed=tail, logprobs=1)
+        self.engine.add(request_id, prompt, params)
+        self.wanted[request_id] = (prompt, tail, max_tokens, params.temperature)
+
+    @rule(count=strategies.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            for output in self.engine.step():
+                self.outputs.setdefault(output.request_id, []).append(output)
+
+    @rule(pick=strategies.integers(0, 100))
+    def abort(self, pick: int) -> None:
+        if self.wanted:
+            request_id = sorted(self.wanted)[pick % len(self.wanted)]
+            if self.engine.abort(request_id):
+                del self.wanted[request_id]
+                self.outputs.pop(request_id, None)
+
+    @rule()
+    def forget_prefixes(self) -> None:
+        self.engine.reset_prefix_cache()
+
+    @invariant()
+    def pages_add_up(self) -> None:
+        engine = self.engine
+        held = {page for one in engine._pages.sequence_ids for page in engine._pages.block_table(one)}
+        kept = set(engine._prefix.pages()) if engine._prefix else set()
+        assert len(held | kept) == engine._pages.num_pages - engine._pages.num_free_pages
+        assert engine.stats().pages_used == len(held)
+        assert len(engine._pages.sequence_ids) == engine.stats().running
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        collect(self.engine, self.outputs)
+        assert self.engine.stats().pages_used == 0
+        for request_id, wanted in self.wanted.items():
+            assert tokens_of(self.outputs[request_id]) == alone(*wanted)
+        assert set(self.outputs) == set(self.wanted)
+
+
+TestServer = Server.TestCase
 
 
 def test_speculation_leaves_the_distribution_alone() -> None:

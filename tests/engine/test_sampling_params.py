@@ -35,6 +35,15 @@ def test_it_is_the_public_class() -> None:
         {"seed": 2**63 - 1},
         {"top_k": 2**63 - 1},
         {"stop_token_ids": (1, 2)},
+        {"min_tokens": 128},
+        {"min_p": 1.0},
+        {"repetition_penalty": 1e-3},
+        {"presence_penalty": -2},
+        {"frequency_penalty": 2.0},
+        {"logit_bias": {0: -100.0, 7: 5}},
+        {"ignore_eos": True},
+        {"logprobs": 0},
+        {"logprobs": 20},
     ],
     ids=str,
 )
@@ -56,6 +65,16 @@ def test_lists_become_tuples_so_that_params_are_frozen() -> None:
     ("bad", "message"),
     [
         ({"max_tokens": -1}, "max_tokens must be 0 or more; got -1"),
+        ({"min_tokens": -1}, "min_tokens must be 0 or more; got -1"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens must be at most max_tokens; got 5 and 4"),
+        ({"min_p": 1.1}, "min_p must be 0 to 1; got 1.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0; got 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty must be above 0; got inf"),
+        ({"presence_penalty": 2.1}, "presence_penalty must be -2 to 2; got 2.1"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty must be -2 to 2; got nan"),
+        ({"logit_bias": {-1: 0.0}}, "logit_bias must be 0 or more; got -1"),
+        ({"logit_bias": {1: math.inf}}, "logit_bias must be finite; got inf"),
+        ({"logprobs": 21}, "logprobs must be at most 20; got 21"),
         ({"top_k": -1}, "top_k must be 0 or more; got -1"),
         ({"top_k": 2**63}, r"top_k must be below 2\*\*63"),
         ({"seed": -1}, "seed must be 0 or more; got -1"),
@@ -93,3 +112,33 @@ def test_values_out_of_range(bad: dict[str, Any], message: str) -> None:
 def test_values_of_another_type(bad: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"sampling: {next(iter(bad))} must be"):
         SamplingParams(**bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"logit_bias": [(1, 2.0)]}, "logit_bias must map token ids to numbers"),
+        ({"logit_bias": {"1": 2.0}}, "logit_bias must be an integer; got '1'"),
+        ({"logit_bias": {1: "2"}}, "logit_bias must be a number; got '2'"),
+        ({"ignore_eos": 1}, "ignore_eos must be True or False; got 1"),
+        ({"logprobs": True}, "logprobs must be an integer; got True"),
+        ({"min_tokens": None}, "min_tokens must be an integer; got None"),
+    ],
+    ids=str,
+)
+def test_new_fields_of_the_wrong_type(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SamplingParams(**bad)
+
+
+def test_biases_are_copied() -> None:
+    bias = {1: 2.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[1] = 9.0
+    assert params.logit_bias == {1: 2.0} and hash(params)
+
+
+def test_penalties_are_known() -> None:
+    assert not SamplingParams(logit_bias={1: 1.0}).has_penalties
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        assert SamplingParams(**{name: 1.5}).has_penalties  # type: ignore[arg-type]

@@ -130,12 +130,13 @@ def test_ids_of_control_tokens(released: Tokenizer) -> None:
     }
 
 
-@pytest.mark.parametrize("vector", PROMPTS, ids=lambda vector: vector["name"])
+TO_CONTINUE = [vector for vector in PROMPTS if not vector["prompt"].endswith("<｜end▁of▁sentence｜>")]
+
+
+@pytest.mark.parametrize("vector", TO_CONTINUE, ids=lambda vector: vector["name"])
 def test_prompts_are_tokenized_as_the_whole_string_is(released: Tokenizer, vector: dict[str, Any]) -> None:
     """Nothing in these prompts spells a control token, so piece by piece must equal the library's own way."""
     chat = DeepSeekV4Format(released, Release(vector["release"]))
-    if vector["prompt"].endswith("<｜end▁of▁sentence｜>"):
-        pytest.skip("a finished conversation, which chat formats refuse")
     prompt = chat.encode(
         read_messages(vector["messages"]),
         tools=read_tools(vector.get("tools", [])),

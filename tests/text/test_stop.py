@@ -158,6 +158,8 @@ def test_min_tokens(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer, ["b"], min_tokens=2)
     assert stream.feed(ids_of(tokenizer, b"abab")) == "aba"
     assert (stream.matched_stop, stream.num_tokens) == ("b", 4)
+    stream = TextStream(tokenizer, ["\ufffd"], min_tokens=9)
+    assert stream.feed(ids_of(tokenizer, b"a\xe2")) + stream.finish() == "a\ufffd" and stream.matched_stop is None
 
 
 # refusals

@@ -19,7 +19,7 @@ class EngineConfig:
         max_sequences: sequences that are computed at the same time; each has rings of its own.
         max_step_tokens: most tokens of all sequences in one step.
         prefill_chunk: most tokens of one sequence in one step.
-        max_waiting: requests that may wait; one more is refused.
+        max_waiting: requests that may wait besides those for which a place to run is free; one more is refused.
         max_sequence_tokens: longest sequence, prompt included; None for the model's context.
         memory_bytes: bytes for rings, pages and snapshots together; unused where num_pages is given.
         num_pages: pages for all sequences; None for what fits memory_bytes.

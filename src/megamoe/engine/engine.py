@@ -89,7 +89,7 @@ class Engine:
             request_id: a name that no unfinished request has.
             prompt_ids: at least one id; begins with the model's BOS id if it has one.
             params: sampling and when to stop.
-            logits_filter: restricts the tokens; it must allow ids below the vocabulary's size only.
+            logits_filter: restricts the tokens.
 
         Raises:
             ValueError: the id is taken, the prompt is empty, too long or holds an id outside the vocabulary, a
@@ -375,9 +375,7 @@ class Engine:
             next_ids=np.array(next_ids),
             wants_drafts=np.array(wants),
         )
-        drafts = drafter.observe(
-            hidden, commit, num_drafts, lambda logits, offset: choose_drafts(logits, drafting, offset)
-        )
+        drafts = drafter.observe(hidden, commit, num_drafts, choose_drafts)
         for request, guesses in zip(drafting, drafts.tolist(), strict=True):
             request.drafts = guesses[: request.max_length - len(request.ids) - 1]
 

@@ -15,7 +15,10 @@ class LogitsFilter(Protocol):
     """
 
     def allowed(self) -> torch.Tensor | None:
-        """Return [V] bool, True for tokens that may come next; None for all. At least one must be True."""
+        """Return bool, True for tokens that may come next; None for all.
+
+        As long as the vocabulary; ids beyond a shorter mask may not come. If nothing is allowed the request ends.
+        """
         ...
 
     def accept(self, token_id: int) -> None:

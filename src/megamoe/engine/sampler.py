@@ -64,13 +64,15 @@ def sample_rows(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequen
     return Sampled(token_ids, logprobs)
 
 
-def choose_drafts(logits: torch.Tensor, requests: Sequence[Request], ahead: int) -> torch.Tensor:
-    """Choose one draft per request, [N] int64, with the very number that its token will be drawn with.
+def choose_drafts(logits: torch.Tensor, ahead: int) -> torch.Tensor:
+    """Return the most probable token of each row, [N] int64: the draft.
 
-    Model and drafter draw by the same number, so they agree wherever their distributions do; which token is accepted is
-    the model's own draw either way.
+    A draft is not drawn at random. Checking it is then rejection sampling from a distribution that has all its mass at
+    one token d: accept with probability p(d), else draw from p without d. Drawing from p and accepting if the result is
+    d does both at once, with the very number that the token would have been drawn with had there been no draft. So
+    speculation changes no token, sampled or not (docs/decisions/0007-engine.md has the price).
     """
-    return _draw(logits, requests, [ahead] * len(requests))
+    return logits.max(dim=-1).indices
 
 
 def _draw(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> torch.Tensor:
@@ -119,7 +121,7 @@ def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int
             logits[row, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
         allowed = None if request.logits_filter is None else request.logits_filter.allowed()
         if allowed is not None:
-            allowed = allowed.to(logits.device)
+            allowed = allowed[: logits.shape[1]].to(logits.device)
             if not bool(allowed.any()):
                 dead.append(row)  # the row is still drawn from, unrestricted, and its token dropped
             else:

@@ -17,13 +17,14 @@ from typing import Any
 
 from megamoe.checkpoint.headers import TensorInfo
 from megamoe.checkpoint.problem import Problem
-from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.config import MAX_EXPERTS, MAX_LAYERS, LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.inventory import DSparkDraft
 from megamoe.models.deepseek_v4.names import fused_experts, native_name
 
 _BELONGS = "Use the config.json that belongs to the weights."
-_LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"ffn\.experts\.(\d+)\.")
+_LAYER = re.compile(r"(layers|mtp)\.([0-9]{1,4})\.(.+)")
+_EXPERT = re.compile(r"ffn\.experts\.([0-9]{1,5})\.")
+_OF_EVERY_LAYER = ("attn_norm.weight", "ffn_norm.weight", "ffn.gate.weight")  # a stray name makes no layer
 _DSPARK = ("main_proj.", "main_norm.", "markov_head.", "confidence_head.")
 _LINEARS_OF_A_STAGE = ("attn.", "ffn.", "e_proj.", "h_proj.")
 
@@ -83,17 +84,22 @@ class Observed:
             group = self.layers if match[1] == "layers" else self.stages
             expert = _EXPERT.match(match[3])
             if expert:
-                self.num_experts = max(self.num_experts, int(expert[1]) + 1)
+                self._note_experts(int(expert[1]) + 1)
                 group.setdefault(int(match[2]), {}).setdefault("ffn.experts.", None)
                 continue
             if fused_experts(native) is not None and info is not None and info.shape:
-                self.num_experts = max(self.num_experts, info.shape[0])
+                self._note_experts(info.shape[0])
             group.setdefault(int(match[2]), {})[match[3]] = info
+
+    def _note_experts(self, count: int) -> None:
+        if count <= MAX_EXPERTS:  # more is damage, and nothing is counted to for it
+            self.num_experts = max(self.num_experts, count)
 
     @property
     def num_layers(self) -> int:
-        """One more than the highest layer."""
-        return max(self.layers, default=-1) + 1
+        """One more than the highest layer that has what every layer has."""
+        whole = [layer for layer, names in self.layers.items() if any(name in names for name in _OF_EVERY_LAYER)]
+        return max((layer for layer in whole if layer < MAX_LAYERS), default=-1) + 1
 
     def layer_kind(self, layer: int, said: tuple[LayerKind, int]) -> tuple[LayerKind, int]:
         """Return what a layer's tensors say it attends to; `said` (by config.json) where they are silent.
@@ -163,7 +169,7 @@ def reconcile(observed: Observed, config: ModelConfig, raw: Mapping[str, Any]) -
     _compare_sizes(observed, config, changes, problems)
     gates = [info.shape[0] for info in observed.witnesses("ffn.gate.weight") if len(info.shape) == 2]
     num_experts = collections.Counter(gates).most_common(1)[0][0] if gates else observed.num_experts
-    if num_experts and num_experts != config.n_routed_experts:
+    if 0 < num_experts <= MAX_EXPERTS and num_experts != config.n_routed_experts:
         changes["n_routed_experts"] = num_experts
         _contradiction(problems, "config-experts", "n_routed_experts", config.n_routed_experts, num_experts)
     num_layers = observed.num_layers

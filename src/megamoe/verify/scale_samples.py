@@ -255,7 +255,9 @@ def _check_block_scales(reader: ByteReader, stored: StoredHeaders, module: str, 
     name = stored.scales_name(module, found)
     if found is Format.NVFP4:
         sample = _sample(reader, stored, name, 1)
-        return _bad_bytes(stored, name, sample, _BAD_E4M3, "NaN or negative in E4M3")
+        bad = _bad_bytes(stored, name, sample, _BAD_E4M3, "NaN or negative in E4M3")
+        is_empty = bool(sample) and not any(sample) and _holds_values(reader, stored, module)
+        return [_cast(stored, name, "0")] if is_empty else bad
     dtype = stored.dtype(name)
     if dtype in ("F32", "BF16"):
         width = 4 if dtype == "F32" else 2
@@ -294,12 +296,14 @@ def _check_e8m0(reader: ByteReader, stored: StoredHeaders, module: str, name: st
     used = [byte for byte in sample if byte]
     if used and statistics.median(used) >= _E8M0_ONE:
         return [_cast(stored, name, f"2^{int(statistics.median(used)) - 127}")]
-    if sample and max(sample) <= _E8M0_TINY:
-        codes = stored.codes_name(module)
-        magnitudes = _sample(reader, stored, codes, 1).translate(None, b"\x00\x80\x08\x88")
-        if magnitudes:
-            return [_cast(stored, name, f"2^{max(sample) - 127}")]
+    if sample and max(sample) <= _E8M0_TINY and _holds_values(reader, stored, module):
+        return [_cast(stored, name, f"2^{max(sample) - 127}")]
     return []
+
+
+def _holds_values(reader: ByteReader, stored: StoredHeaders, module: str) -> bool:
+    """Say whether the codes looked at are other than zero, of either sign."""
+    return bool(_sample(reader, stored, stored.codes_name(module), 1).translate(None, b"\x00\x80\x08\x88"))
 
 
 def _cast(stored: StoredHeaders, name: str, middle: str) -> Problem:

@@ -146,13 +146,13 @@ PRO: dict[str, Any] = {
 }
 
 RANK = 8
-DSPARK: dict[str, Any] = {
-    **CONFIG,
+DSPARK_KEYS: dict[str, Any] = {
     "dspark_block_size": 5,
     "dspark_noise_token_id": VOCAB - 1,
     "dspark_target_layer_ids": [1, 2, 3],
     "dspark_markov_rank": RANK,
 }
+DSPARK: dict[str, Any] = {**CONFIG, **DSPARK_KEYS}
 
 LINEAR = re.compile(
     r"(layers|mtp)\.\d+\.(attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)|ffn\.(experts\.\d+|shared_experts)\.w[123]"

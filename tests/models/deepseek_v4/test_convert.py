@@ -7,7 +7,6 @@ import dataclasses
 import html.parser
 import json
 import pathlib
-import re
 from typing import Any
 
 import pytest
@@ -31,7 +30,19 @@ from megamoe.models.deepseek_v4.convert import (
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.weights import ModelWeights, load_weights
 
-from .checkpoints import CONFIG, EXPERT, LAYOUTS, LINEAR, assert_same, encode_all, make_master, save, values_of
+from .checkpoints import (
+    CONFIG,
+    DSPARK_KEYS,
+    EXPERT,
+    LAYOUTS,
+    LINEAR,
+    assert_same,
+    encode_all,
+    make_dspark_master,
+    make_master,
+    save,
+    values_of,
+)
 
 OFFICIAL_CONFIG = {
     **CONFIG,
@@ -578,28 +589,23 @@ def test_fused_experts_are_taken_apart(seed, tmp_path):
 
 
 def test_a_dspark_draft_is_carried_over(seed, tmp_path):
-    master = make_master(seed)
-    extra = {
-        "mtp.0.main_norm.weight": torch.ones(160, dtype=torch.bfloat16),
-        "mtp.0.main_proj.weight": torch.randn(160, 320).bfloat16(),
-        "mtp.0.confidence_head.proj.weight": torch.randn(1, 168).bfloat16(),
-    }
-    config = {
-        **OFFICIAL_CONFIG,
-        "dspark_block_size": 4,
-        "dspark_noise_token_id": 2,
-        "dspark_target_layer_ids": [1, 3],
-        "dspark_markov_rank": 8,
-    }
-    tensors, _ = encode_all(master, LAYOUTS["official"])
-    for name in [n for n in tensors if re.match(r"mtp\.0\.(e_proj|h_proj|enorm|hnorm)\.", n)]:
-        del tensors[name]
-    source = save(tmp_path / "dspark", {**tensors, **extra}, config)
-    convert(source, tmp_path / "out", EVERYTHING)
+    tensors, _ = encode_all(make_dspark_master(seed), LAYOUTS["official"])
+    source = save(tmp_path / "dspark", tensors, {**OFFICIAL_CONFIG, **DSPARK_KEYS})
+    convert(source, tmp_path / "out", dataclasses.replace(EVERYTHING, draft="keep"))
     before, after = stored(source), stored(tmp_path / "out")
     for name, tensor in before.items():
         if name.startswith("mtp."):
             assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_a_dspark_draft_is_converted_like_the_backbone(seed, tmp_path):
+    tensors, _ = encode_all(make_dspark_master(seed), LAYOUTS["official"])
+    source = save(tmp_path / "dspark", tensors, {**OFFICIAL_CONFIG, **DSPARK_KEYS})
+    convert(source, tmp_path / "out", EVERYTHING)
+    draft = load(tmp_path / "out").dspark
+    assert draft is not None
+    assert isinstance(draft.main_proj, NvFp4Tensor) and isinstance(draft.stages[2].moe.w1, NvFp4Tensor)
+    assert draft.markov_w1.dtype is torch.bfloat16
 
 
 # reports

@@ -75,7 +75,8 @@ _KNOWN = _IGNORED.union(_FIXED, _INTEGERS, _NUMBERS, _DSPARK, _ELSEWHERE)
 
 # Beyond these a number is damage, not a size: nothing is allocated or counted to for it.
 _LARGEST_INTEGER, _LARGEST_NUMBER = 2**40, 1e30
-_LARGEST = {"num_hidden_layers": 1024, "n_routed_experts": 16384}
+MAX_LAYERS, MAX_EXPERTS = 1024, 4096
+_LARGEST = {"num_hidden_layers": MAX_LAYERS, "n_routed_experts": MAX_EXPERTS}
 
 _YARN_KEYS = frozenset(
     "type rope_type factor beta_fast beta_slow original_max_position_embeddings attention_factor truncate "

@@ -142,7 +142,7 @@ class ConvertOptions:
         to: format of the routed experts, "nvfp4", "mxfp4" or "fp8".
         experts: "lossless" refuses what is not exact; "requantize" rounds it (to NVFP4 only).
         attention: what becomes of all other linears: "keep", "nvfp4" (rounded), or "fp8" (where exact).
-        draft: "keep", or "convert" the linears of a classic draft like those of the backbone.
+        draft: "keep", or "convert" the linears of a draft like those of the backbone.
         scale_search: how block scales are chosen where values are rounded; a ScaleSearch stands for all kinds.
         calibration: largest magnitude of each weight's input, by weight; None writes UNCALIBRATED_INPUT_SCALE.
         proof: "codes" compares codes and scales, "values" every dequantized value as well.

@@ -62,9 +62,11 @@ _MODULES = {
 }
 
 _PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-_LAYER = re.compile(r"((?:layers|mtp)\.(?:0|[1-9]\d*))\.(.+)")
-_EXPERT = re.compile(r"(ffn\.experts\.(?:0|[1-9]\d*))\.(gate_proj|up_proj|down_proj)")
-_FUSED = re.compile(r"((?:layers|mtp)\.\d+\.ffn\.experts)\.(gate_up_proj|down_proj)(|\.weight|_scale_inv|\.scale)")
+# Digits are ASCII and few: a number that no model reaches is left alone and refused as part of an unknown name.
+_BLOCK = r"(?:layers\.(?:0|[1-9][0-9]{0,3})|mtp\.(?:0|[1-9][0-9]?))"
+_LAYER = re.compile(rf"({_BLOCK})\.(.+)")
+_EXPERT = re.compile(r"(ffn\.experts\.(?:0|[1-9][0-9]*))\.(gate_proj|up_proj|down_proj)")
+_FUSED = re.compile(rf"({_BLOCK}\.ffn\.experts)\.(gate_up_proj|down_proj)(|\.weight|_scale_inv|\.scale)")
 _LEAF = re.compile(
     r"(.+?)((?:\.(?:weight|weight_scale|weight_scale_2|input_scale|scale|weight_packed|weight_global_scale"
     r"|input_global_scale|weight_shape|weight_zero_point))?)"

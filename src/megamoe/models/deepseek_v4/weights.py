@@ -292,9 +292,9 @@ def check_headers(stored: StoredTensors, config: ModelConfig) -> dict[str, Forma
     return loader.formats
 
 
-_MTP_MODULE = re.compile(r"mtp\.\d+\.(attn|ffn|e_proj|h_proj)\..+")
-_DSPARK_MODULE = re.compile(r"mtp\.\d+\.(main_proj|main_norm|markov_head|confidence_head)\..+")
-_STAGE = re.compile(r"mtp\.(\d+)\..+")
+_MTP_MODULE = re.compile(r"mtp\.[0-9]{1,2}\.(attn|ffn|e_proj|h_proj)\..+")
+_DSPARK_MODULE = re.compile(r"mtp\.[0-9]{1,2}\.(main_proj|main_norm|markov_head|confidence_head)\..+")
+_STAGE = re.compile(r"mtp\.([0-9]{1,2})\..+")
 
 
 class _Loader:
@@ -350,7 +350,7 @@ class _Loader:
             loaded = {int(name.split(".")[1]) for name in draft if any(one.fullmatch(name) for one in modules)}
         unused = {name for stage in stages - loaded for name in draft_names(self.config, f"mtp.{stage}")}
         for name in draft:
-            copied = re.sub(r"mtp\.\d+\.", "", name)
+            copied = re.sub(r"mtp\.[0-9]{1,2}\.", "", name)
             if copied in ("embed.weight", "head.weight"):
                 self.claim_copy(name, copied)
             elif name in unused:

@@ -370,7 +370,7 @@ class AnswerParser:
     def _skip(self) -> bool:
         end = self._buffer.find(self._skip_until)
         think_end = self._buffer.find(_THINK_END)
-        if self._resume is _State.REASONING and think_end >= 0 and not 0 <= end < think_end:
+        if self._resume is _State.REASONING and think_end >= 0:
             self._withhold(self._take_buffer(think_end))
             self._state = self._resume
             return True
