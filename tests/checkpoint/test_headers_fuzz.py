@@ -272,6 +272,8 @@ def test_inspect_survives_any_damage_to_headers(small, folder, data):
             count = len(raw.content) // ITEM_BYTES[raw.dtype]
             shape = data.draw(st.sampled_from([(), (count,), (1, count), (count, 1), (0,)]))
             kept = {(): 1, (0,): 0}.get(shape, count)
+            if kept > count:  # emptied before
+                continue
             files.put(name, raw.dtype, shape, raw.content[: kept * ITEM_BYTES[raw.dtype]])
     inspection = inspect_checkpoint(files.write(folder, num_shards=1))
     (folder / INDEX_NAME).unlink()
