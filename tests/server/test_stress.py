@@ -116,7 +116,7 @@ def test_a_client_that_leaves_frees_its_pages(
 def test_cancelling_takes_effect_before_the_next_step(server: RunningServer) -> None:
     """The abort is obeyed between the step that runs when the client leaves and the one after it."""
     server.engine.script = lambda prompt, params: [10] * 10_000
-    server.engine.delay_s = 0.2
+    server.engine.delay_s = 0.6
     with connect(server) as connection:
         connection.sendall(raw_request("/v1/completions", json.dumps({**COMPLETION, "stream": True}).encode()))
         server.wait_until(server.engine.has_work)
