@@ -182,6 +182,7 @@ def test_generating_loads_nothing_of_the_extras(repository: pathlib.Path, tokeni
     loaded = set(command(*arguments, repository=repository).stderr.decode().split())
     assert "torch" in loaded and "megamoe.text.llm" in loaded
     assert not loaded & {"transformers", "accelerate", "safetensors", "rich", "matplotlib", "hypothesis", "pytest"}
+    assert not loaded & {"fastapi", "uvicorn", "pydantic", "prometheus_client", "llguidance", "openai"}
 
 
 # ends other than success

@@ -136,11 +136,16 @@ def _eager_route(
     return chosen / chosen.sum(-1, keepdim=True) * routed_scaling, ids
 
 
+def _eager_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    return (F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)).to(gate.dtype)
+
+
 BASELINES: dict[str, Baseline] = {
     "rms_norm": Baseline("torch F.rms_norm", _eager_rms_norm),
     "rms_norm_quantize_nvfp4": Baseline("torch eager", _eager_rms_norm_quantize),
     "quantize_nvfp4": Baseline("torch eager", _eager_nvfp4),
     "quantize_fp8_rows": Baseline("torch eager", _eager_fp8_rows),
+    "clamped_swiglu": Baseline("torch eager", _eager_swiglu),
     "route_experts": Baseline("torch eager, bf16 logits", _eager_route),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
