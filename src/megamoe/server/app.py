@@ -237,11 +237,8 @@ def _add_api(app: FastAPI, state: State) -> None:
 
 
 async def _whole(prepared: _Prepared, generation: Generation[Any]) -> dict[str, Any]:
-    try:
-        await generation.start()
-        return await prepared.answer(generation)
-    finally:
-        generation.cancel()
+    await generation.start()
+    return await prepared.answer(generation)
 
 
 def _streamed(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:
