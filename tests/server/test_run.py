@@ -117,7 +117,7 @@ def test_what_does_not_finish_is_told(signals: tuple[signal.Signals, ...]) -> No
             wait_for_running(server.url)
             started = time.monotonic()
             code, _, err = server.end(*signals)
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 15
             last = stream.result().strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert (code, err) == (0, "")

@@ -148,8 +148,11 @@ def _add_api(app: FastAPI, state: State) -> None:
         metrics.open_requests.inc()
         status = "error"
         is_streaming = False
+        generation: Generation[Any] | None = None
 
         def done() -> None:
+            if generation is not None:
+                generation.cancel()  # whichever way this ended, nothing goes on for it
             metrics.open_requests.dec()
             metrics.requests.labels(endpoint, status).inc()
             metrics.request_s.observe(time.monotonic() - arrival)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -96,8 +95,7 @@ class Generation(Generic[T]):
             self.cancel()
             for task in tasks:
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow(
         self, idx: int, stream: RequestStream[T], merged: asyncio.Queue[tuple[int, Piece[T] | ApiError]]

@@ -252,7 +252,12 @@ class _Inspector:
         self.check_kv_norms(stored)
         self.count(stored, entries)
         is_packed = any(name.endswith(".weight_packed") for name in headers.infos)
-        self.problems += check_declared(raw, self.read_quant_file(), self.formats, is_packed=is_packed)
+
+        def spelled(module: str) -> str:
+            return stored.stored_name(stored.codes_name(module)).rpartition(".")[0]
+
+        quant = self.read_quant_file()
+        self.problems += check_declared(raw, quant, self.formats, is_packed=is_packed, spelled=spelled)
         found, self.sampled = check_scales(headers, stored, self.formats)
         self.problems += found
 
