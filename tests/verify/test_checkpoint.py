@@ -616,6 +616,22 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         "is 4, but the tensors show 5.",
     ),
     (
+        "layers alone",
+        "preview",
+        configure(num_hidden_layers=4),
+        "config-layers",
+        "num_hidden_layers",
+        "is 4, but the tensors show 5.",
+    ),
+    (
+        "more layers than ratios",
+        "preview",
+        configure(num_hidden_layers=61),
+        "config-layers",
+        "num_hidden_layers",
+        "is 61, but the tensors show 5.",
+    ),
+    (
         "compress_ratios",
         "preview",
         configure(compress_ratios=[0, 0, 128, 4, 4, 0]),
@@ -750,7 +766,8 @@ ALONE = {
     "F7 of Base", "F15", "F15 of compressed-tensors", "zero scale", "infinite scale", "F17", "F20", "F20 to zero",
     "F20 to fp32", "F20 of E4M3", "F20 dtype",
     "a layer far out", "unknown tensor", "two spellings", "misshapen", "half precision", "layers, one short",
-    "layers, one more", "no compressor", "fallback layer_types", "hash layers", "experts", "fused experts",
+    "layers, one more", "layers alone",
+    "more layers than ratios", "no compressor", "fallback layer_types", "hash layers", "experts", "fused experts",
     "F14 of the last experts",
     "hidden size", "vocabulary", "DSpark unannounced", "DSpark rank", "F16 expert_dtype", "F16 no declaration",
 }  # fmt: skip

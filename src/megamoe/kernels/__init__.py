@@ -16,6 +16,9 @@ KERNELS: dict[str, dict[str, str]] = {
     "hyper_connection_pre": {"portable": "megamoe.kernels.portable.hyper_connection_pre"},
     "hyper_connection_head": {"portable": "megamoe.kernels.portable.hyper_connection_head"},
     "hyper_connection_post": {"portable": "megamoe.kernels.portable.hyper_connection_post"},
+    "nvfp4_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_linear"},
+    "nvfp4_weight_only_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_linear"},
+    "nvfp4_weight_only_experts": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_experts"},
 }
 
 ARCHITECTURES = ("sm90", "sm100", "sm103")
