@@ -28,8 +28,11 @@ import torch.nn.functional as F
 
 from megamoe.bench import report, timing
 from megamoe.bench.roofline import Ceiling, tensor_bytes
+from megamoe.formats import nvfp4
+from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
+from megamoe.ops.containers import packed, unpacked
 from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, rows_of
 from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, compare, known_ops, open_gpu
 
@@ -136,12 +139,58 @@ def _eager_route(
     return chosen / chosen.sum(-1, keepdim=True) * routed_scaling, ids
 
 
+def _eager_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    return (F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)).to(gate.dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _bf16_of(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: torch.Tensor, form: str) -> torch.Tensor:
+    """Return a weight in bf16, kept: the baseline multiplies, it does not decode."""
+    return nvfp4.dequantize(unpacked([codes, scales.view(torch.uint8), tensor_scale], form), torch.bfloat16)
+
+
+def _bf16(w: NvFp4Tensor) -> torch.Tensor:
+    return _bf16_of(w.codes, w.scales, w.tensor_scale, packed(w)[1])
+
+
+def _cublas(x: torch.Tensor, w: NvFp4Tensor) -> torch.Tensor:
+    return x @ _bf16(w).T
+
+
+def _cublas_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor) -> torch.Tensor:
+    return nvfp4.dequantize(x, torch.bfloat16) @ _bf16(w).T
+
+
+def _eager_experts(
+    x: torch.Tensor,
+    route_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    w1: NvFp4Tensor,
+    w3: NvFp4Tensor,
+    w2: NvFp4Tensor,
+    swiglu_limit: float,
+) -> torch.Tensor:
+    """Multiply every token by every expert in bf16 and keep what was routed: no grouping, but no synchronization."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    gates, ups, downs = _bf16(w1), _bf16(w3), _bf16(w2)
+    for expert in range(len(w1)):
+        weight = (route_weights * (expert_ids == expert)).sum(-1, keepdim=True)
+        gate = (x @ gates[expert].T).float().clamp(max=swiglu_limit)
+        up = (x @ ups[expert].T).float().clamp(-swiglu_limit, swiglu_limit)
+        out += (F.silu(gate) * up * weight).bfloat16() @ downs[expert].T
+    return out.to(x.dtype)
+
+
 BASELINES: dict[str, Baseline] = {
     "rms_norm": Baseline("torch F.rms_norm", _eager_rms_norm),
     "rms_norm_quantize_nvfp4": Baseline("torch eager", _eager_rms_norm_quantize),
     "quantize_nvfp4": Baseline("torch eager", _eager_nvfp4),
     "quantize_fp8_rows": Baseline("torch eager", _eager_fp8_rows),
+    "clamped_swiglu": Baseline("torch eager", _eager_swiglu),
     "route_experts": Baseline("torch eager, bf16 logits", _eager_route),
+    "nvfp4_linear": Baseline("cuBLAS bf16 after dequantizing x", _cublas_nvfp4),
+    "nvfp4_weight_only_linear": Baseline("cuBLAS bf16", _cublas),
+    "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
@@ -152,6 +201,9 @@ LOOKED_UP = ("expert_table",)
 
 FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "route_experts": lambda dims, tokens: 2 * tokens * dims["E"] * dims["D"],
+    "nvfp4_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
+    "nvfp4_weight_only_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
+    "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
 }
 """Operation → products and sums that run on the matrix units; absent where memory alone counts."""
 

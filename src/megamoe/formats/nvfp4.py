@@ -20,6 +20,14 @@ from torch import Tensor
 
 from megamoe.formats import e2m1
 from megamoe.formats.e4m3 import E4M3_MAX, E4M3_MIN_SUBNORMAL, lookup_e4m3
+from megamoe.formats.fragment_layout import (
+    CodeLayout,
+    codes_from_fragments,
+    codes_to_fragments,
+    fits_fragments,
+    scales_from_fragments,
+    scales_to_fragments,
+)
 from megamoe.formats.scale_layout import ScaleLayout, from_tiled_128x4, tiled_128x4_bytes, to_tiled_128x4
 
 BLOCK = 16
@@ -38,11 +46,13 @@ class NvFp4Tensor:
     Args:
         codes: [..., N, K/2] uint8, two E2M1 codes per byte, the even column in the low nibble.
         scales: float8_e4m3fn, unsigned. ROW_MAJOR: [..., N, K/16]. TILED_128X4:
-            [..., ceil(N/128) * ceil(K/64) * 512], one flat run of tiles per leading index.
+            [..., ceil(N/128) * ceil(K/64) * 512], one flat run of tiles per leading index. FRAGMENT_16X64:
+            [..., N, K/16] in the order of fragment_layout.py, together with the codes.
         tensor_scale: fp32, multiplies. scale_per "tensor": the leading dimensions ([] for [N, K], [E] for [E, N, K]);
             scale_per "row": [..., N].
         scale_layout: order of scales.
         scale_per: "tensor" (weights) or "row" (activations, one scale per token).
+        code_layout: order of codes; FRAGMENT_16X64 needs N a multiple of 16, K of 64, and scales in the same layout.
 
     Raises:
         TypeError: a dtype is not as above.
@@ -54,6 +64,7 @@ class NvFp4Tensor:
     tensor_scale: Tensor
     scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
     scale_per: Literal["tensor", "row"] = "tensor"
+    code_layout: CodeLayout = CodeLayout.ROW_MAJOR
 
     def __post_init__(self) -> None:
         """Check dtypes, shapes and devices."""
@@ -80,17 +91,48 @@ class NvFp4Tensor:
         return self.codes.numel() + self.scales.numel() + 4 * self.tensor_scale.numel()
 
     def row_major(self) -> "NvFp4Tensor":
-        """Return this tensor with row-major scales (itself if they are)."""
+        """Return this tensor with row-major codes and scales (itself if they are)."""
         if self.scale_layout is ScaleLayout.ROW_MAJOR:
             return self
+        if self.scale_layout is ScaleLayout.FRAGMENT_16X64:
+            return replace(
+                self,
+                codes=codes_from_fragments(self.codes),
+                scales=scales_from_fragments(self.scales),
+                scale_layout=ScaleLayout.ROW_MAJOR,
+                code_layout=CodeLayout.ROW_MAJOR,
+            )
         scales = from_tiled_128x4(self.scales, self.shape[-2], self.shape[-1] // BLOCK)
         return replace(self, scales=scales, scale_layout=ScaleLayout.ROW_MAJOR)
 
     def tiled(self) -> "NvFp4Tensor":
-        """Return this tensor with scales in 128x4 tiles (itself if they are)."""
+        """Return this tensor with row-major codes and scales in 128x4 tiles (itself if they are)."""
         if self.scale_layout is ScaleLayout.TILED_128X4:
             return self
-        return replace(self, scales=to_tiled_128x4(self.scales), scale_layout=ScaleLayout.TILED_128X4)
+        plain = self.row_major()
+        return replace(plain, scales=to_tiled_128x4(plain.scales), scale_layout=ScaleLayout.TILED_128X4)
+
+    def fragments(self) -> "NvFp4Tensor":
+        """Return this tensor with codes and scales in fragment order, as Hopper kernels take weights (itself if so).
+
+        Once, when a model is loaded: on a GPU it waits for the result.
+
+        Raises:
+            ValueError: N is not a multiple of 16, or K not of 64.
+        """
+        if self.code_layout is CodeLayout.FRAGMENT_16X64:
+            return self
+        plain = self.row_major()
+        fragments = replace(
+            plain,
+            codes=codes_to_fragments(plain.codes),
+            scales=scales_to_fragments(plain.scales),
+            scale_layout=ScaleLayout.FRAGMENT_16X64,
+            code_layout=CodeLayout.FRAGMENT_16X64,
+        )
+        if self.device.type == "cuda":  # kernels read weights before the launch ahead of them has ended
+            torch.cuda.current_stream(self.device).synchronize()
+        return fragments
 
     def to(self, device: torch.device | str) -> "NvFp4Tensor":
         """Return this tensor with all parts on a device."""
@@ -258,7 +300,17 @@ def _check_parts(t: NvFp4Tensor) -> None:
         )
     *leading, num_rows, half = t.codes.shape
     num_blocks = half // (BLOCK // 2)
-    if t.scale_layout is ScaleLayout.ROW_MAJOR:
+    if (t.code_layout is CodeLayout.FRAGMENT_16X64) != (t.scale_layout is ScaleLayout.FRAGMENT_16X64):
+        raise ValueError(
+            f"NvFp4Tensor: codes and scales must both be in fragment order or neither; got codes "
+            f"{t.code_layout.value}, scales {t.scale_layout.value}. Convert both with .fragments() or .row_major()."
+        )
+    if t.code_layout is CodeLayout.FRAGMENT_16X64 and not fits_fragments(num_rows, half * 2):
+        raise ValueError(
+            f"NvFp4Tensor: fragment order needs N a multiple of 16 and K of 64; got N {num_rows}, K {half * 2}. Pad "
+            "the weight with zeros when converting."
+        )
+    if t.scale_layout is not ScaleLayout.TILED_128X4:
         expected, wanted = [*leading, num_rows, num_blocks], "[..., N, K/16]"
     else:
         expected, wanted = [*leading, tiled_128x4_bytes(num_rows, num_blocks)], "[..., ceil(N/128)*ceil(K/64)*512]"

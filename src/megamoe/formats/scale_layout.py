@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layouts of block scales: row-major, and the tiled 128x4 order that block-scaled matrix units read.
 
+The third, FRAGMENT_16X64, orders codes and scales together: fragment_layout.py.
+
 Tiled      the scale matrix [R, C] is cut into tiles of 128 rows by 4 columns, padded with zero bytes at the right and
            lower edge. Tiles follow each other row-major (all column tiles of the first 128 rows, then the next). Inside
            a tile of 512 bytes, row r and column c lie at (r % 32) * 16 + (r // 32) * 4 + c.
@@ -22,6 +24,7 @@ class ScaleLayout(enum.Enum):
 
     ROW_MAJOR = "row_major"
     TILED_128X4 = "tiled_128x4"
+    FRAGMENT_16X64 = "fragment_16x64"
 
 
 def tiled_128x4_bytes(num_rows: int, num_columns: int) -> int:

@@ -6,7 +6,8 @@ Numerics   values are code * block scale * tensor scale in fp32; products and su
            Row-invariant. A kernel may sum code * block scale products and multiply by both tensor scales afterwards:
            the same numbers up to fp32 rounding.
 Tolerance  verify/tolerance.py, "nvfp4_linear"
-Kernels    none yet. Weight-only W4A16 is a different operation: nvfp4_weight_only_linear.
+Kernels    sm90: x with row-major scales, w in fragment order (w.fragments()). Weight-only W4A16 is a different
+           operation: nvfp4_weight_only_linear.
 Source     docs/numerics.md, section "NVFP4"
 """
 
@@ -16,8 +17,9 @@ import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor, dequantize
 from megamoe.ops.check import FLOATS, check
+from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.dequant_cache import dequantized
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.matmul import row_invariant_matmul
 
 
@@ -26,7 +28,7 @@ def nvfp4_linear(x: NvFp4Tensor, w: NvFp4Tensor, *, out_dtype: torch.dtype = tor
 
     Args:
         x: [T, K] NVFP4, from quantize_nvfp4. T may be 0.
-        w: [N, K] NVFP4, scales in either layout.
+        w: [N, K] NVFP4, in any layout the reference reads; a kernel names the one it takes.
         out_dtype: bf16 or fp32.
 
     Returns:
@@ -45,3 +47,29 @@ def nvfp4_linear(x: NvFp4Tensor, w: NvFp4Tensor, *, out_dtype: torch.dtype = tor
 def reference(x: NvFp4Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Compute nvfp4_linear in plain torch."""
     return row_invariant_matmul(dequantize(x, torch.float32), dequantized(w)).to(out_dtype)
+
+
+def _run(
+    x: list[torch.Tensor], x_form: str, w: list[torch.Tensor], w_form: str, out_dtype: torch.dtype
+) -> torch.Tensor:
+    run = pick("nvfp4_linear", x[0].device, reference)
+    return run(unpacked(x, x_form), unpacked(w, w_form), out_dtype)  # type: ignore[no-any-return]
+
+
+def _fake(
+    x: list[torch.Tensor], x_form: str, w: list[torch.Tensor], w_form: str, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.empty(x[0].shape[0], w[0].shape[0], dtype=out_dtype, device=x[0].device)
+
+
+def _call(x: NvFp4Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return torch.ops.megamoe.nvfp4_linear(*packed(x), *packed(w), out_dtype)  # type: ignore[no-any-return]
+
+
+traced(
+    "nvfp4_linear",
+    {"nvfp4_linear": "(Tensor[] x, str x_form, Tensor[] w, str w_form, ScalarType out_dtype) -> Tensor"},
+    {"nvfp4_linear": _run},
+    {"nvfp4_linear": _fake},
+    _call,
+)

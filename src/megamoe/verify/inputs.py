@@ -14,14 +14,20 @@ from typing import Any
 
 import torch
 
+from megamoe.formats import nvfp4
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
+from megamoe.kernels.parts.linear_stream import stream_limit
 from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
+from megamoe.ops.nvfp4_linear import nvfp4_linear
+from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
+from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
 from megamoe.ops.quantize import quantize_fp8_rows, quantize_nvfp4
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
 from megamoe.ops.route_experts import route_experts
+from megamoe.ops.swiglu import clamped_swiglu
 
 Arguments = dict[str, Any]
 
@@ -35,12 +41,15 @@ class OpInputs:
         make: (dims, number of tokens, generator) → keyword arguments on the generator's device.
         per_token: the arguments whose first dimension is the tokens; each token's result depends on its rows alone.
         tile: tokens that share a block at most; verify runs one below, at and above it.
+        order_until: dims → number of tokens up to which sums have one order and beyond which they have another; None
+            where the order never changes. A token's bits do not depend on its neighbours on either side of it.
     """
 
     door: Callable[..., Any]
     make: Callable[[Mapping[str, int], int, torch.Generator], Arguments]
     per_token: tuple[str, ...]
     tile: int = 16
+    order_until: Callable[[Mapping[str, int]], int] | None = None
 
 
 def activations(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -181,12 +190,64 @@ def _routing(
     return arguments
 
 
+def _quantized_weight(generator: torch.Generator, *shape: int) -> NvFp4Tensor:
+    """Return a weight in fragment order: a quantized matrix of some rows, repeated with rows turned round and scaled.
+
+    Quantizing every row of a large weight on a CPU would take longer than everything else.
+    """
+    *leading, num_rows, width = shape
+    base = nvfp4.quantize(scaled(generator, 64, width, scale=width**-0.5))
+    index = torch.arange(num_rows, device=generator.device) % 64
+    codes, scales = base.codes[index], base.scales.view(torch.uint8)[index]
+    flips = torch.randint(0, 2, (*leading, num_rows, 1), generator=generator, device=generator.device) * 0x88
+    codes = codes.expand(*leading, -1, -1) ^ flips.to(torch.uint8)  # the signs of a whole row
+    scales = scales.expand(*leading, -1, -1).roll(1, -2).contiguous().view(torch.float8_e4m3fn)
+    factor = torch.rand(leading, generator=generator, device=generator.device) + 0.5
+    return NvFp4Tensor(codes, scales, base.tensor_scale * factor).fragments()
+
+
+def _weight_only_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    x = _finite_squares(activations(generator, num_tokens, dims["K"]))
+    return {"x": x, "w": _quantized_weight(generator, dims["N"], dims["K"])}
+
+
+def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _weight_only_linear(dims, num_tokens, generator)
+    return {**arguments, "x": nvfp4.quantize(arguments["x"], scale_per="row")}
+
+
+def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """Return arguments with at most 8 experts: kernels know the number only as the end of a loop."""
+    num_experts, width, inner_size, device = min(8, dims["E"]), dims["D"], dims["F"], generator.device
+    order = torch.rand(num_tokens, num_experts, generator=generator, device=device).argsort(-1)
+    order[: num_tokens // 2] = order[: num_tokens // 2].sort(-1).values  # half of the tokens agree: crowded experts
+    return {
+        "x": scaled(generator, num_tokens, width).bfloat16(),
+        "route_weights": torch.rand(num_tokens, dims["A"], generator=generator, device=device) + 0.1,
+        "expert_ids": order[:, : dims["A"]].contiguous(),
+        "w1": _quantized_weight(generator, num_experts, inner_size, width),
+        "w3": _quantized_weight(generator, num_experts, inner_size, width),
+        "w2": _quantized_weight(generator, num_experts, width, inner_size),
+        "swiglu_limit": 1.5,
+    }
+
+
+def _streamed(dims: Mapping[str, int]) -> int:
+    return stream_limit(dims["N"])
+
+
 def _tied(values: torch.Tensor) -> torch.Tensor:
     """Return per-expert values with experts 0 and 1, and 2 and the last, alike and large: often chosen, always tied."""
     values = values.clone()
     values[0], values[2] = values[0] * 2.0, values[2] * 2.0
     values[1], values[-1] = values[0], values[2]
     return values
+
+
+def _clamped_swiglu(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    shape = (num_tokens, dims["F"])
+    gate, up = scaled(generator, *shape, scale=6.0).bfloat16(), scaled(generator, *shape, scale=6.0).bfloat16()
+    return {"gate": gate, "up": up, "limit": 10.0}  # a tenth of the values beyond the limit
 
 
 INPUTS: dict[str, tuple[OpInputs, ...]] = {
@@ -198,9 +259,17 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         OpInputs(quantize_nvfp4, _quantize_nvfp4_tiled, ("x",), tile=128),
     ),
     "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
+    "clamped_swiglu": (OpInputs(clamped_swiglu, _clamped_swiglu, ("gate", "up")),),
     "route_experts": (
         OpInputs(route_experts, _route_experts, ("x", "token_ids")),
         OpInputs(route_experts, _route_experts_biased, ("x", "token_ids")),
+    ),
+    "nvfp4_linear": (OpInputs(nvfp4_linear, _nvfp4_linear, ("x",), order_until=_streamed),),
+    "nvfp4_weight_only_linear": (
+        OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
+    ),
+    "nvfp4_weight_only_experts": (
+        OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),
     ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),

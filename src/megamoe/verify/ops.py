@@ -4,7 +4,8 @@
 Every operation in KERNELS runs at the sizes of models/*/shapes.py with 0 and 1 tokens, one below, at and above a
 tile, and a few tiles. For each: the CPU reference of the same inputs within verify/tolerance.py; outputs poisoned and
 fenced (verify/guards.py); a second run over other poison and other addresses gives the same bits; inputs with other
-strides and alignments, too; and the last token alone gives the bits it had among the others.
+strides and alignments, too; and the last token alone gives the bits it had among the others. Where an operation adds in
+another order beyond some number of tokens (OpInputs.order_until), the last tokens are that many and one.
 
 Exit codes: 0 all right · 1 a kernel is wrong, or not all was run · 2 no GPU here, or not the one that was asked for.
 """
@@ -131,7 +132,9 @@ def verify_case(call: OpCall, inputs: OpInputs, num_tokens: int, device: str = "
         what = "16-byte aligned rows" if shift_bytes else "unaligned rows"
         _require_equal(op, runs[0], inputs.door(**strided), f"the same values in {what} at other strides differ")
     if num_tokens > 1:
-        last = torch.tensor([num_tokens - 1])
+        until = math.inf if inputs.order_until is None else inputs.order_until(call.dims)
+        fewest = 1 if num_tokens <= until else int(until) + 1  # of the same order of sums
+        last = torch.arange(num_tokens - fewest, num_tokens)
         alone = {name: rows_of(value, last) if name in inputs.per_token else value for name, value in on_device.items()}
         among = _plain(rows_of(runs[0], last))  # tiled scales become row-major: tokens are apart there
         single = _plain(rows_of(inputs.door(**alone), torch.tensor([0])))

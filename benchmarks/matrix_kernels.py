@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVFP4 linears and experts beside cuBLAS on one GPU, weights rotated so that L2 does not help.
+
+python benchmarks/matrix_kernels.py OUT.csv [linears] [experts]
+
+`megamoe bench` rotates tokens and keeps the weight, right for kernels that are bound by tokens. Here the weight
+is what has to come from memory: every call of a captured graph takes another copy of it, at least 450 MB in all. Times
+are medians of 9 replays (5 for many tokens) divided by the calls in the graph. The copy bandwidth is measured first.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+
+from megamoe.formats import nvfp4
+from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.ops.nvfp4_linear import nvfp4_linear
+from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
+from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
+from megamoe.ops.quantize import quantize_nvfp4
+
+SHAPES = ((8192, 8192), (4096, 7168), (7168, 3072), (6144, 7168), (16384, 1536), (65536, 1536))
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+EXPERTS = {"V4-Pro, rank of 8": (48, 7168, 3072, 6, 64), "V4-Flash, rank of 8": (32, 4096, 2048, 6, 64)}
+ROTATED_BYTES = 450_000_000
+
+
+def graph_us(calls: list[Callable[[], object]], replays: int) -> float:
+    """Return the median microseconds of a call, all of them captured in one graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def copy_gbps() -> float:
+    """Return the bandwidth of a large device-to-device copy, bytes read and written."""
+    source = torch.empty(1 << 28, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(12):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(4):
+            target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 4 * 1e3)
+    return 2 * source.nbytes / statistics.median(times) / 1e3
+
+
+def copies(w: NvFp4Tensor, count: int) -> list[NvFp4Tensor]:
+    """Return copies of a weight."""
+    return [dataclasses.replace(w, codes=w.codes.clone(), scales=w.scales.clone()) for _ in range(count)]
+
+
+def linears(bandwidth: float) -> list[dict[str, object]]:
+    """Measure both linears at all sizes."""
+    rows: list[dict[str, object]] = []
+    for num_rows, width in SHAPES:
+        weight_bytes = num_rows * width * 9 // 16
+        base = nvfp4.quantize(torch.randn(num_rows, width, device="cuda")).fragments()
+        weights = copies(base, max(3, ROTATED_BYTES // weight_bytes + 1))
+        count = max(3, ROTATED_BYTES // (2 * num_rows * width) + 1)
+        plain = [torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        for num_tokens in TOKENS:
+            x = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)
+            quantized, replays = quantize_nvfp4(x), 9 if num_tokens <= 64 else 5
+            cublas = graph_us([functools.partial(torch.matmul, x, w.T) for w in plain], replays)
+            for op, door, tokens in (
+                ("nvfp4_weight_only_linear", nvfp4_weight_only_linear, x),
+                ("nvfp4_linear", nvfp4_linear, quantized),
+            ):
+                calls = [functools.partial(door, tokens, w, out_dtype=torch.bfloat16) for w in weights]
+                us = graph_us(calls, replays)
+                rows.append(row(op, f"{num_rows}x{width}", num_tokens, us, weight_bytes, bandwidth, cublas))
+        del weights, plain, base
+        torch.cuda.empty_cache()
+    return rows
+
+
+def experts(bandwidth: float) -> list[dict[str, object]]:
+    """Measure the weight-only experts at decode sizes; their weights are larger than L2 many times."""
+    rows: list[dict[str, object]] = []
+    for name, (num_experts, width, inner_size, num_slots, num_tokens) in EXPERTS.items():
+        sizes = ((inner_size, width), (inner_size, width), (width, inner_size))
+        weights = []
+        for num_rows, columns in sizes:
+            one = nvfp4.quantize(torch.randn(num_rows, columns, device="cuda")).fragments()
+            stacked = {
+                field: torch.stack([getattr(one, field)] * num_experts) for field in ("codes", "scales", "tensor_scale")
+            }
+            weights.append(dataclasses.replace(one, **stacked))
+        x = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)
+        route_weights = torch.rand(num_tokens, num_slots, device="cuda")
+        ids = torch.rand(num_tokens, num_experts, device="cuda").argsort(-1)[:, :num_slots].contiguous()
+        call = functools.partial(nvfp4_weight_only_experts, x, route_weights, ids, *weights, swiglu_limit=10.0)
+        us = graph_us([call] * 4, 9)
+        num_bytes = 3 * int(ids.unique().numel()) * width * inner_size * 9 // 16
+        rows.append(row("nvfp4_weight_only_experts", name, num_tokens, us, num_bytes, bandwidth, None))
+        del weights
+        torch.cuda.empty_cache()
+    return rows
+
+
+def row(
+    op: str, shape: str, num_tokens: int, us: float, weight_bytes: int, bandwidth: float, baseline: float | None
+) -> dict[str, object]:
+    """Return one line of the table, and print it."""
+    floor = weight_bytes / bandwidth / 1e3
+    line: dict[str, object] = {
+        "op": op,
+        "shape": shape,
+        "num_tokens": num_tokens,
+        "kernel_us": round(us, 1),
+        "cublas_bf16_us": "" if baseline is None else round(baseline, 1),
+        "weight_bytes": weight_bytes,
+        "copy_gbps": round(bandwidth),
+        "share_of_byte_floor": round(floor / us, 3),
+    }
+    print(*line.values(), flush=True)
+    return line
+
+
+if __name__ == "__main__":
+    parts = sys.argv[2:] or ["linears", "experts"]
+    measured = copy_gbps()
+    table = [line for part in parts for line in {"linears": linears, "experts": experts}[part](measured)]
+    with pathlib.Path(sys.argv[1]).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device half of expert_stream."""
+
+import math
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8
+from cutlass.cute.arch import inline_ptx
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from megamoe.kernels.parts.expert_stream import Config
+from megamoe.kernels.parts.fragment import UNDO
+from megamoe.kernels.parts.memory_device import load_global_int
+from megamoe.kernels.parts.sort_pairs import PASS_FIELDS
+from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
+from megamoe.kernels.parts.weight_stream_device import Ring, StreamThread, nvfp4_tokens, plain_tokens
+
+OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
+LOG2_E = 1.4426950408889634
+
+
+def matrix(dtype, num_rows, num_columns: int):
+    """Return a contiguous [num_rows, num_columns] argument, 16-byte aligned, with 64-bit offsets."""
+    stride = cute.sym_int64(divisibility=math.gcd(num_columns, 16))
+    return make_fake_tensor(dtype, (num_rows, num_columns), (stride, 1), assumed_align=16)
+
+
+def vector(dtype, size):
+    """Return a [size] argument."""
+    return make_fake_tensor(dtype, (size,), (1,))
+
+
+def program(config: Config):
+    """Return the launcher and its symbolic arguments."""
+    num_x, num_pairs, bound, num_experts = cute.sym_int32(), cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+    num_all_rows = cute.sym_int32()
+    columns = config.num_columns
+    weight = (
+        matrix(Uint8, num_all_rows, columns // 2),
+        matrix(Uint8, num_all_rows, columns // 16),
+        vector(Float32, num_experts),
+    )
+    pairs = (
+        vector(Int32, num_pairs),
+        make_fake_tensor(Int32, (bound, PASS_FIELDS), (PASS_FIELDS, 1), assumed_align=16),
+        vector(Int32, 1),
+    )
+    out = matrix(OUT_DTYPES[config.out], num_pairs, config.num_rows)
+    if config.x == "bf16":
+        x = (matrix(BFloat16, num_x, columns),)
+    else:
+        x = (matrix(Uint8, num_x, columns // 2), matrix(Uint8, num_x, columns // 16), vector(Float32, num_x))
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    experts = ExpertStream(config)
+    if config.step == "down":
+        launcher = experts.down if config.x == "bf16" else experts.down_nvfp4
+        return launcher, (*x, *weight, *pairs, out, Int32(0), stream)
+    launcher = experts.gate_up if config.x == "bf16" else experts.gate_up_nvfp4
+    route_weights = vector(Float32, num_pairs)
+    return launcher, (*x, *weight, *weight, *pairs, route_weights, out, Float32(0.0), Int32(0), stream)
+
+
+def minimum(a, b):
+    """Return the smaller, or NaN if either is."""
+    return inline_ptx("min.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def maximum(a, b):
+    """Return the larger, or NaN if either is."""
+    return inline_ptx("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+class ExpertStream:
+    """One of the two products of the routed experts."""
+
+    def __init__(self, config: Config):
+        self.config, self.plan = config, config.plan
+
+    @cute.jit
+    def gate_up(
+        self, x, c1, s1, t1, c3, s3, t3, order, passes, num_passes, route, out, limit: Float32, blocks: Int32, stream
+    ):
+        weights = ((c1, s1, t1), (c3, s3, t3))
+        self.launch((x,), weights, order, passes, num_passes, route, out, limit, blocks, stream)
+
+    @cute.jit
+    def gate_up_nvfp4(
+        self,
+        x,
+        xs,
+        xt,
+        c1,
+        s1,
+        t1,
+        c3,
+        s3,
+        t3,
+        order,
+        passes,
+        num_passes,
+        route,
+        out,
+        limit: Float32,
+        blocks: Int32,
+        stream,
+    ):
+        weights = ((c1, s1, t1), (c3, s3, t3))
+        self.launch((x, xs, xt), weights, order, passes, num_passes, route, out, limit, blocks, stream)
+
+    @cute.jit
+    def down(self, x, c2, s2, t2, order, passes, num_passes, out, blocks: Int32, stream):
+        self.launch((x,), ((c2, s2, t2),), order, passes, num_passes, None, out, Float32(0.0), blocks, stream)
+
+    @cute.jit
+    def down_nvfp4(self, x, xs, xt, c2, s2, t2, order, passes, num_passes, out, blocks: Int32, stream):
+        self.launch((x, xs, xt), ((c2, s2, t2),), order, passes, num_passes, None, out, Float32(0.0), blocks, stream)
+
+    def launch(self, x, weights, order, passes, num_passes, route, out, limit, blocks, stream):
+        """Launch the kernel; `down` may start loading weights while `gate_up` is still running."""
+        self.kernel(x, weights, order, passes, num_passes, route, out, limit, blocks).launch(
+            grid=(blocks, 1, 1),
+            block=(THREADS, 1, 1),
+            smem=self.plan.shared_bytes,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(self, x, weights, order, passes, num_passes, route, out, limit: Float32, num_blocks: Int32):
+        plan, config = self.plan, self.config
+        self.thread = StreamThread(plan)
+        self.thread.init_ring()
+        self.code_bases = [weight[0].iterator.toint() for weight in weights]
+        self.scale_bases = [weight[1].iterator.toint() for weight in weights]
+        self.pass_base = passes.iterator.toint()
+        if cutlass.const_expr(config.step == "gate_up"):
+            cute.arch.griddepcontrol_wait()  # the passes come from the kernel before this one
+        # For down they come from the one before that, which gate_up has waited for before it let this one start.
+        num_groups = plan.num_units(config.num_rows // 16)
+        num_units = load_global_int(num_passes.iterator.toint()) * num_groups
+        block, _, _ = cute.arch.block_idx()
+        begin = Int32(Int64(block) * num_units // num_blocks)
+        end = Int32(Int64(block + 1) * num_units // num_blocks)
+
+        per_unit = len(plan.stage_chunks) * plan.streams
+        ahead_pass, ahead_expert = Int32(-1), Int32(0)
+        for index in cutlass.range_constexpr(plan.num_slots):
+            ahead_pass, ahead_expert = self.issue(
+                begin + index // per_unit, end, Int32(index), index % per_unit, ahead_pass, ahead_expert
+            )
+        if cutlass.const_expr(config.step == "down"):
+            cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        ring_slot, ring_parity = Int32(0), Int32(0)
+        here, expert, first, count = Int32(-1), Int32(0), Int32(0), Int32(0)
+        for unit in cutlass.range(begin, end, unroll=1):
+            this_pass = unit // num_groups
+            if this_pass != here:
+                here = this_pass
+                address = self.pass_base + Int64(this_pass) * (PASS_FIELDS * 4)
+                expert, first = load_global_int(address), load_global_int(address + 4)
+                count = load_global_int(address + 8)
+                self.load_tokens(x, order, first, count)
+            if self.thread.warp < plan.used_warps:
+                ring_slot, ring_parity, ahead_pass, ahead_expert = self.stream_needed(
+                    count, ring_slot, ring_parity, unit, end, ahead_pass, ahead_expert
+                )
+            self.thread.after_partials()
+            group = unit - this_pass * num_groups
+            self.finish(x, weights, order, route, out, limit, expert, first, count, unit, group)
+
+    @cute.jit
+    def expert_ahead(self, unit: Int32, end: Int32, known_pass: Int32, known_expert: Int32):
+        """Return the pass of a unit and its expert; the table is read only where the pass changes."""
+        this_pass = unit // self.plan.num_units(self.config.num_rows // 16)
+        if (this_pass != known_pass) & (unit < end):
+            known_pass = this_pass
+            known_expert = load_global_int(self.pass_base + Int64(this_pass) * (PASS_FIELDS * 4))
+        return known_pass, known_expert
+
+    def issue(self, unit, end, slot, position: int, known_pass, known_expert):
+        """Fill a ring slot with a stage of a unit, if the block has that unit; return the unit's pass and expert."""
+        stages = len(self.plan.stage_chunks)
+        known_pass, known_expert = self.expert_ahead(unit, end, known_pass, known_expert)
+        num_row_tiles = self.config.num_rows // 16
+        weight, index = (position // stages, 0) if self.plan.num_weights == 2 else (0, position // stages)
+        row_tile = self.row_tile(unit - known_pass * self.plan.num_units(num_row_tiles), index)
+        chunk = (Int64(known_expert) * num_row_tiles + row_tile) * self.plan.chunks
+        code_address, scale_address = self.thread.slice_addresses(
+            self.code_bases[weight], self.scale_bases[weight], chunk
+        )
+        self.thread.issue(unit < end, slot, code_address, scale_address, position % stages)
+        return known_pass, known_expert
+
+    def row_tile(self, group, index):
+        """Return a row tile of a unit; the last unit of an expert repeats the last one."""
+        if self.plan.tiles_per_unit == 1:
+            return group
+        return cutlass.min(group * self.plan.tiles_per_unit + index, self.config.num_rows // 16 - 1)
+
+    def load_tokens(self, x, order, first, count):
+        """Load this thread's part of a pass's tokens."""
+        order_base, num_slots = order.iterator.toint(), self.config.num_slots
+
+        def token_of(index):
+            position = first + cutlass.min(index, count - 1)
+            if self.config.step == "down":  # h is stored by sorted position
+                return position
+            return load_global_int(order_base + Int64(position) * 4) // num_slots
+
+        rows = [token_of(tile * TOKENS_PER_TILE + self.thread.row) for tile in range(self.plan.num_tiles)]
+        arguments = (self.config.num_columns, 0, self.thread.column, rows)
+        if self.config.x == "bf16":
+            load_raw, arrange = plain_tokens(x[0].iterator.toint(), *arguments)
+        else:
+            load_raw, arrange = nvfp4_tokens(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
+        self.thread.request_tokens(load_raw, count)
+        self.thread.arrange_tokens(load_raw, arrange, count)
+
+    @cute.jit
+    def stream_needed(
+        self, count: Int32, slot: Int32, parity: Int32, unit: Int32, end: Int32, known: Int32, expert: Int32
+    ):
+        """Stream a unit past as many token tiles as the pass has."""
+        if cutlass.const_expr(self.plan.num_tiles == 1):
+            slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
+        elif cutlass.const_expr(self.plan.num_tiles == 2):
+            if count <= TOKENS_PER_TILE:
+                slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
+            else:
+                slot, parity, known, expert = self.stream_unit(2, slot, parity, unit, end, known, expert)
+        else:
+            if count <= TOKENS_PER_TILE:
+                slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
+            else:
+                if count <= 2 * TOKENS_PER_TILE:
+                    slot, parity, known, expert = self.stream_unit(2, slot, parity, unit, end, known, expert)
+                else:
+                    slot, parity, known, expert = self.stream_unit(3, slot, parity, unit, end, known, expert)
+        return slot, parity, known, expert
+
+    def stream_unit(self, num_tiles: int, slot, parity, unit, end, ahead_pass, ahead_expert):
+        """Stream a unit past `num_tiles` token tiles, keep the ring full, leave the partial sums."""
+        plan = self.plan
+        ring = Ring(plan, slot, parity)
+        stages = len(plan.stage_chunks)
+        per_unit = stages * plan.streams
+        for stream in range(plan.streams):
+            accumulators = self.thread.zero_accumulators(num_tiles)
+            for stage in range(stages):
+                accumulators = self.thread.consume(ring, accumulators, stage)
+                cute.arch.sync_warp()
+                ahead = stream * stages + stage + plan.num_slots
+                ahead_pass, ahead_expert = self.issue(
+                    unit + ahead // per_unit, end, ring.slot, ahead % per_unit, ahead_pass, ahead_expert
+                )
+                ring.advance()
+            if stream == 0:
+                self.thread.before_partials()
+            self.thread.store_partials(unit, stream, accumulators)
+        return ring.slot, ring.parity, ahead_pass, ahead_expert
+
+    @cute.jit
+    def finish(
+        self,
+        x,
+        weights,
+        order: cute.Tensor,
+        route,
+        out: cute.Tensor,
+        limit: Float32,
+        expert: Int32,
+        first: Int32,
+        count: Int32,
+        unit: Int32,
+        group: Int32,
+    ):
+        """Add up the warps' sums and store the outputs of a unit."""
+        output, per_tile = self.thread.output(unit), self.plan.num_tiles * TOKENS_PER_TILE * 16
+        stream, local = output // per_tile, output // 16 % (self.plan.num_tiles * TOKENS_PER_TILE)
+        if (output < self.plan.outputs_per_unit) & (local < count):
+            row = self.row_tile(group, stream) * 16 + output % 16
+            position = first + local
+            pair = order[position]
+            factor = Float32(UNDO)
+            if cutlass.const_expr(self.config.x == "nvfp4" and self.config.step == "gate_up"):
+                factor = factor * UNDO * x[2][pair // self.config.num_slots]
+            if cutlass.const_expr(self.config.x == "nvfp4" and self.config.step == "down"):
+                factor = factor * UNDO * x[2][position]
+            value = self.thread.sum_partials(unit, stream, local, output % 16) * factor * weights[0][2][expert]
+            target = pair
+            if cutlass.const_expr(self.config.step == "gate_up"):
+                up = self.thread.sum_partials(unit, 1, local, output % 16) * factor * weights[1][2][expert]
+                gate = minimum(value, limit)
+                up = maximum(minimum(up, limit), -limit)
+                value = gate / (1.0 + cute.math.exp2(-gate * LOG2_E)) * up * route[pair]
+                target = position
+            out[target, row] = value.to(out.element_type)

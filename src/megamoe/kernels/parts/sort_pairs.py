@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token-expert pairs by expert, on the device: a stable counting sort in one block, and the passes that follow from it.
+
+A pass is one expert and at most `tokens_per_pass` of its pairs: what one streaming of that expert's weights serves.
+Experts without pairs have no pass. Nothing is read back by the host: sizes are bounds, the number of passes stays on
+the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from megamoe.kernels.store import kernel
+
+THREADS = 512
+MAX_EXPERTS = THREADS
+PASS_FIELDS = 4  # expert, first sorted position, number of pairs, unused
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The compile key.
+
+    Attributes:
+        num_experts: E.
+        tokens_per_pass: pairs of one expert that one pass serves.
+    """
+
+    num_experts: int
+    tokens_per_pass: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SortedPairs:
+    """Pairs by expert.
+
+    Attributes:
+        order: [pairs] int32, the pair at each sorted position; a pair is token * A + slot.
+        passes: [bound, 4] int32: expert, first sorted position, number of pairs, unused.
+        num_passes: [1] int32.
+    """
+
+    order: torch.Tensor
+    passes: torch.Tensor
+    num_passes: torch.Tensor
+
+
+def max_passes(num_pairs: int, num_experts: int, tokens_per_pass: int) -> int:
+    """Return a bound on the number of passes."""
+    return min(num_pairs, num_experts + num_pairs // tokens_per_pass)
+
+
+def sort_pairs(op: str, expert_ids: torch.Tensor, num_experts: int, tokens_per_pass: int) -> SortedPairs:
+    """Sort pairs by expert, tokens ascending within one.
+
+    Args:
+        op: for messages.
+        expert_ids: [T, A] int64, each in 0 .. num_experts - 1 (not checked on the device).
+        num_experts: E, at most 512.
+        tokens_per_pass: see the module.
+    """
+    if num_experts > MAX_EXPERTS:
+        raise NotImplementedError(
+            f"{op}: the kernel takes at most {MAX_EXPERTS} experts on a GPU; got {num_experts}. Spread them over more "
+            'GPUs, or run the reference: with megamoe.ops.use("reference").'
+        )
+    num_pairs = expert_ids.numel()
+    on_device = {"dtype": torch.int32, "device": expert_ids.device}
+    pairs = SortedPairs(
+        torch.empty(num_pairs, **on_device),
+        torch.empty(max_passes(num_pairs, num_experts, tokens_per_pass), PASS_FIELDS, **on_device),
+        torch.empty(1, **on_device),
+    )
+    launch = kernel(__name__, Config(num_experts, tokens_per_pass), expert_ids.device)
+    launch(expert_ids.reshape(-1), pairs.order, pairs.passes, pairs.num_passes)
+    return pairs

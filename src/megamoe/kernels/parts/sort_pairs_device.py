@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device half of sort_pairs."""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, Uint32
+from cutlass.cute.arch import inline_ptx
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+
+from megamoe.kernels.parts.sort_pairs import PASS_FIELDS, THREADS, Config
+
+WARPS = THREADS // 32
+
+
+def program(config: Config):
+    """Return the launcher and its symbolic arguments."""
+    num_pairs, bound = cute.sym_int32(), cute.sym_int32()
+    arguments = (
+        make_fake_tensor(Int64, (num_pairs,), (1,)),
+        make_fake_tensor(Int32, (num_pairs,), (1,)),
+        make_fake_tensor(Int32, (bound, PASS_FIELDS), (PASS_FIELDS, 1), assumed_align=16),
+        make_fake_tensor(Int32, (1,), (1,)),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+    return SortPairs(config).sort, arguments
+
+
+def equal_lanes(value):
+    """Return the mask of the warp's lanes that hold the same value."""
+    return inline_ptx("match.any.sync.b32 {$w0}, {$r0}, 0xffffffff;", write_only_types=[Uint32], read_only_args=[value])
+
+
+def bits_set(mask):
+    """Return the number of bits set."""
+    return inline_ptx("popc.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[mask])
+
+
+class SortPairs:
+    """Each warp counts, then places, a contiguous share of the pairs, so that the order is that of the input."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @cute.jit
+    def sort(self, ids: cute.Tensor, order: cute.Tensor, passes: cute.Tensor, num_passes: cute.Tensor, stream):
+        self.kernel(ids, order, passes, num_passes).launch(
+            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
+        )
+
+    @cute.kernel
+    def kernel(self, ids: cute.Tensor, order: cute.Tensor, passes: cute.Tensor, num_passes: cute.Tensor):
+        num_experts, per_pass = self.config.num_experts, self.config.tokens_per_pass
+        tid, _, _ = cute.arch.thread_idx()
+        warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
+        allocator = cutlass.memory.SmemAllocator()
+        counts = allocator.allocate_tensor(Int32, cute.make_layout((num_experts, WARPS)))
+        scan_pairs = allocator.allocate_tensor(Int32, cute.make_layout(THREADS))
+        scan_passes = allocator.allocate_tensor(Int32, cute.make_layout(THREADS))
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        num_pairs = ids.shape[0]
+        share = (num_pairs + (THREADS - 1)) // THREADS * 32  # pairs of a warp, whole groups of 32
+        begin = warp * share
+        end = cutlass.min(begin + share, num_pairs)
+        for expert in cutlass.range(tid, num_experts, THREADS):
+            for owner in cutlass.range_constexpr(WARPS):
+                counts[expert, owner] = Int32(0)
+        cute.arch.sync_threads()
+
+        # 1. How many pairs of each expert has each warp?
+        for start in cutlass.range(begin, end, 32, unroll=1):
+            expert = self.expert_at(ids, start + lane, end)
+            equal = equal_lanes(expert)
+            if (expert >= 0) & ((equal & Uint32(cute.arch.lanemask_lt())) == 0):
+                counts[expert, warp] = counts[expert, warp] + bits_set(equal)
+            cute.arch.sync_warp()
+        cute.arch.sync_threads()
+
+        # 2. Where does each expert start, in pairs and in passes? Thread e has expert e.
+        own_pairs = Int32(0)
+        if tid < num_experts:
+            for owner in cutlass.range_constexpr(WARPS):
+                own_pairs = own_pairs + counts[tid, owner]
+        own_passes = (own_pairs + (per_pass - 1)) // per_pass
+        scan_pairs[tid] = own_pairs
+        scan_passes[tid] = own_passes
+        cute.arch.sync_threads()
+        pairs_before, passes_before = own_pairs, own_passes
+        for power in cutlass.range_constexpr(9):  # 2^9 threads
+            distance = 1 << power
+            more_pairs, more_passes = Int32(0), Int32(0)
+            if tid >= distance:
+                more_pairs, more_passes = scan_pairs[tid - distance], scan_passes[tid - distance]
+            cute.arch.sync_threads()
+            pairs_before, passes_before = pairs_before + more_pairs, passes_before + more_passes
+            scan_pairs[tid] = pairs_before
+            scan_passes[tid] = passes_before
+            cute.arch.sync_threads()
+        if tid == THREADS - 1:
+            num_passes[0] = passes_before
+        pairs_before, passes_before = pairs_before - own_pairs, passes_before - own_passes
+        if tid < num_experts:
+            position = pairs_before
+            for owner in cutlass.range_constexpr(WARPS):
+                count = counts[tid, owner]
+                counts[tid, owner] = position  # from now on: where the warp's next pair of this expert goes
+                position = position + count
+            for index in cutlass.range(own_passes, unroll=1):
+                passes[passes_before + index, 0] = tid
+                passes[passes_before + index, 1] = pairs_before + index * per_pass
+                passes[passes_before + index, 2] = cutlass.min(own_pairs - index * per_pass, Int32(per_pass))
+                passes[passes_before + index, 3] = Int32(0)
+        cute.arch.sync_threads()
+
+        # 3. Place the pairs.
+        for start in cutlass.range(begin, end, 32, unroll=1):
+            expert = self.expert_at(ids, start + lane, end)
+            equal = equal_lanes(expert)
+            below = bits_set(equal & Uint32(cute.arch.lanemask_lt()))
+            position = Int32(0)
+            if expert >= 0:
+                position = counts[expert, warp]
+            cute.arch.sync_warp()
+            if expert >= 0:
+                order[position + below] = start + lane
+                if below == 0:
+                    counts[expert, warp] = position + bits_set(equal)
+            cute.arch.sync_warp()
+
+    @cute.jit
+    def expert_at(self, ids: cute.Tensor, index: Int32, end: Int32) -> Int32:
+        """Return the expert of a pair; past the end, a negative number of the lane's own."""
+        expert = Int32(-1) - cute.arch.lane_idx()
+        if index < end:
+            expert = Int32(ids[index])
+        return expert

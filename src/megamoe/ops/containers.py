@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVFP4 containers as arguments of custom operators, which take tensors, strings and numbers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megamoe.formats.fragment_layout import CodeLayout
+from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.formats.scale_layout import ScaleLayout
+
+
+def packed(t: NvFp4Tensor) -> tuple[list[torch.Tensor], str]:
+    """Return a container's tensors and the rest of it as a string."""
+    form = f"{t.scale_layout.value} {t.scale_per} {t.code_layout.value}"
+    return [t.codes, t.scales.view(torch.uint8), t.tensor_scale], form
+
+
+def unpacked(tensors: list[torch.Tensor], form: str) -> NvFp4Tensor:
+    """Undo packed."""
+    codes, scales, tensor_scale = tensors
+    scale_layout, scale_per, code_layout = form.split()
+    per: Any = scale_per
+    return NvFp4Tensor(
+        codes, scales.view(torch.float8_e4m3fn), tensor_scale, ScaleLayout(scale_layout), per, CodeLayout(code_layout)
+    )
