@@ -6,10 +6,14 @@
 #   make test-kernels  compile every kernel without a GPU, read its PTX and SASS
 #   make test-gpu    the tests that need a CUDA device, and megamoe verify all
 #   make lint        formatting, lint, types            make format      apply formatting and simple fixes
+#   make serve       serve the bundled model: chat page, OpenAI's API and metrics at http://127.0.0.1:8000
+#   make load-test   64 clients for 60 s, every answer compared with its solo run
+#   make test-api    requests generated from the API's description      make test-browser   the chat page in Chromium
 #   make verify      component cosines of the bundled model
 #   make oracle      differences to transformers        make perplexity  held-out perplexity of the bundled model
 #   make clean       remove caches and build outputs    make distclean   and .venv
 #
+# SERVE   options of make serve      LOAD  options of make load-test      CHROMIUM  how to install Chromium
 # PYTHON  interpreter to build .venv with (3.11 or newer)      JOBS  test processes
 # pip reads its own configuration: mirrors and wheel directories are set there or in PIP_* variables.
 
@@ -21,11 +25,16 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --no-input -c constraints.txt
 TOOLS := tools/tiny_model
 
+SERVE :=
+LOAD :=
+CHROMIUM := apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver
+
 PROMPT := def find
 DEMO := $(VENV)/bin/megamoe generate --model tiny --prompt "$(PROMPT)" --max-tokens 96 --temperature 0.6 --seed 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kernels test-gpu lint format verify oracle perplexity clean distclean
+.PHONY: help demo test test-slow test-kernels test-gpu lint format serve load-test test-api test-browser verify \
+        oracle perplexity clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,6 +56,11 @@ $(VENV)/.stamp-runtime: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	@$(PIP) torch
 	@echo "==> installing megamoe"
 	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.stamp-server: $(VENV)/.stamp-runtime
+	@echo "==> installing what the server needs"
+	@$(PIP) -e '.[server]'
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-runtime
@@ -92,6 +106,24 @@ lint: $(VENV)/.stamp-dev
 format: $(VENV)/.stamp-dev
 	@echo "==> ruff check --fix, ruff format"
 	@$(RUN) -m ruff check --fix --quiet . ; $(RUN) -m ruff format .
+
+serve: $(VENV)/.stamp-server
+	@echo "==> megamoe serve $(SERVE)"
+	@$(VENV)/bin/megamoe serve $(SERVE)
+
+load-test: $(VENV)/.stamp-server
+	@echo "==> load test: 64 clients for 60 s on the loopback interface"
+	@OMP_NUM_THREADS=1 $(RUN) tools/load_test.py $(LOAD)
+
+test-api: $(VENV)/.stamp-dev
+	@echo "==> schemathesis: requests generated from /openapi.json"
+	@$(RUN) -m pytest -q tests/server/test_api_description.py -m 'slow or not slow'
+
+# Chromium is the one thing here that pip cannot install.
+test-browser: $(VENV)/.stamp-dev
+	@command -v chromedriver >/dev/null || { echo "==> installing Chromium"; $(CHROMIUM); }
+	@echo "==> pytest: the chat page in headless Chromium"
+	@$(RUN) -m pytest -q tests/server/test_browser.py -m browser
 
 verify: $(VENV)/.stamp-runtime
 	@echo "==> megamoe verify --model tiny"

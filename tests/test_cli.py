@@ -182,6 +182,7 @@ def test_generating_loads_nothing_of_the_extras(repository: pathlib.Path, tokeni
     loaded = set(command(*arguments, repository=repository).stderr.decode().split())
     assert "torch" in loaded and "megamoe.text.llm" in loaded
     assert not loaded & {"transformers", "accelerate", "safetensors", "rich", "matplotlib", "hypothesis", "pytest"}
+    assert not loaded & {"fastapi", "uvicorn", "pydantic", "prometheus_client", "llguidance", "openai"}
 
 
 # ends other than success
@@ -236,9 +237,9 @@ def test_full_disk(repository: pathlib.Path, tokenizer_directory: pathlib.Path) 
         (["generate", "--prompt", "x", "more"], "unexpected extra argument"),
         (["generate", "--prompt", "x", "--max-tokens", "-1"], "max_tokens must be 0 or more; got -1"),
         (["generate", "--prompt", "x", "--max-tokens", "1.5"], "'1.5' is not a valid integer"),
-        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be 0 (greedy) or more; got -1.0"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature must be 0 (greedy) to 1e6; got -1.0"),
         (["generate", "--prompt", "x", "--temperature", "nan"], "temperature must be"),
-        (["generate", "--prompt", "x", "--top-p", "0"], "top_p must be more than 0"),
+        (["generate", "--prompt", "x", "--top-p", "0"], "top_p must be 1e-9 to 1; got 0.0"),
         (["generate", "--prompt", "x", "--seed", "-1"], "seed must be 0 or more"),
         (["generate", "--prompt", "x", "--model", "no-such-model"], "no model 'no-such-model'"),
         (["generate", "--prompt", "x", "--recipe", "fp3"], "unknown recipe 'fp3'; allowed are exact, w4a16, w4a4"),

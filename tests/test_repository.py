@@ -93,7 +93,7 @@ def problem(words: list[str], repository: pathlib.Path) -> str | None:
         paths = [word.split("::")[0] for word in arguments if word.split("::")[0].endswith(".py")]
         missing = [path for path in paths if not (repository / path).exists()]
         return f"no file {missing}" if missing else None
-    if program in ("apt-get", "cd", "export", "git", "jq", "pip", "source"):  # nothing of ours to check
+    if program in ("apt-get", "cd", "curl", "export", "git", "jq", "pip", "source"):  # nothing of ours to check
         return None
     return f"unknown program {program!r}"
 

@@ -3,6 +3,7 @@
 
     python tools/convert_rate.py                     # 2 GB of Flash-sized experts in a temporary folder, 5 repeats
     python tools/convert_rate.py --gigabytes 1 --repeats 3 --jobs 1 --folder /mnt/disk
+    python tools/convert_rate.py --make some/folder --gigabytes 0.3     # only write the checkpoint, to try convert on
 
 Writes a checkpoint whose experts are real sizes in random MXFP4 (everything else is small), then takes turns: `cp` of
 its files, `cp` and flushing what it wrote to the disk, and `megamoe convert`, which always flushes. Each runs in a
@@ -15,8 +16,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
-import resource
 import shutil
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ import time
 
 import torch
 
+from megamoe.checkpoint.headers import read_headers
 from megamoe.checkpoint.writer import write_json, write_safetensors
 from megamoe.models.deepseek_v4.config import load_config
 from megamoe.models.deepseek_v4.inventory import Role, inventory
@@ -115,14 +117,18 @@ class Times:
 
     wall: float
     cpu: float
+    peak_bytes: int = 0
 
 
 def timed(command: list[str]) -> Times:
     """Run a command."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Times(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return Times(time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
 def main() -> None:
@@ -135,12 +141,21 @@ def main() -> None:
     parser.add_argument("--proof", choices=("codes", "values"), default="codes")
     parser.add_argument("--folder", type=pathlib.Path, help="where to work  [default: the temporary folder]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--make", type=pathlib.Path, metavar="FOLDER", help="write the checkpoint here and stop")
     arguments = parser.parse_args()
+    if arguments.make is not None:
+        arguments.make.mkdir(parents=True)
+        num_bytes = make_checkpoint(arguments.make, arguments.gigabytes, arguments.shard_gigabytes, arguments.seed)
+        print(f"wrote {arguments.make}: {num_bytes:,} bytes of tensors")
+        return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         work = pathlib.Path(name)
         source, target = work / "source", work / "target"
-        source.mkdir()
-        num_bytes = make_checkpoint(source, arguments.gigabytes, arguments.shard_gigabytes, arguments.seed)
+        sizes = ["--gigabytes", str(arguments.gigabytes), "--shard-gigabytes", str(arguments.shard_gigabytes)]
+        # In another process: the peak memory of a child counts from what its parent had.
+        make = [sys.executable, __file__, "--make", str(source), *sizes, "--seed", str(arguments.seed)]
+        subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+        num_bytes = read_headers(source).num_bytes
         convert = [sys.executable, "-m", "megamoe.cli", "convert", str(source), str(target)]
         commands = {
             "cp": ["cp", "-r", str(source), str(target)],
@@ -179,7 +194,13 @@ def main() -> None:
             f"| {what} | {median:.2f} ({min(wall):.2f} to {max(wall):.2f}) | {num_bytes / 1e9 / median:.2f} "
             f"| {ratios[0]:.2f} | {ratios[1]:.2f} | {cpu:.2f} | {cpu_ratio:.2f} |"
         )
-    print(json.dumps({"bytes": num_bytes, "jobs": arguments.jobs, "proof": arguments.proof, "rows": rows}))
+    peak = max(turn["convert"].peak_bytes for turn in turns)
+    print(f"peak memory of convert: {peak / 2**20:.0f} MiB")
+    print(
+        json.dumps(
+            {"bytes": num_bytes, "peak_bytes": peak, "jobs": arguments.jobs, "proof": arguments.proof, "rows": rows}
+        )
+    )
 
 
 if __name__ == "__main__":

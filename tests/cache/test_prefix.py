@@ -76,6 +76,23 @@ def test_the_least_recently_used_snapshot_goes_first():
     assert prefix.num_pages == 2 and pages.num_free_pages == 6
 
 
+def test_a_long_prompt_gives_up_its_own_snapshots_before_the_ends_of_others():
+    pages, prefix = kept(num_pages=40, num_snapshots=4)
+    publish(pages, prefix, 0, [1] * 8)
+    publish(pages, prefix, 1, [2] * 4)
+    publish(pages, prefix, 2, list(range(100, 100 + 12 * SIZE)))
+    assert matched(prefix, [1] * 9)[0] == 8 and matched(prefix, [2] * 5)[0] == 4
+    assert matched(prefix, list(range(100, 101 + 12 * SIZE)))[0] == 12 * SIZE
+
+
+def test_a_snapshot_that_was_continued_from_counts_like_an_end():
+    pages, prefix = kept(num_snapshots=2)
+    publish(pages, prefix, 0, [1] * 8)
+    assert matched(prefix, [1] * 4 + [9])[0] == 4
+    publish(pages, prefix, 1, [2] * 4)
+    assert [matched(prefix, tokens)[0] for tokens in ([1] * 4 + [9], [2] * 5, [1] * 9)] == [4, 4, 4]
+
+
 def test_a_page_without_snapshot_serves_a_longer_chain():
     pages, prefix = kept(num_snapshots=1)
     publish(pages, prefix, 0, list(range(8)))

@@ -245,6 +245,12 @@ def small(tmp_path_factory) -> Files:
     return Files.read(fake.write_fake(tmp_path_factory.mktemp("small"), "small", "nvidia"))
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Files:
+    """A small checkpoint spelled by compressed-tensors in memory."""
+    return Files.read(fake.write_fake(tmp_path_factory.mktemp("packed"), "small", "compressed-tensors"))
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_inspect_survives_any_damage_to_headers(small, folder, data):
@@ -266,6 +272,8 @@ def test_inspect_survives_any_damage_to_headers(small, folder, data):
             count = len(raw.content) // ITEM_BYTES[raw.dtype]
             shape = data.draw(st.sampled_from([(), (count,), (1, count), (count, 1), (0,)]))
             kept = {(): 1, (0,): 0}.get(shape, count)
+            if kept > count:  # emptied before
+                continue
             files.put(name, raw.dtype, shape, raw.content[: kept * ITEM_BYTES[raw.dtype]])
     inspection = inspect_checkpoint(files.write(folder, num_shards=1))
     (folder / INDEX_NAME).unlink()
@@ -289,14 +297,38 @@ def test_any_config_is_parsed_or_refused(data):
         assert error.problems or str(error)
 
 
-@settings(max_examples=60)
+QUANTIZATION = st.fixed_dictionaries(
+    {},
+    optional={
+        "quant_method": st.sampled_from(["compressed-tensors", "modelopt", "fp8"]),
+        "quantized_layers": st.dictionaries(NAMES, st.fixed_dictionaries({"quant_algo": ANYTHING}), max_size=2)
+        | ANYTHING,
+        "ignore": st.lists(st.sampled_from(["re:(a+)+$", "re:[", "re:.*", "lm_head", "*.attn.*", "["]) | ANYTHING)
+        | ANYTHING,
+        "moe_quant_algo": ANYTHING,
+        "quant_algo": st.just("NVFP4") | ANYTHING,
+        "config_groups": ANYTHING
+        | st.dictionaries(
+            st.text(max_size=3),
+            st.fixed_dictionaries({"weights": st.fixed_dictionaries({"type": st.just("float"), "num_bits": ANYTHING})}),
+        ),
+        "expert_dtype": ANYTHING,
+    },
+)
+
+
+@settings(max_examples=100)
 @given(st.data())
-def test_inspect_survives_any_config(small, folder, data):
-    config = dict(small.config)
-    for _ in range(data.draw(st.integers(1, 2))):
-        config[data.draw(st.sampled_from([*sorted(config), "quantization_config"]))] = data.draw(ANYTHING | COUNTS)
+def test_inspect_survives_any_config(small, packed, folder, data):
+    source = data.draw(st.sampled_from([small, packed]))
+    config = dict(source.config)
+    if data.draw(st.booleans()):
+        config["quantization_config"] = {**config["quantization_config"], **data.draw(QUANTIZATION)}
+    else:
+        for _ in range(data.draw(st.integers(1, 2))):
+            config[data.draw(st.sampled_from(sorted(config)))] = data.draw(ANYTHING | COUNTS)
     quant = data.draw(ANYTHING)
-    files = Files(small.tensors, config, None)
+    files = Files(source.tensors, config, None)
     files.write(folder, num_shards=1)
     (folder / "hf_quant_config.json").write_text(json.dumps(quant))
     inspect_checkpoint(folder)

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from megamoe.checkpoint import CheckpointError, CheckpointReader, write_safetensors
+from megamoe.checkpoint import CheckpointError, CheckpointReader, read_headers, write_safetensors
 from megamoe.checkpoint.reader import DTYPES
 
 INDEX = "model.safetensors.index.json"
@@ -361,6 +361,10 @@ def test_every_problem_is_listed(tmp_path):
     write_raw(tmp_path / "model.safetensors", header, b"\0")
     message = refusal(tmp_path)
     assert "25 problems" in message and message.count("\n  tensor") == 20 and message.endswith("and 5 more.")
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointReader(tmp_path)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == sorted(header)
+    assert [problem.subject for problem in read_headers(tmp_path).problems] == sorted(header)
 
 
 def test_unknown_names_are_refused(tmp_path):

@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies
 
 from megamoe.engine.request import Request
 from megamoe.engine.sampler import NO_TOKEN, choose_drafts, sample_rows
@@ -154,6 +156,41 @@ def test_the_logits_are_left_alone() -> None:
     logits = LOGITS[None].clone()
     sample_rows(logits, [request(SamplingParams(logit_bias={1: 5.0}), only=Only([1]))], [0])
     assert torch.equal(logits[0], LOGITS)
+
+
+# properties: no request can break a step
+
+
+@hypothesis.given(
+    params=strategies.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": strategies.floats(0, 1e6),
+            "top_p": strategies.floats(1e-9, 1),
+            "top_k": strategies.integers(0, 2**63 - 1),
+            "min_p": strategies.floats(0, 1),
+            "seed": strategies.integers(0, 2**63 - 1),
+            "repetition_penalty": strategies.floats(1e-3, 1e3),
+            "presence_penalty": strategies.floats(-2, 2),
+            "frequency_penalty": strategies.floats(-2, 2),
+            "logit_bias": strategies.dictionaries(strategies.integers(0, VOCAB - 1), strategies.floats(-1e6, 1e6)),
+            "min_tokens": strategies.integers(0, 3),
+            "logprobs": strategies.integers(0, 20),
+        },
+    ),
+    stop=strategies.lists(strategies.integers(0, VOCAB - 1)),
+    output=strategies.lists(strategies.integers(0, VOCAB - 1), max_size=4),
+    only=strategies.none() | strategies.lists(strategies.integers(0, VOCAB - 1)),
+)
+def test_whatever_params_accepts_gives_a_token(params, stop, output, only) -> None:
+    one = request(SamplingParams(**params), output=output, stop=stop, only=None if only is None else Only(only))
+    found = sample_rows(LOGITS[None] * 30, [one], [0])
+    (token_id,) = found.token_ids
+    assert 0 <= token_id < VOCAB or (token_id == NO_TOKEN and only == [])
+    assert only is None or not only or token_id in only
+    if "logprobs" in params:
+        assert found.logprobs is not None and found.logprobs[0] is not None
+        assert -math.inf < found.logprobs[0].logprob <= 1e-6
 
 
 # properties: distributions, 6000 draws each

@@ -34,6 +34,7 @@ PTX_WANTED = {
         "barrier.cluster.arrive",
         "barrier.cluster.wait",
     ],
+    "portable.clamped_swiglu": ["min.NaN.f32", "max.NaN.f32", "ex2.approx"],
     "parts.route_scores": ["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "sqrt.rn.f32"],
     "parts.route_select": ["div.rn.f32"],
     "parts.linear_stream": [
@@ -68,6 +69,7 @@ SASS_WANTED = {
     "portable.quantize_nvfp4": ["LDG.E.128"],
     "portable.rms_norm_quantize_nvfp4": ["LDG.E.128", "STG.E.128"],
     "portable.quantize_fp8_rows": ["LDG.E.128", "STG.E.64"],
+    "portable.clamped_swiglu": ["LDG.E.128", "STG.E.128"],
     "portable.hyper_connection_post": ["LDG.E.128", "STG.E.128"],
     "portable.hyper_connection_pre": ["LDG.E.128", "STG.E.128", "HMMA.16816.F32.BF16"],
     "parts.route_scores": ["LDG.E.128", "HMMA.16816.F32.BF16"],

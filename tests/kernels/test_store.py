@@ -9,7 +9,7 @@ import pytest
 
 from megamoe.kernels import pack as packing
 from megamoe.kernels import store as storing
-from megamoe.kernels.compile import Request
+from megamoe.kernels.compile import Built, Request
 from megamoe.kernels.pack import PackError, build_pack
 from megamoe.kernels.store import KernelStore, SealedError
 
@@ -63,8 +63,34 @@ def test_a_damaged_cache_is_refused_by_name(tmp_path: pathlib.Path, compiler: Fa
     make_store(tmp_path).get(REQUESTS[0])
     (library,) = tmp_path.rglob("*.so")
     library.write_text("something else")
-    with pytest.raises(PackError, match=rf"{REQUESTS[0].symbol}.so \(portable.rms_norm.*damaged. Delete it"):
+    with pytest.raises(PackError, match=rf"{REQUESTS[0].symbol}.so \(portable.rms_norm.*damaged. Delete its folder"):
         make_store(tmp_path).get(REQUESTS[0])
+
+
+def test_two_processes_that_compile_the_same_do_not_mix(tmp_path: pathlib.Path, compiler: FakeCompiler) -> None:
+    """Library and digest are of one build: the second to finish leaves the first one's."""
+    first, second = make_store(tmp_path), make_store(tmp_path)
+
+    class Slow(FakeCompiler):
+        def __call__(self, requests: list[Request], target: str, directory: pathlib.Path) -> list[Built]:
+            first.get(REQUESTS[0])  # the other process finishes while this one compiles
+            built = super().__call__(requests, target, directory)
+            built[0].path.write_text("a second build")
+            return built
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = storing.compile_objects
+        slow = Slow()
+
+        def compile_objects(requests: list[Request], target: str, directory: pathlib.Path) -> list[Built]:
+            patch.setattr(storing, "compile_objects", original)
+            return slow(requests, target, directory)
+
+        patch.setattr(storing, "compile_objects", compile_objects)
+        assert second.get(REQUESTS[0])()[0] == f"{REQUESTS[0]} for sm90a"
+    assert origins(second) == [(REQUESTS[0], "compiled")]
+    assert make_store(tmp_path).get(REQUESTS[0])()[0] == f"{REQUESTS[0]} for sm90a"
+    assert [one.name for one in (tmp_path / "kernels").iterdir() if one.name.startswith(".")] == []
 
 
 def test_a_pack_comes_first_and_needs_no_compiler(tmp_path: pathlib.Path, compiler: FakeCompiler) -> None:

@@ -197,7 +197,7 @@ class RunningServer:
     tokenizer: Tokenizer
     loop: asyncio.AbstractEventLoop
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
         """Wait for something that must happen."""
         deadline = time.monotonic() + seconds
         while not condition():

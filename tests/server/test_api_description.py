@@ -47,7 +47,8 @@ def _try(operation: Any, max_examples: int, excluded: Any, statuses: collections
     @hypothesis.given(data=hypothesis.strategies.data())
     def check(data: Any) -> None:
         case = data.draw(operation.as_strategy(generation_mode=data.draw(modes)))
-        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+        model = case.body.get("model") if isinstance(case.body, dict) else None
+        if isinstance(model, str) and 1 <= len(model) <= 512:
             case.body["model"] = "fake"  # else nearly everything is a 404
         response = case.call_and_validate(excluded_checks=excluded, timeout=20)
         statuses[operation.path, response.status_code] += 1
@@ -71,7 +72,7 @@ def test_some_requests(v4_directory: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_many_requests(v4_directory: pathlib.Path) -> None:
-    assert_all_was_tried(run(v4_directory, 1000), 40)
+    assert_all_was_tried(run(v4_directory, 400), 20)
 
 
 def test_a_wrong_description_is_found(v4_directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

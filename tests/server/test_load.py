@@ -63,7 +63,8 @@ def test_a_mixed_up_token_is_found(tool: types.ModuleType, v4_directory: pathlib
 
     def sometimes_another(prompt: list[int], params: SamplingParams) -> Sequence[int]:
         tokens = list(echo_of_prompt(prompt, params))
-        if next(count) % 40 == 39:
+        place = next(count)  # the warm-up and the solo runs come first
+        if place > 8 and place % 5 == 0:
             tokens[4] += 1
         return tokens
 

@@ -116,7 +116,7 @@ def test_a_client_that_leaves_frees_its_pages(
 def test_cancelling_takes_effect_before_the_next_step(server: RunningServer) -> None:
     """The abort is obeyed between the step that runs when the client leaves and the one after it."""
     server.engine.script = lambda prompt, params: [10] * 10_000
-    server.engine.delay_s = 0.2
+    server.engine.delay_s = 0.6
     with connect(server) as connection:
         connection.sendall(raw_request("/v1/completions", json.dumps({**COMPLETION, "stream": True}).encode()))
         server.wait_until(server.engine.has_work)
@@ -181,7 +181,7 @@ def test_a_body_that_is_too_large(v4_directory: pathlib.Path) -> None:
 def test_a_body_that_does_not_arrive(v4_directory: pathlib.Path) -> None:
     with a_server(v4_directory, body_timeout_s=0.2) as server, connect(server) as connection:
         connection.sendall(raw_request("/v1/completions", b'{"model":', Content_Length="500"))
-        answer = connection.recv(2000)
+        answer = b"".join(iter(lambda: connection.recv(2000), b""))
         assert b"408" in answer.split(b"\r\n")[0] and b"body_timeout" in answer
 
 
@@ -354,3 +354,18 @@ def test_a_long_prompt_stops_nobody(server: RunningServer, client: httpx2.Client
         assert client.post("/v1/completions", json=COMPLETION).status_code == 200
         slow.set()
         assert post.result().status_code == 200
+
+
+def test_leaving_at_any_moment_leaves_nothing_behind(server: RunningServer, client: httpx2.Client) -> None:
+    """Connections are closed at many different moments of an answer's life, some while others are served."""
+    server.engine.delay_s = 0.001
+    expected = client.post("/v1/completions", json=COMPLETION).json()["choices"]
+    for place in range(120):
+        body = {**(COMPLETION if place % 2 else CHAT), "max_tokens": 20, "stream": place % 3 > 0, "n": 1 + place % 2}
+        with connect(server) as connection:
+            connection.sendall(raw_request(f"/v1/{'' if place % 2 else 'chat/'}completions", json.dumps(body).encode()))
+            time.sleep((place % 24) * 0.002)
+    assert client.post("/v1/completions", json=COMPLETION).json()["choices"] == expected
+    server.wait_until(lambda: metric(client, "megamoe_open_requests") == 0)
+    server.wait_until(lambda: server.state.service.num_open == 0 and not server.engine.has_work())
+    assert metric(client, "megamoe_cache_pages_used") == 0

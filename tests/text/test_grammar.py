@@ -99,6 +99,25 @@ def test_json_that_does_not(setup: Setup, text: str) -> None:
     assert not setup.accepts(json_rules(SCHEMA), text)
 
 
+@pytest.mark.parametrize(
+    ("text", "is_allowed"),
+    [
+        ('{"a":1,"b":["x"]}', True),
+        ('{"a": 1, "b": ["x", "y"]}', True),
+        ('{\n  "a": 1,\n  "b": [\n    "x"\n  ]\n}', True),
+        ('{\n\t"a": 1\n}', True),
+        ('{"a":  1}', False),
+        ('{\n\n"a": 1}', False),
+        ("{\n" + " " * 65 + '"a": 1}', False),
+    ],
+    ids=repr,
+)
+def test_white_space_is_bounded(setup: Setup, text: str, is_allowed: bool) -> None:
+    """A model that loops in line breaks would fill the answer with them."""
+    assert setup.accepts(json_rules(SCHEMA), text) is is_allowed
+    assert setup.accepts(json_rules({**SCHEMA, "x-guidance": {"lenient": True}}), text) is is_allowed
+
+
 def test_nothing_follows_the_json(setup: Setup) -> None:
     grammar = setup.compiler.compile(json_rules(SCHEMA)).filter()
     for token_id in setup.tokenizer.encode('{"a": 1}'):

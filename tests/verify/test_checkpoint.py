@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import pathlib
 import struct
+import time
 from collections.abc import Callable
 
 import pytest
 
 from megamoe.checkpoint.headers import INDEX_NAME
 from megamoe.checkpoint.problem import CheckpointError
+from megamoe.cli import main
 from megamoe.models import BUNDLED
 from megamoe.verify import scale_samples
 from megamoe.verify.checkpoint import Verdict, inspect_checkpoint
@@ -69,6 +71,30 @@ def test_a_rewritten_checkpoint_raises_no_alarm(layouts, tmp_path):
     for layout in fake.LAYOUTS:  # so that what the faults below find is theirs, not of the writing
         found = inspect_checkpoint(Files.read(layouts[layout]).write(tmp_path / layout))
         assert found.findings == (), layout
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "release"),
+    [
+        ("preview", [""], "NVFP4 experts in NVIDIA's layout"),
+        ("dspark", [""], "NVFP4 experts in NVIDIA's layout, DSpark draft"),
+        ("preview", ["--attention nvfp4 --draft convert"], "every linear in NVFP4 (megamoe)"),
+        ("preview", ["--attention nvfp4"], "every linear in NVFP4 (megamoe)"),
+        ("preview", ["", "--to mxfp4"], "as the preview"),
+        ("preview", ["", "--to fp8"], "experts converted to FP8"),
+        ("base", ["--experts requantize"], "NVFP4 experts in NVIDIA's layout"),
+    ],
+    ids=str,
+)
+def test_what_convert_writes_raises_no_alarm(layouts, tmp_path, capsys, layout, options, release):
+    directory = layouts[layout]
+    for number, words in enumerate(options):
+        target = tmp_path / str(number)
+        assert main(["convert", str(directory), str(target), *words.split()]) == 0
+        directory = target
+    found = inspect_checkpoint(directory)
+    assert found.findings == (), [(one.rule, one.text) for one in found.findings]
+    assert found.release.endswith(release) and found.num_tensors == found.expected_tensors
 
 
 @pytest.mark.parametrize("layout", ["resave", "resave-modules"])
@@ -488,6 +514,30 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         "quant_method is 'modelopt', but the tensors are spelled by compressed-tensors.",
     ),
     (
+        "F16 no group of 8 bits",
+        "compressed-tensors",
+        lambda files: files.config["quantization_config"]["config_groups"].pop("group_1"),
+        "config-format",
+        "model.layers.0.self_attn.kv_proj",
+        "fp8, but no group of config_groups has floats of 8 bits.",
+    ),
+    (
+        "F16 ignored by pattern",
+        "compressed-tensors",
+        declare(ignore=["lm_head", "re:.*self_attn.q_a_proj$"]),
+        "config-format",
+        "model.layers.2.self_attn.q_a_proj",
+        "fp8, but a pattern of ignore excludes it.",
+    ),
+    (
+        "F16 ignored by name",
+        "compressed-tensors",
+        declare(ignore=["model.layers.2.mlp.experts.1.down_proj"]),
+        "config-format",
+        "model.layers.2.mlp.experts.1.down_proj",
+        "nvfp4, but a pattern of ignore excludes it.",
+    ),
+    (
         "F16 two files",
         "nvidia",
         lambda files: files.quant["quantization"].update(exclude_modules=["head"]),
@@ -564,6 +614,22 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         "config-layers",
         "num_hidden_layers",
         "is 4, but the tensors show 5.",
+    ),
+    (
+        "layers alone",
+        "preview",
+        configure(num_hidden_layers=4),
+        "config-layers",
+        "num_hidden_layers",
+        "is 4, but the tensors show 5.",
+    ),
+    (
+        "more layers than ratios",
+        "preview",
+        configure(num_hidden_layers=61),
+        "config-layers",
+        "num_hidden_layers",
+        "is 61, but the tensors show 5.",
     ),
     (
         "compress_ratios",
@@ -700,7 +766,8 @@ ALONE = {
     "F7 of Base", "F15", "F15 of compressed-tensors", "zero scale", "infinite scale", "F17", "F20", "F20 to zero",
     "F20 to fp32", "F20 of E4M3", "F20 dtype",
     "a layer far out", "unknown tensor", "two spellings", "misshapen", "half precision", "layers, one short",
-    "layers, one more", "no compressor", "fallback layer_types", "hash layers", "experts", "fused experts",
+    "layers, one more", "layers alone",
+    "more layers than ratios", "no compressor", "fallback layer_types", "hash layers", "experts", "fused experts",
     "F14 of the last experts",
     "hidden size", "vocabulary", "DSpark unannounced", "DSpark rank", "F16 expert_dtype", "F16 no declaration",
 }  # fmt: skip
@@ -894,6 +961,27 @@ def test_a_drafts_copies_of_embedding_and_head_are_a_note(layouts, tmp_path):
     inspection = inspect_checkpoint(files.write(tmp_path))
     assert inspection.findings == ()
     assert inspection.notes[0].subjects == ("mtp.0.embed.weight", "mtp.0.head.weight")
+
+
+def test_patterns_of_a_file_do_not_take_long(layouts, tmp_path):
+    files = Files.read(layouts["compressed-tensors"])
+    files.config["quantization_config"]["ignore"] = [
+        "re:(a*)*b",
+        "re:" + ".*" * 30 + "x",
+        "re:[",
+        "re:(.+)+$",
+        "lm_head",
+    ]
+    started = time.process_time()
+    assert inspect_checkpoint(files.write(tmp_path)).findings == ()
+    assert time.process_time() - started < 5
+
+
+def test_the_order_of_excluded_modules_means_nothing(layouts, tmp_path):
+    files = Files.read(layouts["nvidia"])
+    assert files.quant is not None
+    files.quant["quantization"]["exclude_modules"].reverse()
+    assert inspect_checkpoint(files.write(tmp_path)).findings == ()
 
 
 # Findings.

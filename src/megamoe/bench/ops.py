@@ -139,6 +139,10 @@ def _eager_route(
     return chosen / chosen.sum(-1, keepdim=True) * routed_scaling, ids
 
 
+def _eager_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    return (F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)).to(gate.dtype)
+
+
 @functools.lru_cache(maxsize=4)
 def _bf16_of(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: torch.Tensor, form: str) -> torch.Tensor:
     """Return a weight in bf16, kept: the baseline multiplies, it does not decode."""
@@ -182,6 +186,7 @@ BASELINES: dict[str, Baseline] = {
     "rms_norm_quantize_nvfp4": Baseline("torch eager", _eager_rms_norm_quantize),
     "quantize_nvfp4": Baseline("torch eager", _eager_nvfp4),
     "quantize_fp8_rows": Baseline("torch eager", _eager_fp8_rows),
+    "clamped_swiglu": Baseline("torch eager", _eager_swiglu),
     "route_experts": Baseline("torch eager, bf16 logits", _eager_route),
     "nvfp4_linear": Baseline("cuBLAS bf16 after dequantizing x", _cublas_nvfp4),
     "nvfp4_weight_only_linear": Baseline("cuBLAS bf16", _cublas),

@@ -6,8 +6,9 @@ the end of a page a sequence needs two things: the pages up to there, which it s
 held there, which it copies. A page can serve without a snapshot of its own, as part of a longer chain, so snapshots are
 counted apart and may be fewer than pages.
 
-A page stays as long as it leads to a snapshot. When pages or snapshots run out, the least recently used go first: a
-page only from the end of a chain and only if no sequence owns it too, a snapshot from anywhere.
+A page stays as long as it leads to a snapshot. When pages run out, the least recently used ends of chains go first, if
+no sequence owns them too. When snapshots run out, those inside a chain that nobody ever continued from go first, then
+the least recently used: a long prompt takes a snapshot per page, and gives up its own before the ends of others.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ class PrefixNode:
         depth: pages up to and including this one.
         snapshot_idx: the snapshot taken at its end, or None.
         children: the pages that follow it, by their tokens.
+        was_used: whether a sequence continued from here.
         is_kept: False once the page was given up; the node is dead then.
     """
 
-    __slots__ = ("children", "depth", "is_kept", "page", "parent", "snapshot_idx", "tokens")
+    __slots__ = ("children", "depth", "is_kept", "page", "parent", "snapshot_idx", "tokens", "was_used")
 
     def __init__(self, parent: PrefixNode | None, tokens: tuple[int, ...], page: int) -> None:
         """Hang a page under its predecessor."""
@@ -42,6 +44,7 @@ class PrefixNode:
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.snapshot_idx: int | None = None
         self.children: dict[tuple[int, ...], PrefixNode] = {}
+        self.was_used = False
         self.is_kept = True
 
 
@@ -119,6 +122,7 @@ class PrefixCache:
         if found is None:
             return None
         self._recent.move_to_end(found)
+        found.was_used = True
         return PrefixMatch(found.depth * size, tuple(pages[: found.depth]), found)
 
     def insert(
@@ -181,7 +185,8 @@ class PrefixCache:
         if not self._free_snapshots:
             if not self._recent:
                 return None
-            oldest = next(iter(self._recent))
+            unused = (one for one in self._recent if one.children and not one.was_used)
+            oldest = next(unused, next(iter(self._recent)))
             self._drop_snapshot(oldest)
             self._prune(oldest, keep=node)  # the oldest may be all that `node` led to until now
         return self._free_snapshots.popleft()

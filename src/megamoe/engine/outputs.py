@@ -30,7 +30,8 @@ class RequestOutput:
 
     Attributes:
         request_id: the request.
-        token_ids: new tokens, one or more (several when drafts were right); none only with max_tokens 0.
+        token_ids: new tokens, one or more (several when drafts were right); none with max_tokens 0, or when a filter
+            allows nothing more.
         logprobs: one per new token, or None where none were asked for.
         finish_reason: None while it goes on; "stop" (the last token is an end-of-sequence or stop id), "length"
             (max_tokens or the longest sequence is reached) or "abort" (never from `Engine.step`: an aborted request
@@ -57,7 +58,7 @@ class EngineStats:
         pages_used: gauge, pages that sequences hold (pages kept only for reuse are free to take).
         pages_cached: gauge, pages kept for reuse, held by a sequence or not.
         pages_total: pages in all.
-        prefix_query_tokens: prompt tokens looked up for reuse.
+        prefix_query_tokens: prompt tokens looked up for reuse (again after a preemption before the first token).
         prefix_hit_tokens: prompt tokens that were reused.
         draft_tokens: draft tokens checked.
         accepted_tokens: draft tokens that were right.

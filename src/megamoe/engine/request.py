@@ -11,6 +11,9 @@ from megamoe.engine.logits_filter import LogitsFilter
 from megamoe.engine.random_numbers import stream_of
 from megamoe.engine.sampling_params import SamplingParams
 
+Settings = tuple[float, float, float, int]
+"""(temperature, top_p, min_p, top_k)"""
+
 
 class Request:
     """One request: its tokens, how many of them are computed, and where its rows are.
@@ -24,6 +27,7 @@ class Request:
         num_prompt: tokens of the prompt.
         max_length: length at which it ends.
         stop_ids: ids that end it.
+        settings: what the draw of a token depends on.
         stream: its sequence of random numbers.
         can_draft: whether its next tokens may be guessed ahead.
         is_edited: whether its logits are changed before a token is drawn, min_tokens aside.
@@ -55,6 +59,7 @@ class Request:
         "request_id",
         "ring",
         "room",
+        "settings",
         "stop_ids",
         "stream",
         "was_admitted",
@@ -80,6 +85,7 @@ class Request:
         self.num_prompt = len(self.ids)
         self.max_length = max_length
         self.stop_ids = stop_ids
+        self.settings: Settings = (params.temperature, params.top_p, params.min_p, params.top_k)
         self.stream = stream_of(secrets.randbits(63) if params.seed is None else params.seed)
         # Penalties and filters look at every token before, so guesses would have to be judged one after the other.
         self.can_draft = logits_filter is None and not params.has_penalties

@@ -17,7 +17,7 @@ import torch
 
 from megamoe.engine.outputs import TokenLogprobs
 from megamoe.engine.random_numbers import uniform
-from megamoe.engine.request import Request
+from megamoe.engine.request import Request, Settings
 from megamoe.ops.penalize import penalize
 from megamoe.ops.sample import sample
 from megamoe.ops.token_logprobs import token_logprobs
@@ -76,39 +76,28 @@ def choose_drafts(logits: torch.Tensor, ahead: int) -> torch.Tensor:
 
 
 def _draw(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> torch.Tensor:
+    settings = _settings(tuple([request.settings for request in requests]), logits.device)
     if all([request.is_greedy for request in requests]):  # a list: twice as fast as a generator
-        return sample(logits, **_greedy(len(requests), logits.device))
-    all_params = [request.params for request in requests]
-    rows = (
-        [params.temperature for params in all_params],
-        [params.top_p for params in all_params],
-        [params.min_p for params in all_params],
-        [
-            uniform(request.stream, len(request.ids) - request.num_prompt + offset)
-            for request, offset in zip(requests, ahead, strict=True)
-        ],
-    )
-    temperature, top_p, min_p, number = torch.from_numpy(np.array(rows, dtype=np.float32)).to(logits.device).unbind()
-    return sample(
-        logits,
-        temperature=temperature,
-        top_k=torch.from_numpy(np.array([params.top_k for params in all_params])).to(logits.device),
-        top_p=top_p,
-        min_p=min_p if any(rows[2]) else None,
-        uniform=number,
-    )
+        return sample(logits, **settings, uniform=settings["temperature"])  # zeros, and not looked at
+    numbers = [
+        uniform(request.stream, len(request.ids) - request.num_prompt + offset)
+        for request, offset in zip(requests, ahead, strict=True)
+    ]
+    return sample(logits, **settings, uniform=torch.from_numpy(np.array(numbers, dtype=np.float32)).to(logits.device))
 
 
 @functools.lru_cache(maxsize=64)
-def _greedy(num_rows: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the arguments of `sample` for rows that are all greedy."""
-    zeros = torch.zeros(num_rows, device=device)
-    return {
-        "temperature": zeros,
-        "top_k": torch.zeros(num_rows, dtype=torch.int64, device=device),
-        "top_p": torch.ones(num_rows, device=device),
-        "uniform": zeros,
+def _settings(rows: tuple[Settings, ...], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the arguments of `sample` that stay the same while the same requests decode."""
+    temperature, top_p, min_p, top_k = zip(*rows, strict=True)
+    settings = {
+        "temperature": torch.tensor(temperature, dtype=torch.float32, device=device),
+        "top_p": torch.tensor(top_p, dtype=torch.float32, device=device),
+        "top_k": torch.tensor(top_k, dtype=torch.int64, device=device),
     }
+    if any(min_p):
+        settings["min_p"] = torch.tensor(min_p, dtype=torch.float32, device=device)
+    return settings
 
 
 def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> list[int]:

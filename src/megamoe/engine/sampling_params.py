@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 MAX_INT = 2**63 - 1  # what an int64 tensor holds
@@ -21,15 +20,15 @@ class SamplingParams:
     Attributes:
         max_tokens: most tokens to generate, 0 or more.
         min_tokens: until this many are generated, ids that would end the sequence are not chosen.
-        temperature: divides the logits; 0 takes the largest logit (the lowest id among equals).
-        top_p: keep the most probable tokens that together reach this probability; in (0, 1], 1 keeps all.
+        temperature: divides the logits, at most 1e6; 0 takes the largest logit (the lowest id among equals).
+        top_p: keep the most probable tokens that together reach this probability; 1e-9 to 1, 1 keeps all.
         top_k: keep this many of the most probable tokens; 0 keeps all.
         min_p: keep tokens at least this probable relative to the most probable one; in [0, 1], 0 keeps all.
         repetition_penalty: positive logits of tokens that occur in prompt or output are divided by it, negative ones
-            multiplied; above 0, 1 for none.
+            multiplied; 1e-3 to 1e3, 1 for none.
         presence_penalty: subtracted from the logits of tokens that occur in the output; -2 to 2.
         frequency_penalty: subtracted once per occurrence in the output; -2 to 2.
-        logit_bias: added to the logits of these tokens; finite.
+        logit_bias: added to the logits of these tokens; -1e6 to 1e6.
         seed: seeds this request's own random numbers, 0 to 2**63 - 1; None draws a fresh seed. Unused when greedy.
         stop_token_ids: ids that end the sequence besides the model's own end-of-sequence ids.
         ignore_eos: the model's own end-of-sequence ids do not end it.
@@ -60,10 +59,11 @@ class SamplingParams:
         """
         _check_int("max_tokens", self.max_tokens)
         _check_int("min_tokens", self.min_tokens)
-        _check_number("temperature", self.temperature, lambda value: 0 <= value < math.inf, "0 (greedy) or more")
-        _check_number("top_p", self.top_p, lambda value: 0 < value <= 1, "more than 0 and at most 1")
+        # Bounds that fp32 holds: a value that is rounded to 0 or infinity would fail in the middle of a step of many.
+        _check_number("temperature", self.temperature, lambda value: 0 <= value <= 1e6, "0 (greedy) to 1e6")
+        _check_number("top_p", self.top_p, lambda value: 1e-9 <= value <= 1, "1e-9 to 1")
         _check_number("min_p", self.min_p, lambda value: 0 <= value <= 1, "0 to 1")
-        _check_number("repetition_penalty", self.repetition_penalty, lambda value: 0 < value < math.inf, "above 0")
+        _check_number("repetition_penalty", self.repetition_penalty, lambda value: 1e-3 <= value <= 1e3, "1e-3 to 1e3")
         for name in ("presence_penalty", "frequency_penalty"):
             _check_number(name, getattr(self, name), lambda value: -2 <= value <= 2, "-2 to 2")
         _check_int("top_k", self.top_k)
@@ -108,7 +108,7 @@ def _biases(values: Mapping[int, float]) -> dict[int, float]:
         raise TypeError(f"sampling: logit_bias must map token ids to numbers; got {values!r}.")
     for token_id, bias in values.items():
         _check_int("logit_bias", token_id)
-        _check_number("logit_bias", bias, math.isfinite, "finite")
+        _check_number("logit_bias", bias, lambda value: -1e6 <= value <= 1e6, "-1e6 to 1e6")
     return dict(values)
 
 

@@ -85,9 +85,9 @@ def scan_scales(scales: list[Tensor], codes_of: list[CodesOf]) -> ScaleScan:
     exponent = _tensor_exponent(top)
     lowest, highest = exponent + _LOWEST_POWER + 127, exponent + _TOP_POWER + 127
     inexact = []
-    for one, reader in zip(data, codes_of, strict=True):
-        low, high = (int(value) for value in torch.aminmax(one)) if one.numel() else (lowest, highest)
-        if low >= lowest and high <= highest:
+    for one, reader, count in zip(data, codes_of, counts, strict=True):
+        inside = count[max(lowest, 0) : highest + 1].sum()
+        if int(inside) == one.numel():
             inexact.append(torch.empty(0, dtype=torch.int64))
             continue
         suspects = ((one < lowest) | (one > highest)).nonzero().flatten()
@@ -168,12 +168,14 @@ def unequal_scales(mx_scales: Tensor, nv_scales: Tensor, tensor_scale: Tensor) -
     Returns:
         int64 [n]: block numbers, counted along rows. Such a block can still be equal: zeros are, under any scale.
     """
-    mapped = _translate(nv_scales, _e8m0_of_e4m3(float(tensor_scale)), 1)
-    wanted = mx_scales.contiguous().view(torch.uint8)
-    has_nan = bool(wanted.numel()) and int(wanted.amax()) == _NAN
-    if not has_nan and _bytes(mapped) == _bytes(_double(wanted)):
+    equal_e8m0 = _e8m0_of_e4m3(float(tensor_scale))
+    # The common case the other way round, because there are half as many scales to look up: the only E4M3 byte that is
+    # equal to each E8M0 byte. Bytes without one become 255, which is NaN in both.
+    expected = _translate(mx_scales, _inverse(equal_e8m0), 2)
+    if _bytes(expected) == _bytes(nv_scales) and not (expected.numel() and int(expected.amax()) == _NAN):
         return torch.empty(0, dtype=torch.int64)
-    wanted = wanted.reshape(-1)
+    mapped = _translate(nv_scales, equal_e8m0, 1)
+    wanted = mx_scales.contiguous().view(torch.uint8).reshape(-1)
     return ((mapped.view(-1, 2) != wanted[:, None]).any(-1) | (wanted == _NAN)).nonzero().flatten()
 
 
@@ -288,3 +290,14 @@ def _e8m0_of_e4m3(tensor_scale: float) -> bytes:
     for e4m3, e8m0 in equal.nonzero().tolist():
         table[e4m3] = e8m0
     return bytes(table)
+
+
+@lru_cache(maxsize=512)
+def _inverse(table: bytes) -> bytes:
+    """Turn a table of distinct bytes round; what it maps to 255, and what it does not reach, becomes 255."""
+    inverse = bytearray([_NAN] * 256)
+    for byte, image in enumerate(table):
+        if image != _NAN:
+            assert inverse[image] == _NAN, "two E4M3 scales are equal to one E8M0 scale"
+            inverse[image] = byte
+    return bytes(inverse)

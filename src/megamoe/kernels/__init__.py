@@ -11,6 +11,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "rms_norm_quantize_nvfp4": {"portable": "megamoe.kernels.portable.rms_norm_quantize_nvfp4"},
     "quantize_nvfp4": {"portable": "megamoe.kernels.portable.quantize_nvfp4"},
     "quantize_fp8_rows": {"portable": "megamoe.kernels.portable.quantize_fp8_rows"},
+    "clamped_swiglu": {"portable": "megamoe.kernels.portable.clamped_swiglu"},
     "route_experts": {"portable": "megamoe.kernels.portable.route_experts"},
     "hyper_connection_pre": {"portable": "megamoe.kernels.portable.hyper_connection_pre"},
     "hyper_connection_head": {"portable": "megamoe.kernels.portable.hyper_connection_head"},

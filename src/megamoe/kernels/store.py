@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -134,7 +135,8 @@ class KernelStore:
 
     def seal(self) -> None:
         """From now on, refuse to load or compile anything new."""
-        self._sealed = True
+        with self._lock:  # not in the middle of a load
+            self._sealed = True
 
     @property
     def sealed(self) -> bool:
@@ -159,8 +161,8 @@ class KernelStore:
             if not path.is_file():
                 self._compile([request])
                 origin = "compiled"
-            elif sha256_of(path) != path.with_suffix(".sha256").read_text():
-                raise PackError(f"kernel cache: {path} ({request}) is damaged. Delete it and start again.")
+            elif sha256_of(path) != (path.parent / DIGEST).read_text():
+                raise PackError(f"kernel cache: {path} ({request}) is damaged. Delete its folder and start again.")
         if request in self._compiled:
             start, origin = start - self._compiled.pop(request), "compiled"
         self._loaded[request] = self._loader(path, request.symbol)
@@ -177,17 +179,37 @@ class KernelStore:
         return self.cache_dir / "kernels" / f"{self.target}-dsl{dsl_version()}-{source_hash(request.module)[:24]}"
 
     def _cached(self, request: Request) -> pathlib.Path:
-        return self._folder(request) / f"{request.symbol}.so"
+        return self._folder(request) / request.symbol / f"{request.symbol}.so"
 
     def _compile(self, requests: list[Request]) -> None:
-        folders: dict[pathlib.Path, list[Request]] = {}
-        for request in requests:
-            folders.setdefault(self._folder(request), []).append(request)
-        for folder, members in folders.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            for built in compile_objects(members, self.target, folder):
-                built.path.with_suffix(".sha256").write_text(sha256_of(built.path))
+        """Compile into the cache. Library and digest appear together, whatever other processes do meanwhile."""
+        if not requests:
+            return
+        (self.cache_dir / "kernels").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".compile-", dir=self.cache_dir / "kernels") as scratch:
+            for built in compile_objects(requests, self.target, pathlib.Path(scratch)):
+                entry, final = pathlib.Path(scratch) / built.request.symbol, self._cached(built.request).parent
+                entry.mkdir()
+                built.path.rename(entry / built.path.name)
+                (entry / DIGEST).write_text(sha256_of(entry / built.path.name))
+                final.parent.mkdir(exist_ok=True)
+                if not _move_if_free(entry, final):
+                    continue  # another process was quicker; its object is as good
                 self._compiled[built.request] = built.seconds
+
+
+DIGEST = "sha256"
+
+
+def _move_if_free(source: pathlib.Path, target: pathlib.Path) -> bool:
+    """Rename a folder unless the target is there already; return whether it was renamed."""
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        return False
+    return True
 
 
 def default_cache_dir() -> pathlib.Path:

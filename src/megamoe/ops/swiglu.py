@@ -6,7 +6,7 @@ Numerics   fp32 from the inputs to the single rounding to out_dtype. The gate is
            sides, both before the activation. Routed and shared experts use the same clamp. NaN stays NaN.
            Row-invariant.
 Tolerance  verify/tolerance.py, "clamped_swiglu"
-Kernels    none yet
+Kernels    portable: one pass
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from megamoe.ops.check import FLOAT32, FLOATS, OUT_DTYPES, check
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.row_math import silu
 
 
@@ -77,3 +77,26 @@ def reference(
     if row_weight is not None:
         y *= row_weight[:, None]
     return y.to(out_dtype)
+
+
+def _run(
+    gate: torch.Tensor, up: torch.Tensor, limit: float | None, row_weight: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    run = pick("clamped_swiglu", gate.device, reference)
+    return run(gate, up, limit, row_weight, out_dtype)  # type: ignore[no-any-return]
+
+
+def _fake(
+    gate: torch.Tensor, up: torch.Tensor, limit: float | None, row_weight: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.empty(gate.shape, dtype=out_dtype, device=gate.device)
+
+
+traced(
+    "clamped_swiglu",
+    {
+        "clamped_swiglu": "(Tensor gate, Tensor up, float? limit, Tensor? row_weight, ScalarType out_dtype) -> Tensor",
+    },
+    {"clamped_swiglu": _run},
+    {"clamped_swiglu": _fake},
+)

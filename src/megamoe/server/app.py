@@ -148,8 +148,11 @@ def _add_api(app: FastAPI, state: State) -> None:
         metrics.open_requests.inc()
         status = "error"
         is_streaming = False
+        generation: Generation[Any] | None = None
 
         def done() -> None:
+            if generation is not None:
+                generation.cancel()  # whichever way this ended, nothing goes on for it
             metrics.open_requests.dec()
             metrics.requests.labels(endpoint, status).inc()
             metrics.request_s.observe(time.monotonic() - arrival)
@@ -234,11 +237,8 @@ def _add_api(app: FastAPI, state: State) -> None:
 
 
 async def _whole(prepared: _Prepared, generation: Generation[Any]) -> dict[str, Any]:
-    try:
-        await generation.start()
-        return await prepared.answer(generation)
-    finally:
-        generation.cancel()
+    await generation.start()
+    return await prepared.answer(generation)
 
 
 def _streamed(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -54,7 +53,7 @@ class Generation(Generic[T]):
         return self._streams[0].cached_tokens if self._streams else 0
 
     async def start(self) -> None:
-        """Submit all sequences, or none.
+        """Submit all sequences; whoever made this object calls `cancel` in the end, whatever happens.
 
         Raises:
             ApiError: the engine refuses one of them.
@@ -64,9 +63,6 @@ class Generation(Generic[T]):
                 self._streams.append(await self._service.submit(request))
         except ServiceError as error:
             raise as_api_error(error) from error
-        finally:
-            if len(self._streams) < len(self._requests):
-                self.cancel()
 
     def cancel(self) -> None:
         """Give up what has not ended."""
@@ -96,8 +92,7 @@ class Generation(Generic[T]):
             self.cancel()
             for task in tasks:
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow(
         self, idx: int, stream: RequestStream[T], merged: asyncio.Queue[tuple[int, Piece[T] | ApiError]]

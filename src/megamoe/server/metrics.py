@@ -94,7 +94,7 @@ class _EngineCollector(Collector):
             "megamoe_requests_running": ("Sequences being computed.", stats.running),
             "megamoe_cache_pages_used": ("Cache pages that running sequences hold.", stats.pages_used),
             "megamoe_cache_pages_cached": ("Cache pages kept for reuse.", stats.pages_cached),
-            "megamoe_cache_pages_total": ("Cache pages there are.", stats.pages_total),
+            "megamoe_cache_pages": ("Cache pages there are.", stats.pages_total),
             "megamoe_prefix_hit_rate": ("Share of prompt tokens found in the cache.", stats.prefix_hit_rate),
             "megamoe_draft_acceptance_rate": ("Share of draft tokens that were right.", stats.acceptance_rate),
         }

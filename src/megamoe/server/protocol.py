@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+)
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
@@ -20,6 +28,14 @@ def _integral(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _not_stored(value: bool) -> bool:
+    if value:
+        raise ValueError("must be false: nothing is stored here")
+    return value
+
+
+# Not Literal[False]: 0 would pass, being equal to it.
+NotStored: TypeAlias = Annotated[bool, AfterValidator(_not_stored), WithJsonSchema({"type": "boolean", "const": False})]
 Int: TypeAlias = Annotated[int, BeforeValidator(_integral)]
 Count: TypeAlias = Annotated[Int, Field(ge=1, le=2**31 - 1)]
 TokenId: TypeAlias = Annotated[Int, Field(ge=0, le=2**31 - 1)]
@@ -80,7 +96,7 @@ class Sampling(Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = Field(None, description="There is one tier.")
-    store: Literal[False] | None = Field(None, description="Nothing is stored.")
+    store: NotStored | None = Field(None, description="Nothing is stored.")
 
 
 class TextPart(Strict):

@@ -58,17 +58,20 @@ class EventStream(Response):
         """Send everything, or stop when the client leaves."""
         sending = asyncio.create_task(self._send_all(send))
         leaving = asyncio.create_task(_disconnected(receive))
+        is_complete = False
         try:
             await asyncio.wait((sending, leaving), timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
             is_complete = sending.done()
-            leaving.cancel()
-            sending.cancel()
-            with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the client left while we sent
-                await sending
-            if not is_complete:
-                self._on_disconnect()
-            self._on_end()
+        finally:
+            try:
+                await _end(leaving)
+                error = await _end(sending)
+            finally:
+                if not is_complete:
+                    self._on_disconnect()
+                self._on_end()
+        if error is not None and not isinstance(error, OSError):  # OSError: the client left while we sent
+            raise error
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -103,11 +106,17 @@ async def _with_pauses(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGen
             following = None
             yield event
     finally:
-        if following is not None and not following.done():
-            following.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await following
+        if following is not None:
+            await _end(following)
         await events.aclose()
+
+
+async def _end(task: asyncio.Future[Any]) -> BaseException | None:
+    """Cancel a task, wait until it has ended in whatever way, and return its error; cancellation is none."""
+    task.cancel()
+    results = await asyncio.gather(task, return_exceptions=True)
+    error: Any = results[0]
+    return error if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError) else None
 
 
 class _EndOfEvents(Exception):
@@ -140,8 +149,5 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGone
         return working.result()
     finally:
-        leaving.cancel()
-        if not working.done():
-            working.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await working
+        await _end(leaving)
+        await _end(working)

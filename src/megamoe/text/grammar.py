@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import llguidance
 
 _ANY_TEXT = "/(?s:.*)/"
+# Between the parts of JSON: nothing, a space, or a new line with its indentation. With any white space allowed, as JSON
+# has it, a model can go on with line breaks until its tokens are used up, and some do.
+_WHITE_SPACE = r"( |\r?\n[ \t]{0,64})?"
 _UNBOUNDED = {"type", "title", "description", "default", "examples"}  # of a schema for any string
 
 
@@ -132,7 +135,7 @@ class CallableTool:
 
 def json_rules(schema: Mapping[str, Any], *, after: int | None = None) -> str:
     """Return rules for an answer that is JSON obeying `schema`, preceded by any text that ends in the token `after`."""
-    return "\n".join([*_before(after, "answer"), f"answer: %json {json.dumps(schema)}"])
+    return "\n".join([*_before(after, "answer"), f"answer: {_json(schema)}"])
 
 
 def tool_call_rules(
@@ -164,7 +167,7 @@ def tool_call_rules(
         lines = [*_before(after, "calls"), f'calls: "\\n\\n<" {block}']
     elif schema is not None:
         lines = [*_before(after, "(answer | calls)"), f'calls: "\\n\\n<" {block}']
-        lines += [f"answer: %json {json.dumps(schema)}"]
+        lines += [f"answer: {_json(schema)}"]
     else:
         lines = [*_before(after, "(TEXT | TEXT_BEFORE calls)"), f"calls: {block}", f"TEXT: {_ANY_TEXT}"]
         lines += ["TEXT_BEFORE: /(?s:.*)\\n\\n</"]
@@ -225,7 +228,14 @@ def _parameter_rules(rule: str, name: str, schema: Any, shared: Mapping[str, Any
     if is_text:
         return [f"{rule}: {opening} VALUE {closing}"]
     body = {**schema, **shared} if is_object else schema
-    return [f'{rule}: {opening} {rule}_json "</" {closing}', f"{rule}_json: %json {json.dumps(body)}"]
+    return [f'{rule}: {opening} {rule}_json "</" {closing}', f"{rule}_json: {_json(body)}"]
+
+
+def _json(schema: Any) -> str:
+    """Return the right side of a rule for JSON that obeys `schema`."""
+    if not isinstance(schema, Mapping):  # true and false are schemas, too
+        schema = {} if schema is True else {"not": {}}
+    return f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': _WHITE_SPACE}})}"
 
 
 def _quoted(text: str) -> str:

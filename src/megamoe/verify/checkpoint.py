@@ -25,7 +25,7 @@ from megamoe.models.deepseek_v4.layout import FLOATS, Format, StoredHeaders, dsp
 from megamoe.models.deepseek_v4.memory import WeightBytes, kind_of_weight
 from megamoe.models.deepseek_v4.names import native_name
 from megamoe.verify.declared import check_declared
-from megamoe.verify.observed import DraftFound, Observed, check_draft, reconcile
+from megamoe.verify.observed import DraftFound, Observed, check_draft, contradiction, reconcile
 from megamoe.verify.rules import Finding, group
 from megamoe.verify.scale_samples import Sampled, check_scales
 
@@ -151,6 +151,8 @@ class _Inspector:
         self.config: ModelConfig | None = None
         self.draft: DraftFound | None = None
         self.stored: StoredHeaders | None = None
+        self.natives = {name: native_name(name) for name in headers.infos}
+        self.observed = Observed(headers.infos, self.natives, headers.unavailable)
 
     def inspect(self) -> Inspection:
         raw = self.read_config()
@@ -208,6 +210,9 @@ class _Inspector:
         try:
             config = parse_config(raw)
         except CheckpointError as error:
+            with_layers = self.parse_with_layers_of_tensors(raw)
+            if with_layers is not None:
+                return with_layers
             for line in error.problems or (str(error),):
                 self.problems.append(Problem("config-invalid", line.split(" ", 1)[0], f"config.json: {line}"))
             text = "Tensors were not compared with an inventory, because config.json cannot be used."
@@ -218,11 +223,21 @@ class _Inspector:
             self.notes.append(Finding("config-unused", config.unused_keys, text, is_note=True))
         return config
 
+    def parse_with_layers_of_tensors(self, raw: Mapping[str, Any]) -> ModelConfig | None:
+        """Return the configuration if nothing but its number of layers was wrong, having taken that down; else None."""
+        said, shown = raw.get("num_hidden_layers"), self.observed.num_layers
+        if said == shown or not shown:
+            return None
+        try:
+            config = parse_config({**raw, "num_hidden_layers": shown})
+        except CheckpointError:
+            return None
+        self.problems.append(contradiction("config-layers", "num_hidden_layers", said, shown))
+        return config
+
     def compare(self, config: ModelConfig, raw: Mapping[str, Any]) -> None:
         """Compare tensors with the inventory, the declarations and each other."""
-        headers = self.headers
-        natives = {name: native_name(name) for name in headers.infos}
-        observed = Observed(headers.infos, natives, headers.unavailable)
+        headers, natives, observed = self.headers, self.natives, self.observed
         has_unknown_part = not headers.unavailable and any(
             problem.rule in ("shard-missing", "shard-header", "shard-truncated", "index-unreadable")
             for problem in headers.problems
@@ -252,7 +267,12 @@ class _Inspector:
         self.check_kv_norms(stored)
         self.count(stored, entries)
         is_packed = any(name.endswith(".weight_packed") for name in headers.infos)
-        self.problems += check_declared(raw, self.read_quant_file(), self.formats, is_packed=is_packed)
+
+        def spelled(module: str) -> str:
+            return stored.stored_name(stored.codes_name(module)).rpartition(".")[0]
+
+        quant = self.read_quant_file()
+        self.problems += check_declared(raw, quant, self.formats, is_packed=is_packed, spelled=spelled)
         found, self.sampled = check_scales(headers, stored, self.formats)
         self.problems += found
 

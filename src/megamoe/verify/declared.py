@@ -9,7 +9,8 @@ tensors is a finding even where the tensors are sound.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from megamoe.checkpoint.problem import Problem
@@ -25,6 +26,7 @@ def check_declared(
     formats: Mapping[str, Format],
     *,
     is_packed: bool,
+    spelled: Callable[[str], str],
 ) -> list[Problem]:
     """Return every declaration that does not fit the tensors.
 
@@ -33,6 +35,7 @@ def check_declared(
         quant: content of hf_quant_config.json, or None without one.
         formats: weight -> format, by native name without ".weight".
         is_packed: some weight is spelled by compressed-tensors.
+        spelled: native name of a weight -> its name as stored.
     """
     declared = raw.get("quantization_config")
     declared = declared if isinstance(declared, dict) else {}
@@ -40,6 +43,7 @@ def check_declared(
         *_check_method(declared, formats, is_packed),
         *_check_expert_dtype(raw, declared, formats),
         *_check_modules(declared, formats),
+        *_check_groups(declared, formats, spelled),
         *_check_quant_file(declared, quant),
     ]
 
@@ -125,13 +129,61 @@ def _check_modules(declared: Mapping[str, Any], formats: Mapping[str, Format]) -
             yield _problem(module, f"{module}: nvfp4, but a pattern of ignore excludes it.", "ignored", "nvfp4")
 
 
+_BITS = {Format.FP8: 8, Format.MXFP4: 4, Format.NVFP4: 4}
+_SIMPLE_PATTERN = re.compile(r"[\w.\\^$-]*(?:\*[\w.\\^$-]*){0,4}")  # no pattern from a file may take long to match
+
+
+def _check_groups(
+    declared: Mapping[str, Any], formats: Mapping[str, Format], spelled: Callable[[str], str]
+) -> Iterable[Problem]:
+    """Hold the groups and the ignore list of compressed-tensors against every weight."""
+    groups = declared.get("config_groups")
+    if declared.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict):
+        return
+    weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+    floats = [one.get("num_bits") for one in weights if isinstance(one, dict) and one.get("type") == "float"]
+    bits = {one for one in floats if type(one) is int}
+    ignore = declared.get("ignore")
+    patterns = [one for one in ignore if isinstance(one, str)] if isinstance(ignore, list) else []
+    exact = {one for one in patterns if not one.startswith("re:")}
+    expressions = [
+        re.compile(one.removeprefix("re:"))
+        for one in patterns
+        if one.startswith("re:") and _SIMPLE_PATTERN.fullmatch(one.removeprefix("re:")) and _is_expression(one)
+    ]
+    for module, found in formats.items():
+        if found is Format.PLAIN:
+            continue
+        name = spelled(module)
+        if _BITS[found] not in bits:
+            text = f"{name}: {found.value}, but no group of config_groups has floats of {_BITS[found]} bits."
+            yield _problem(name, text, sorted(bits), _BITS[found])
+        elif name in exact or any(one.match(name) for one in expressions):
+            yield _problem(name, f"{name}: {found.value}, but a pattern of ignore excludes it.", "ignored", found.value)
+
+
+def _is_expression(pattern: str) -> bool:
+    try:
+        re.compile(pattern.removeprefix("re:"))
+    except re.error:
+        return False
+    return True
+
+
 def _check_quant_file(declared: Mapping[str, Any], quant: Mapping[str, Any] | None) -> Iterable[Problem]:
     content = quant.get("quantization") if quant is not None else None
     if not isinstance(content, dict):
         return
     pairs = [(name, name) for name in ("quant_algo", "moe_quant_algo", "group_size", "quantized_layers")]
     for theirs, ours in [*pairs, ("exclude_modules", "ignore")]:
-        if theirs in content and ours in declared and content[theirs] != declared[ours]:
+        if theirs in content and ours in declared and not _is_same(content[theirs], declared[ours]):
             text = f"hf_quant_config.json: {theirs} differs from quantization_config.{ours} of config.json."
             remedy = "Keep the one that fits the tensors and write the other from it."
             yield Problem("quant-config-disagrees", theirs, text, remedy)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Compare two declarations; the order of patterns means nothing."""
+    if isinstance(one, list) and isinstance(other, list):
+        return sorted(map(str, one)) == sorted(map(str, other))
+    return bool(one == other)

@@ -27,6 +27,7 @@ from megamoe.ops.quantize import quantize_fp8_rows, quantize_nvfp4
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
 from megamoe.ops.route_experts import route_experts
+from megamoe.ops.swiglu import clamped_swiglu
 
 Arguments = dict[str, Any]
 
@@ -243,6 +244,12 @@ def _tied(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def _clamped_swiglu(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    shape = (num_tokens, dims["F"])
+    gate, up = scaled(generator, *shape, scale=6.0).bfloat16(), scaled(generator, *shape, scale=6.0).bfloat16()
+    return {"gate": gate, "up": up, "limit": 10.0}  # a tenth of the values beyond the limit
+
+
 INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "rms_norm": (OpInputs(rms_norm, _rms_norm, ("x",)),),
     "rms_norm_quantize_nvfp4": (OpInputs(rms_norm_quantize_nvfp4, _rms_norm_quantize, ("x",)),),
@@ -252,6 +259,7 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         OpInputs(quantize_nvfp4, _quantize_nvfp4_tiled, ("x",), tile=128),
     ),
     "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
+    "clamped_swiglu": (OpInputs(clamped_swiglu, _clamped_swiglu, ("gate", "up")),),
     "route_experts": (
         OpInputs(route_experts, _route_experts, ("x", "token_ids")),
         OpInputs(route_experts, _route_experts_biased, ("x", "token_ids")),

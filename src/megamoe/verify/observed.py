@@ -171,19 +171,20 @@ def reconcile(observed: Observed, config: ModelConfig, raw: Mapping[str, Any]) -
     num_experts = collections.Counter(gates).most_common(1)[0][0] if gates else observed.num_experts
     if 0 < num_experts <= MAX_EXPERTS and num_experts != config.n_routed_experts:
         changes["n_routed_experts"] = num_experts
-        _contradiction(problems, "config-experts", "n_routed_experts", config.n_routed_experts, num_experts)
+        problems.append(contradiction("config-experts", "n_routed_experts", config.n_routed_experts, num_experts))
     num_layers = observed.num_layers
     if num_layers and num_layers != config.num_hidden_layers:
         changes["num_hidden_layers"] = num_layers
-        _contradiction(problems, "config-layers", "num_hidden_layers", config.num_hidden_layers, num_layers)
+        problems.append(contradiction("config-layers", "num_hidden_layers", config.num_hidden_layers, num_layers))
     _compare_layers(observed, config, raw, num_layers or config.num_hidden_layers, changes, problems)
     return dataclasses.replace(config, **changes), problems
 
 
-def _contradiction(problems: list[Problem], rule: str, field: str, said: object, shown: object) -> None:
+def contradiction(rule: str, field: str, said: object, shown: object) -> Problem:
+    """Return the problem that config.json says one thing of a field and the tensors another."""
     text = f"config.json: {field} is {said}, but the tensors show {shown}."
     remedy = f"{_BELONGS} If it does, tensors were dropped or added."
-    problems.append(Problem(rule, field, text, remedy, str(said), str(shown)))
+    return Problem(rule, field, text, remedy, str(said), str(shown))
 
 
 def _compare_sizes(observed: Observed, config: ModelConfig, changes: dict[str, Any], problems: list[Problem]) -> None:
@@ -196,7 +197,7 @@ def _compare_sizes(observed: Observed, config: ModelConfig, changes: dict[str, A
         size, count = collections.Counter(found).most_common(1)[0] if found else (said, 0)
         if size != said and count > 1 and 2 * count > len(found):
             changes[field] = size
-            _contradiction(problems, "config-size", field, said, size)
+            problems.append(contradiction("config-size", field, said, size))
 
 
 def _compare_layers(
@@ -262,8 +263,8 @@ def check_draft(draft: DSparkDraft | None, config: ModelConfig) -> list[Problem]
         return [Problem("config-draft", "dspark_block_size", text, _BELONGS)]
     problems: list[Problem] = []
     if draft.markov_rank != said.markov_rank:
-        _contradiction(problems, "config-draft", "dspark_markov_rank", said.markov_rank, draft.markov_rank)
+        problems.append(contradiction("config-draft", "dspark_markov_rank", said.markov_rank, draft.markov_rank))
     if draft.num_targets != len(said.target_layer_ids):
         shown = f"{draft.num_targets} layers"
-        _contradiction(problems, "config-draft", "dspark_target_layer_ids", list(said.target_layer_ids), shown)
+        problems.append(contradiction("config-draft", "dspark_target_layer_ids", list(said.target_layer_ids), shown))
     return problems

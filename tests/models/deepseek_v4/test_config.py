@@ -197,7 +197,7 @@ def test_other_sizes_are_those_of_the_config(model, repository):
     by_where = {(call.op, call.where): dict(call.dims) for call in op_calls(model)}
     sizes = {"E": config.n_routed_experts, "A": config.num_experts_per_tok}
     assert by_where["route_experts", "ffn.gate"] == {**sizes, "D": config.hidden_size}
-    assert by_where["route_experts", "ffn.gate (hash)"] == {**sizes, "V": config.vocab_size}
+    assert by_where["route_experts", "ffn.gate (hash)"] == {**sizes, "D": config.hidden_size, "V": config.vocab_size}
     assert by_where["rms_norm", "attn queries"] == {"H": heads, "K": width}
     assert by_where["rms_norm", "attn.q_norm"] == {"K": config.q_lora_rank}
     assert by_where["rope", "attn queries, attn output"] == {"H": heads, "C": width, "R": config.qk_rope_head_dim}

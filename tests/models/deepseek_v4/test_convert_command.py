@@ -26,6 +26,7 @@ from megamoe.models.deepseek_v4.convert_command import read_calibration
 from megamoe.models.load import BUNDLED
 
 from .checkpoints import CONFIG, LAYOUTS, encode_all, make_master, save
+from .test_convert import OFFICIAL_CONFIG
 
 
 @pytest.fixture
@@ -147,6 +148,43 @@ def test_a_process_killed_from_outside(seed, tmp_path, repository):
     assert killed
     assert subprocess.run(command, cwd=repository, capture_output=True, check=False).returncode == 0
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_memory_does_not_grow_with_the_checkpoint(repository, tmp_path):
+    """Recoding 0.35 GB takes little more than importing torch; a map or a list of its bytes would show."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    make = ["tools/convert_rate.py", "--make", str(source), "--gigabytes", "0.3", "--shard-gigabytes", "0.2"]
+    peak = "import re; print(re.search('VmHWM:.*?([0-9]+) kB', open('/proc/self/status').read())[1])"
+    first = "import megamoe.models.deepseek_v4.convert_command"
+    run = f"from megamoe.cli import main; assert main(['convert', {str(source)!r}, {str(out)!r}, '--jobs', '2']) == 0"
+    peaks = []
+    for code in (first, run):
+        if not source.exists():
+            subprocess.run([sys.executable, *make], cwd=repository, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-c", f"{code}; {peak}"]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 100, peaks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--attention", "nvfp4"],
+        ["--attention", "nvfp4", "--draft", "convert"],
+        ["--to", "fp8"],
+    ],
+    ids=" ".join,
+)
+def test_inspect_finds_nothing_wrong_with_what_was_written(official, tmp_path, capsys, options):
+    (official / "config.json").write_text(json.dumps(OFFICIAL_CONFIG))
+    assert main(["convert", str(official), str(tmp_path / "out"), "--scale-search", "max", *options]) == 0
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    if not options:
+        assert main(["convert", str(tmp_path / "out"), str(tmp_path / "back"), "--to", "mxfp4"]) == 0
+        assert main(["inspect", str(tmp_path / "back")]) == 0
+    assert "nothing wrong was found" in capsys.readouterr().out
 
 
 # the tool that makes the bundled model

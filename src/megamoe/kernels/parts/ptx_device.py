@@ -34,6 +34,11 @@ def max_keeping_nan(a, b):
     return inline_ptx("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
 
 
+def min_keeping_nan(a, b):
+    """Return the smaller, or NaN if either is."""
+    return inline_ptx("min.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
 def magnitude(a):
     """Return |a|."""
     return inline_ptx("abs.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])

@@ -225,8 +225,9 @@ class RangeTensors(StoredTensors):
         if source.expert is not None:
             size //= self.num_experts * source.num_parts
             start += (source.expert * source.num_parts + source.part) * size
-        path = self._paths.setdefault(info.shard, self.reader.directory / info.shard)
-        return ByteRange(path, start, size)
+        if info.shard not in self._paths:
+            self._paths[info.shard] = self.reader.directory / info.shard
+        return ByteRange(self._paths[info.shard], start, size)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a native tensor."""
