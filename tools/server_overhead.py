@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server costs per streamed token, without a model: CPU time above the engine, and of a fake engine.
+"""What the server costs per streamed token, without a model: CPU time of everything above the engine and of a fake one.
 
     python tools/server_overhead.py
 

@@ -121,16 +121,26 @@ def test_cancelling_is_obeyed_before_the_next_step(run: Any) -> None:
     run(test)
 
 
-def test_whoever_gives_up_waiting_is_cancelled(run: Any) -> None:
+@pytest.mark.parametrize("is_accepted", [False, True])
+def test_whoever_gives_up_waiting_is_cancelled(run: Any, is_accepted: bool) -> None:
+    """Before the engine has taken the request, and in the moment it has but nobody was told."""
+
     async def test(setup: Setup) -> None:
-        setup.engine.delay_s = 0.2
-        first = await setup.service.submit(setup.request())
+        gate = threading.Event()
+        original = setup.engine.step
+        setup.engine.step = lambda: (gate.wait(10), original())[1]  # type: ignore[method-assign]
+        first = await setup.service.submit(setup.request(params={"max_tokens": 20}))
         waiting = asyncio.create_task(setup.service.submit(setup.request()))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # it has sent its command
+        if is_accepted:
+            stream = next(iter(setup.service._streams - {first}))
+            stream._accept()
         waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
+        assert isinstance((await asyncio.gather(waiting, return_exceptions=True))[0], asyncio.CancelledError)
+        assert setup.service.num_open == 1
+        gate.set()
         await setup.service.stats()
-        assert setup.engine.aborted == ["r1"] and setup.service.num_open == 1
+        assert setup.engine.aborted == ["r1"]
         first.cancel()
 
     run(test)

@@ -276,10 +276,12 @@ class Service:
         if request.timeout_s is not None:
             stream._timer = stream._loop.call_later(request.timeout_s, stream._time_out, request.timeout_s)
         self._commands.put(_Submit(stream, request))
+        is_wanted = False
         try:
             await stream._accepted
+            is_wanted = True
         finally:
-            if not stream._accepted.done() or stream._accepted.cancelled():  # whoever waited has gone
+            if not is_wanted:  # whoever waited has gone, perhaps in the moment it was accepted; or it was refused
                 stream.cancel()
         return stream
 
