@@ -312,6 +312,19 @@ def test_a_torn_manifest_line_is_dropped(source, tmp_path):
         out.rmdir()
 
 
+def test_what_is_recorded_after_a_torn_line_counts(source, tmp_path):
+    go(make_plan(source), tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    lines = expected[MANIFEST_NAME].splitlines(keepends=True)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / MANIFEST_NAME).write_bytes(lines[0] + b'{"shard": "model-0')
+    total = killed_at(0, lambda: go(make_plan(source), tmp_path / "counted"))
+    assert killed_at(total - 15, lambda: go(make_plan(source), out)) == -1  # all files written, nothing finished
+    assert go(make_plan(source), out).shards_kept == NUM_SHARDS
+    assert contents(out) == expected
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut", "other header"])
 def test_a_finished_file_that_was_damaged_is_made_again(source, tmp_path, damage):
     out = tmp_path / "out"
