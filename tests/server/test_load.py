@@ -89,7 +89,9 @@ def test_a_leaked_page_is_found(tool: types.ModuleType, v4_directory: pathlib.Pa
             stats = super().stats()
             return dataclasses.replace(stats, pages_used=stats.pages_used + self.leaked)
 
-    problems = load(tool, v4_directory, Leaky(echo_of_prompt))
+    engine = Leaky(echo_of_prompt)
+    engine.delay_s = 0.005  # so that streams are still going on when they are closed
+    problems = load(tool, v4_directory, engine)
     assert len(problems) == 1 and "still held at the end: megamoe_cache_pages_used" in problems[0]
 
 
