@@ -3,9 +3,9 @@
 
 python benchmarks/matrix_kernels.py OUT.csv [linears] [experts]
 
-`megamoe bench` rotates tokens and keeps the weight, which is right for kernels that are bound by tokens. Here the weight
-is what has to come from memory: every call of a captured graph takes another copy of it, at least 450 MB in all. Times
-are medians of 9 replays (5 for many tokens) divided by the calls in the graph. The copy bandwidth is measured first.
+`megamoe bench` rotates tokens and keeps the weight, which is right for kernels that are bound by tokens. Here the
+weight is what has to come from memory: every call of a captured graph takes another copy of it, at least 450 MB in all.
+Times are medians of 9 replays (5 for many tokens) over the calls in the graph. The copy bandwidth is measured first.
 """
 
 from __future__ import annotations

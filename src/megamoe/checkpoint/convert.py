@@ -72,6 +72,17 @@ class Output:
         return count
 
 
+_of_thread = threading.local()
+
+
+def _buffers() -> tuple[bytearray, bytearray]:
+    """Return two buffers that belong to this thread: fresh ones would be paged in again for every tensor."""
+    if not hasattr(_of_thread, "buffers"):
+        _of_thread.buffers = bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)
+    first, second = _of_thread.buffers
+    return first, second
+
+
 class Target:
     """Where a step writes: its own tensors in a file that is being made."""
 
@@ -110,19 +121,19 @@ class Target:
         offset, output = self._places[name]
         if source.num_bytes != output.num_bytes:
             raise ValueError(f"{name}: {source.num_bytes} source bytes, planned {output.num_bytes}. This is a bug.")
-        # bytearrays, because comparing them is memcmp; memoryviews compare element by element
-        ours, theirs = bytearray(CHUNK_BYTES if check else 0), bytearray(CHUNK_BYTES)
+        theirs, ours = _buffers()
         same = True
         with opened(source.path) as descriptor:
             for start in range(0, source.num_bytes, CHUNK_BYTES):
-                size = source.num_bytes - start
-                if size < CHUNK_BYTES:
-                    del ours[size:], theirs[size:]
-                read_into(descriptor, source.path, memoryview(theirs), source.offset + start)
-                write_from(self._descriptor, memoryview(theirs), offset + start)
+                size = min(CHUNK_BYTES, source.num_bytes - start)
+                part = memoryview(theirs)[:size]
+                read_into(descriptor, source.path, part, source.offset + start)
+                write_from(self._descriptor, part, offset + start)
                 if check:
-                    read_into(self._descriptor, self.path, memoryview(ours), offset + start)
-                    same = same and ours == theirs
+                    read_into(self._descriptor, self.path, memoryview(ours)[:size], offset + start)
+                    # Comparing bytearrays is memcmp; memoryviews would be compared element by element.
+                    equal = ours == theirs if size == CHUNK_BYTES else ours[:size] == theirs[:size]
+                    same = same and equal
         return same
 
     def read(self, name: str) -> torch.Tensor:

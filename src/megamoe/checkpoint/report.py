@@ -304,6 +304,6 @@ def _columns(counts: Sequence[tuple[str, int]]) -> str:
 
 def _svg(width: int, height: int, parts: Iterable[str]) -> str:
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="100%" role="img" xmlns="http://www.w3.org/2000/svg">'
+        f'<svg viewBox="0 -10 {width} {height + 10}" width="100%" role="img" xmlns="http://www.w3.org/2000/svg">'
         f"{''.join(parts)}</svg>"
     )
