@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import json
 import pstats
 import statistics
@@ -121,6 +122,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="show where the engine's own time goes")
     arguments = parser.parse_args()
     model = megamoe.load(arguments.model, recipe=arguments.recipe)
+    gc.collect()
+    gc.freeze()  # as `megamoe serve` does
     batches = (1, 2, 4, 8)
     own = {
         (batch, kind): overhead_seconds(model, batch, 400, temperature)

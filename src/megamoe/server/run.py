@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import signal
 import socket
 import time
@@ -154,6 +155,8 @@ async def _get_ready(state: State, listener: socket.socket, say: Callable[[str],
         seconds = await warm_up(state)
     except ServiceStopped:  # told to stop before it was ready
         return
+    gc.collect()
+    gc.freeze()  # weights, code and caches live as long as the process: the collector need not walk them in a step
     state.is_ready = True
     say(f"ready at {address_of(listener)} (warm-up {seconds:.1f} s)")
 

@@ -10,8 +10,8 @@ not of what came before it. A row is the worst layer.
     shared            shared expert of a layer
     kv_row            window latents after a round trip through the cache's row format
     decode_attention  attention output over cached rows against the same over unquantized rows, tokens that are decoded
-    prefill_attention the same over all tokens, for information: the first ones average over few rows, and one FP8 row
-                      alone has the cosine of kv_row
+    prefill_attention the same over all tokens; the first ones average over few rows, and one FP8 row alone has the
+                      cosine of kv_row
     decode_prefill    logits of token-by-token decoding against one pass, same model
     logits            whole model against the reference, for information: errors of all layers together
 
@@ -51,6 +51,7 @@ MINIMUM = {
     "shared": 0.990,
     "kv_row": 0.9997,
     "decode_attention": 0.9998,
+    "prefill_attention": 0.9998,
     "decode_prefill": 0.999,
 }
 NUM_TOKENS = MAX_CHUNK
@@ -155,7 +156,7 @@ def _compare(reference: Model, quantized: Model, ids: torch.Tensor) -> list[Comp
     record("logits", "all tokens", one_pass, reference.logits(ids))
 
     has_bar = quantized.recipe.name == "w4a16"
-    always = ("kv_row", "decode_attention", "decode_prefill")
+    always = ("kv_row", "decode_attention", "prefill_attention", "decode_prefill")
     return [
         ComponentResult(
             component,
