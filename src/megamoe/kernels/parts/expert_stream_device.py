@@ -226,19 +226,11 @@ class ExpertStream:
         """Stream a unit past as many token tiles as the pass has."""
         if cutlass.const_expr(self.plan.num_tiles == 1):
             slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
-        elif cutlass.const_expr(self.plan.num_tiles == 2):
-            if count <= TOKENS_PER_TILE:
-                slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
-            else:
-                slot, parity, known, expert = self.stream_unit(2, slot, parity, unit, end, known, expert)
         else:
             if count <= TOKENS_PER_TILE:
                 slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
             else:
-                if count <= 2 * TOKENS_PER_TILE:
-                    slot, parity, known, expert = self.stream_unit(2, slot, parity, unit, end, known, expert)
-                else:
-                    slot, parity, known, expert = self.stream_unit(3, slot, parity, unit, end, known, expert)
+                slot, parity, known, expert = self.stream_unit(2, slot, parity, unit, end, known, expert)
         return slot, parity, known, expert
 
     def stream_unit(self, num_tiles: int, slot, parity, unit, end, ahead_pass, ahead_expert):

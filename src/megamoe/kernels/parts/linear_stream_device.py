@@ -97,17 +97,16 @@ class LinearStream:
     def kernel(self, x, codes, scales, tensor_scale, earlier, out, num_blocks: Int32):
         plan, config = self.plan, self.config
         num_tokens, num_rows = out.shape
-        num_passes = Int32(1)
-        if cutlass.const_expr(not config.one_pass):
-            num_passes = (num_tokens + (config.tokens_per_pass - 1)) // config.tokens_per_pass
-        self.num_row_tiles = num_rows // 16
-        num_units = plan.num_units(self.num_row_tiles) * num_passes  # the passes over a row tile follow each other
+        self.num_tokens, self.num_row_tiles = num_tokens, num_rows // 16
+        self.num_groups = plan.num_units(self.num_row_tiles)
+        num_units = self.num_groups
+        if cutlass.const_expr(not config.one_pass):  # passes run side by side, in step: the second finds weights in L2
+            num_units = num_units * ((num_tokens + (config.tokens_per_pass - 1)) // config.tokens_per_pass)
         block, _, _ = cute.arch.block_idx()
         begin, end = block * num_units // num_blocks, (block + 1) * num_units // num_blocks
 
         self.thread = StreamThread(plan)
         self.codes, self.scales = codes.iterator.toint(), scales.iterator.toint()
-        self.num_passes, self.num_tokens = num_passes, num_tokens
         self.thread.init_ring()
         # The weights do not depend on the kernel before this one, the tokens do. Tokens are asked for early: behind a
         # full ring of weights they would come microseconds later.
@@ -122,17 +121,44 @@ class LinearStream:
         scale = load_global_float(tensor_scale.iterator.toint())
 
         ring_slot, ring_parity = Int32(0), Int32(0)
-        for unit in cutlass.range(begin, end, unroll=1):
-            group, first_token = unit, Int32(0)
-            if cutlass.const_expr(not config.one_pass):
-                group = unit // num_passes
-                first_token = (unit - group * num_passes) * config.tokens_per_pass
+        if cutlass.const_expr(config.one_pass):
+            for unit in cutlass.range(begin, end, unroll=1):
+                ring_slot, ring_parity = self.unit(
+                    ring_slot, ring_parity, unit, end, unit, Int32(0), scale, x, earlier, out
+                )
+        else:
+            first_pass = begin // self.num_groups
+            last_pass = (end + self.num_groups - 1) // self.num_groups
+            for this_pass in cutlass.range(first_pass, last_pass, unroll=1):
+                first_token, start = this_pass * config.tokens_per_pass, this_pass * self.num_groups
                 self.request_tokens(x, first_token)
                 self.arrange_tokens(x, first_token)
-            if self.thread.warp < plan.used_warps:
-                ring_slot, ring_parity = self.stream_unit(ring_slot, ring_parity, unit, end)
-            self.thread.after_partials()
-            self.finish(x, scale, earlier, out, unit, group, first_token)
+                until = cutlass.min(end, start + self.num_groups)
+                for unit in cutlass.range(cutlass.max(begin, start), until, unroll=1):
+                    ring_slot, ring_parity = self.unit(
+                        ring_slot, ring_parity, unit, end, unit - start, first_token, scale, x, earlier, out
+                    )
+
+    @cute.jit
+    def unit(
+        self,
+        slot: Int32,
+        parity: Int32,
+        unit: Int32,
+        end: Int32,
+        group: Int32,
+        first_token: Int32,
+        scale,
+        x,
+        earlier,
+        out,
+    ):
+        """Stream a unit and store its outputs; return the ring's new place."""
+        if self.thread.warp < self.plan.used_warps:
+            slot, parity = self.stream_unit(slot, parity, unit, end)
+        self.thread.after_partials()
+        self.finish(x, scale, earlier, out, unit, group, first_token)
+        return slot, parity
 
     def fill(self, begin, end, first_slot: int, last_slot: int):
         """Fill slots of the empty ring."""
@@ -148,7 +174,7 @@ class LinearStream:
 
     def issue(self, unit, end, slot, position: int):
         """Fill a ring slot with a stage of a unit, if the block has that unit."""
-        group = unit if self.config.one_pass else unit // self.num_passes
+        group = unit if self.config.one_pass else unit % self.num_groups
         stages = len(self.plan.stage_chunks)
         row_tile = self.row_tile(group, position // stages)
         chunk = Int64(row_tile) * (self.config.num_columns // 64) + self.config.first_column // 64

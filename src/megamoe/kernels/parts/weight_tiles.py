@@ -3,7 +3,8 @@
 
 The weight is the M side of the instruction and comes from registers: two consumer warpgroups load codes and scales of
 128 rows each straight from global memory one step ahead, decode them while the tensor cores work on the step before,
-and never write them to shared memory. Tokens are the N side: a producer warp brings 128 x 64 of them a step by TMA.
+and never write them to shared memory. Blocks are persistent: while consumers store one tile, the producer is already
+loading for the next. Tokens are the N side: one producer warp brings 128 x 64 of them a step through TMA.
 Four-bit weights make the tall side cheap, so a block reads 25 KB a step and needs no cluster to share loads.
 """
 
@@ -14,7 +15,7 @@ import dataclasses
 import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.parts.linear_stream import DTYPE_NAMES
+from megamoe.kernels.parts.linear_stream import DTYPE_NAMES, num_multiprocessors
 from megamoe.kernels.store import kernel
 
 BLOCK_ROWS = 256
@@ -57,5 +58,7 @@ def tile_linear(
         return out
     config = Config(num_columns, x_tensor_scale is not None, DTYPE_NAMES[out_dtype])
     scales = (w.tensor_scale.view(1),) if x_tensor_scale is None else (w.tensor_scale.view(1), x_tensor_scale)
-    kernel(__name__, config, w.device)(x, w.codes, w.scales.view(torch.uint8), *scales, out)
+    num_tiles = -(-num_rows // BLOCK_ROWS) * -(-x.shape[0] // BLOCK_TOKENS)
+    blocks = min(num_multiprocessors(w.device), num_tiles)
+    kernel(__name__, config, w.device)(x, w.codes, w.scales.view(torch.uint8), *scales, out, blocks)
     return out

@@ -58,28 +58,29 @@ def program(config: Config):
     ]
     if config.scaled:
         arguments.append(make_fake_tensor(Float32, (num_tokens,), (1,)))
-    arguments += [rows(OUT_DTYPES[config.out], num_tokens, num_rows), make_fake_stream(use_tvm_ffi_env_stream=True)]
+    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
+    arguments += [rows(OUT_DTYPES[config.out], num_tokens, num_rows), Int32(0), stream]
     tiles = WeightTiles(config)
     return (tiles.scaled if config.scaled else tiles.plain), tuple(arguments)
 
 
 class WeightTiles:
-    """One block computes one tile of 256 weight rows by 128 tokens."""
+    """Each block computes tiles b, b + blocks, .. of 256 weight rows by 128 tokens, all rows of some tokens first."""
 
     def __init__(self, config: Config):
         self.config = config
         self.chunks = config.num_columns // TILE_COLUMNS
 
     @cute.jit
-    def plain(self, x, codes, scales, tensor_scale, out, stream):
-        self.launch(x, codes, scales, tensor_scale, None, out, stream)
+    def plain(self, x, codes, scales, tensor_scale, out, num_blocks: Int32, stream):
+        self.launch(x, codes, scales, tensor_scale, None, out, num_blocks, stream)
 
     @cute.jit
-    def scaled(self, x, codes, scales, tensor_scale, token_scales, out, stream):
-        self.launch(x, codes, scales, tensor_scale, token_scales, out, stream)
+    def scaled(self, x, codes, scales, tensor_scale, token_scales, out, num_blocks: Int32, stream):
+        self.launch(x, codes, scales, tensor_scale, token_scales, out, num_blocks, stream)
 
-    def launch(self, x, codes, scales, tensor_scale, token_scales, out, stream):
-        """Describe the tokens to the copy engine and launch one block a tile."""
+    def launch(self, x, codes, scales, tensor_scale, token_scales, out, num_blocks, stream):
+        """Describe the tokens to the copy engine and launch."""
         mma = hopper_helpers.make_trivial_tiled_mma(
             BFloat16,
             BFloat16,
@@ -99,9 +100,8 @@ class WeightTiles:
             cute.slice_(token_layout, (None, None, 0)),
             (BLOCK_TOKENS, TILE_COLUMNS),
         )
-        num_tokens, num_rows = out.shape
-        self.kernel(mma, copy, tokens, token_layout, codes, scales, tensor_scale, token_scales, out).launch(
-            grid=((num_rows + (BLOCK_ROWS - 1)) // BLOCK_ROWS, (num_tokens + (BLOCK_TOKENS - 1)) // BLOCK_TOKENS, 1),
+        self.kernel(mma, copy, tokens, token_layout, codes, scales, tensor_scale, token_scales, out, num_blocks).launch(
+            grid=(num_blocks, 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
         )
@@ -118,9 +118,13 @@ class WeightTiles:
         tensor_scale: cute.Tensor,
         token_scales,
         out: cute.Tensor,
+        num_blocks: Int32,
     ):
         tid, _, _ = cute.arch.thread_idx()
-        row_block, token_block, _ = cute.arch.block_idx()
+        first_tile, _, _ = cute.arch.block_idx()
+        num_tokens, num_rows = out.shape
+        row_blocks = (num_rows + (BLOCK_ROWS - 1)) // BLOCK_ROWS
+        num_tiles = row_blocks * ((num_tokens + (BLOCK_TOKENS - 1)) // BLOCK_TOKENS)
         warp = cute.arch.make_warp_uniform(tid // 32)
         allocator = cutlass.memory.SmemAllocator()
         barriers = allocator.allocate_array(Int64, 2 * STAGES)  # full, then empty
@@ -140,26 +144,49 @@ class WeightTiles:
         cute.arch.sync_threads()
 
         if warp >= CONSUMERS // 32:
-            cute.arch.setmaxregister_decrease(40)
+            cute.arch.setmaxregister_decrease(24)
             if warp == CONSUMERS // 32:
-                tile = cute.local_tile(tokens, (BLOCK_TOKENS, TILE_COLUMNS), (token_block, None))
-                to_shared, from_global = cpasync.tma_partition(
-                    copy,
-                    0,
-                    cute.make_layout(1),
-                    cute.group_modes(shared_tokens, 0, 2),
-                    cute.group_modes(tile, 0, 2),
-                )
-                for step in cutlass.range(self.chunks, unroll=1):
-                    stage = step % STAGES
-                    wait_barrier(empty + stage * 8, (step // STAGES & 1) ^ 1)
-                    expect_bytes_if(cute.arch.lane_idx() == 0, full + stage * 8, Int32(STEP_BYTES))
-                    cute.copy(copy, from_global[(None, step)], to_shared[(None, stage)], tma_bar_ptr=barriers + stage)
+                position = Int32(0)  # steps since the start, over all tiles
+                for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
+                    block_tokens = cute.local_tile(tokens, (BLOCK_TOKENS, TILE_COLUMNS), (tile // row_blocks, None))
+                    to_shared, from_global = cpasync.tma_partition(
+                        copy,
+                        0,
+                        cute.make_layout(1),
+                        cute.group_modes(shared_tokens, 0, 2),
+                        cute.group_modes(block_tokens, 0, 2),
+                    )
+                    for step in cutlass.range(self.chunks, unroll=1):
+                        stage = position % STAGES
+                        wait_barrier(empty + stage * 8, (position // STAGES & 1) ^ 1)
+                        expect_bytes_if(cute.arch.lane_idx() == 0, full + stage * 8, Int32(STEP_BYTES))
+                        cute.copy(
+                            copy, from_global[(None, step)], to_shared[(None, stage)], tma_bar_ptr=barriers + stage
+                        )
+                        position = position + 1
         else:
-            cute.arch.setmaxregister_increase(232)
-            self.consume(
-                mma, shared_tokens, shared_out, full, empty, codes, scales, tensor_scale, token_scales, out, tid, warp
-            )
+            cute.arch.setmaxregister_increase(240)
+            position = Int32(0)
+            for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
+                token_block = tile // row_blocks
+                self.consume(
+                    mma,
+                    shared_tokens,
+                    shared_out,
+                    full,
+                    empty,
+                    codes,
+                    scales,
+                    tensor_scale,
+                    token_scales,
+                    out,
+                    tid,
+                    warp,
+                    tile - token_block * row_blocks,
+                    token_block,
+                    position,
+                )
+                position = position + self.chunks
 
     @cute.jit
     def consume(
@@ -176,9 +203,11 @@ class WeightTiles:
         out: cute.Tensor,
         tid: Int32,
         warp: Int32,
+        row_block: Int32,
+        token_block: Int32,
+        position: Int32,
     ):
-        """Multiply the tile and store it."""
-        row_block, token_block, _ = cute.arch.block_idx()
+        """Multiply a tile, whose first step is the block's step number `position`, and store it."""
         num_tokens, num_rows = out.shape
         lane = tid % 32
         thread_mma = mma.get_slice(tid % 128)
@@ -211,15 +240,19 @@ class WeightTiles:
                 self.decode(raw, weights[half])
                 self.load(raw, addresses, cutlass.min(step + 1, self.chunks - 1))
                 if cutlass.const_expr(half == 0 or self.chunks % 2 == 0):
-                    self.multiply(mma, sums, weights[half], token_fragments, full, step)
+                    self.multiply(mma, sums, weights[half], token_fragments, full, position + step)
                 else:
                     if step < self.chunks:
-                        self.multiply(mma, sums, weights[half], token_fragments, full, step)
+                        self.multiply(mma, sums, weights[half], token_fragments, full, position + step)
                 warpgroup.wait_group(1)
-                previous = step - 1
-                arrive_if((lane == 0) & (previous >= 0), empty + previous % STAGES * 8)
+                self.release(empty, position + step - 1, (lane == 0) & (step > 0) & (step < self.chunks))
         warpgroup.wait_group(0)
-        self.store(sums, shared_out, tensor_scale, token_scales, out, tid, warp)
+        self.release(empty, position + self.chunks - 1, lane == 0)
+        self.store(sums, shared_out, tensor_scale, token_scales, out, tid, warp, row_block, token_block)
+
+    def release(self, empty, position, wanted):
+        """Let the producer overwrite a step's tokens."""
+        arrive_if(wanted, empty + position % STAGES * 8)
 
     def load(self, raw, addresses, step):
         """Start loading codes and scales of a step."""
@@ -241,10 +274,10 @@ class WeightTiles:
                 for index in range(4):
                     flat[step * 4 + index] = fragment[index]
 
-    def multiply(self, mma, sums, weights, token_fragments, full, step):
+    def multiply(self, mma, sums, weights, token_fragments, full, position):
         """Issue the products of a step as one group."""
-        stage = step % STAGES
-        wait_barrier(full + stage * 8, step // STAGES & 1)
+        stage = position % STAGES
+        wait_barrier(full + stage * 8, position // STAGES & 1)
         warpgroup.fence()
         for block in range(4):
             for group in range(ROW_GROUPS):
@@ -267,9 +300,10 @@ class WeightTiles:
         out: cute.Tensor,
         tid: Int32,
         warp: Int32,
+        row_block: Int32,
+        token_block: Int32,
     ):
         """Scale, turn token-major through shared memory, store whole rows."""
-        row_block, token_block, _ = cute.arch.block_idx()
         num_tokens, num_rows = out.shape
         lane = tid % 32
         factor = load_global_float(tensor_scale.iterator.toint()) * UNDO
@@ -288,6 +322,7 @@ class WeightTiles:
                         position = block * 4 + half * 2 + index
                         flat[position] = flat[position] * factors[index]
         if cutlass.const_expr(self.config.out == "bf16"):
+            cute.arch.barrier(barrier_id=1, number_of_threads=CONSUMERS)  # the tile before has been read
             for group in cutlass.range_constexpr(ROW_GROUPS):
                 flat = cute.make_tensor(sums[group].iterator, cute.make_layout(cute.size(sums[group])))
                 for blocks in cutlass.range_constexpr(BLOCK_TOKENS // 16):  # two blocks of 8 tokens, two of 8 rows
