@@ -193,7 +193,7 @@ def open_pack(path: pathlib.Path, device: torch.device, *, version: str | None =
     Raises:
         ValueError: the device is not a CUDA device, or the pack is damaged, foreign or for another architecture.
     """
-    if device.type != "cuda":
+    if not uses_kernels(device):
         raise ValueError(f"open_pack: a kernel pack is for a CUDA device; got {device}. Leave --pack out.")
     if version is None:  # the package is there already when a module of it runs: it is looked up and not imported
         version = str(sys.modules[__name__.partition(".")[0]].__version__)

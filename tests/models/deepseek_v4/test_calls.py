@@ -3,21 +3,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
-import megamoe
-from megamoe.engine.sampling_params import SamplingParams
-from megamoe.models.deepseek_v4.calls import model_calls, weight_ops
+from megamoe.models.deepseek_v4.calls import model_calls
 from megamoe.models.deepseek_v4.config import ModelConfig, parse_config
-from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
-from megamoe.models.recipe import RECIPES, get_recipe
+from megamoe.models.recipe import get_recipe
 
 from .test_config import raw_config
 

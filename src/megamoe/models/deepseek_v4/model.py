@@ -106,9 +106,11 @@ class Model:
 
     def op_calls(self, *, with_drafts: bool) -> list[tuple[str, Mapping[str, int]]]:
         """Return every operation this model calls, with its sizes; see models/deepseek_v4/calls.py."""
-        num_dspark = 0 if self.dspark is None else len(self.dspark.stages)
-        drafts = {"num_mtp": len(self.mtp), "num_dspark": num_dspark} if with_drafts else {}
-        return list(pairs(model_calls(self.config, self.weights.formats, self.recipe, **drafts)))
+        num_mtp = len(self.mtp) if with_drafts else 0
+        num_dspark = len(self.dspark.stages) if with_drafts and self.dspark is not None else 0
+        formats = self.weights.formats
+        calls = model_calls(self.config, formats, self.recipe, num_mtp=num_mtp, num_dspark=num_dspark)
+        return list(pairs(calls))
 
     def new_cache(self, max_tokens: int) -> Cache:
         """Return an empty cache for one sequence of at most `max_tokens` tokens.
