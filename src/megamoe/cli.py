@@ -18,7 +18,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import click
@@ -382,15 +382,22 @@ def bench(
 @click.option("--model", "models", required=True, multiple=True, metavar="M", help="tiny, flash, pro or a checkpoint.")
 @click.option("--arch", required=True, metavar="A", help="sm90a, sm100a or sm103a.")
 @click.option("--out", required=True, type=click.Path(path_type=pathlib.Path), metavar="PACK", help="New directory.")
-def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path) -> int:
-    """Build a pack of all kernels a model needs, on any machine; repeat --model for several."""
+@click.option(
+    "--recipe", "recipes", multiple=True, metavar="R", help="Of a checkpoint: w4a16 or w4a4.  [default: both]"
+)
+def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path, recipes: tuple[str, ...]) -> int:
+    """Build a pack of all kernels a model needs, on any machine; repeat --model for several.
+
+    tiny, flash and pro stand for those models in every format and recipe. Of a checkpoint's directory config.json and
+    the headers of its tensors are read, drafts included; with config.json alone, kernels for every format are built.
+    """
     from megamoe.kernels.compile import CompileError
     from megamoe.kernels.pack import build_pack
-    from megamoe.kernels.plan import requests_for
-    from megamoe.models.deepseek_v4.shapes import op_calls
+    from megamoe.kernels.plan import module_for, requests_for
 
     start = time.perf_counter()
-    calls = [(call.op, call.dims) for model in models for call in op_calls(_shapes_of(model))]
+    calls = [call for model in models for call in _calls_of(model, recipes)]
+    without = sorted({op for op, _ in calls if module_for(op, arch) is None})
     try:
         pack = build_pack(
             requests_for(calls, arch), arch, out, version=megamoe.__version__, model=" ".join(map(str, models))
@@ -401,17 +408,26 @@ def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path) -> int:
     num_bytes = sum(one.path.stat().st_size for one in pack.objects.values())
     seconds = time.perf_counter() - start
     print(f"{len(pack.objects)} kernels for {pack.target} in {out}: {num_bytes} bytes, {seconds:.1f} s")
+    if without:
+        print(f"without a kernel for {pack.target}: {', '.join(without)}")
     return 0
 
 
-def _shapes_of(model: str) -> str:
-    """Return the name in models/deepseek_v4/shapes.py of a model that is named or lies in a directory."""
-    from megamoe.models.deepseek_v4.shapes import MODELS, known_model
+def _calls_of(model: str, recipes: Sequence[str]) -> list[tuple[str, Mapping[str, int]]]:
+    """Return the operation calls of a model that is named or lies in a directory."""
+    from megamoe.models.deepseek_v4.calls import checkpoint_calls, pairs
+    from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
+    from megamoe.models.recipe import get_recipe
 
     if model in MODELS:
-        return model
-    config = json.loads((pathlib.Path(model) / "config.json").read_text(encoding="utf-8"))
-    return known_model(int(config["hidden_size"]), int(config["n_routed_experts"]))
+        if recipes:
+            raise ValueError(
+                f"compile: --recipe goes with a checkpoint's directory; got {recipes[0]!r} with the name {model}, which "
+                "stands for every recipe. Leave --recipe out."
+            )
+        return list(pairs(op_calls(model)))
+    chosen = [get_recipe(name) for name in recipes or ("w4a16", "w4a4")]
+    return list(pairs(checkpoint_calls(model, chosen)))
 
 
 @cli.command()

@@ -12,12 +12,18 @@ kernel does it in its own way.
 
 from __future__ import annotations
 
+import os
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Set
 
+import torch
+
+from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
-from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig, load_config
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.shapes import OpCall
+from megamoe.models.deepseek_v4.weights import WeightLoader
 from megamoe.models.recipe import NvFp4Arithmetic, Recipe
 
 _PLAIN = {"linear": "linear", "grouped": "grouped_linear", "experts": "experts"}
@@ -75,6 +81,32 @@ def model_calls(
         calls.dspark()
     calls.head()
     return tuple(calls.found.values())
+
+
+def checkpoint_calls(directory: str | os.PathLike[str], recipes: Iterable[Recipe]) -> tuple[OpCall, ...]:
+    """Return every operation call of a checkpoint, its draft included, under some recipes.
+
+    Args:
+        directory: with config.json, and safetensors files whose headers are read; without any, every format a weight
+            may have is assumed, and the draft that config.json names.
+        recipes: which.
+
+    Raises:
+        CheckpointError: config.json or the headers are damaged or contradict each other.
+    """
+    folder = pathlib.Path(directory)
+    config = load_config(folder)
+    formats: Mapping[str, Format] | None = None
+    num_mtp, num_dspark = (0, 1) if config.dspark is not None else (min(1, config.num_nextn_predict_layers), 0)
+    if any(folder.glob("*.safetensors")):
+        with CheckpointReader(folder) as reader:
+            loader = WeightLoader(reader, config, dequantize=False, dtype=torch.bfloat16)
+        formats, num_mtp, num_dspark = loader.formats, loader.num_mtp, loader.num_dspark
+    return tuple(
+        call
+        for recipe in recipes
+        for call in model_calls(config, formats, recipe, model=folder.name, num_mtp=num_mtp, num_dspark=num_dspark)
+    )
 
 
 class _Calls:

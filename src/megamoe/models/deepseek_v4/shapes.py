@@ -170,25 +170,3 @@ def op_shapes(op: str) -> tuple[OpCall, ...]:
         known = sorted({name for ops, _, _ in TABLE for name in ops.split()})
         raise ValueError(f"op_shapes: no model calls {op!r}; called are {', '.join(known)}.")
     return tuple(calls.values())
-
-
-def known_model(hidden_size: int, num_experts: int) -> str:
-    """Return which of MODELS has these sizes: the name to pass to `op_calls` for a checkpoint.
-
-    Raises:
-        ValueError: none has.
-    """
-    sizes = {name: op_dims(name) for name in MODELS}
-    for name, dims in sizes.items():
-        if (dims["D"], dims["E"]) == (hidden_size, num_experts):
-            return name
-    known = ", ".join(f"{name} ({dims['D']}, {dims['E']})" for name, dims in sizes.items())
-    raise ValueError(
-        f"shapes: hidden size and routed experts must be those of {known}; got ({hidden_size}, {num_experts}). Add the "
-        "model to models/deepseek_v4/shapes.py."
-    )
-
-
-def op_dims(model: str) -> Mapping[str, int]:
-    """Return the sizes of a model's routed experts: E, A, D and F."""
-    return next(call.dims for call in op_calls(model) if call.op == "experts")
