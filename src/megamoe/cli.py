@@ -422,8 +422,8 @@ def _calls_of(model: str, recipes: Sequence[str]) -> list[tuple[str, Mapping[str
     if model in MODELS:
         if recipes:
             raise ValueError(
-                f"compile: --recipe goes with a checkpoint's directory; got {recipes[0]!r} with the name {model}, which "
-                "stands for every recipe. Leave --recipe out."
+                f"compile: --recipe goes with a checkpoint's directory; got {recipes[0]!r} with the name {model}, "
+                "which stands for every recipe. Leave --recipe out."
             )
         return list(pairs(op_calls(model)))
     chosen = [get_recipe(name) for name in recipes or ("w4a16", "w4a4")]
