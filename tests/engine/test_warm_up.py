@@ -284,6 +284,30 @@ def test_a_pack_is_used_and_a_foreign_one_refused_before_anything_is_loaded(
         LLM("tiny", pack=other.path)
 
 
+@pytest.mark.parametrize("arguments", [[], ["--speculative-tokens", "1"]])
+def test_serve_explains_the_ledger_of_a_sealed_store(
+    arguments: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = PretendGpu(tmp_path, monkeypatch, complete=True)
+    assert main(["serve", "--explain", "--max-sequences", "2", "--max-step-tokens", "16", *arguments]) == 0
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert gpu.store.sealed and kernels["summary"] == f"{len(gpu.store.ledger)} kernels for sm90a, sealed"
+    assert len(kernels["ledger"]) == len(gpu.store.ledger) > 8
+    assert set(kernels["ledger"][0]) == {"kernel", "key", "seconds", "origin"}
+    norm = [one["key"] for one in kernels["ledger"] if one["kernel"] == "portable.rms_norm"]
+    assert {"width": 256, "x": "bf16", "weight": "bf16", "out": "bf16"} in norm
+    assert "brought into the order that the kernels" in kernels["conversions"][0]
+
+
+def test_generate_explains_the_ledger_first(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = PretendGpu(tmp_path, monkeypatch, complete=True)
+    assert main(["generate", "--prompt", "x", "--max-tokens", "2", "--explain"]) == 0
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[0] == "| kernel | seconds | origin |" and len(printed) == len(gpu.store.ledger) + 4
+
+
 def test_a_kernel_nobody_warmed_up_raises_in_the_middle_of_a_generation(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
