@@ -194,8 +194,9 @@ def test_a_model_gets_ready_is_sealed_and_runs(
     got = model.logits(ids).cpu()
     want = load(checkpoint, recipe=recipe).logits(ids)
     cosine = torch.nn.functional.cosine_similarity(got.double(), want.double(), dim=-1)
-    print(f"logits beside the CPU's: cosine {float(cosine.min()):.6f} at worst, {float(cosine.mean()):.6f} on average")
-    assert bool(got.isfinite().all()) and float(cosine.mean()) > 0.9
+    # Random gates leave experts close together: where one is swapped a token's logits are others, in both precisions.
+    print(f"logits beside the CPU's: cosine {float(cosine.min()):.6f} at worst, {float(cosine.median()):.6f} mostly")
+    assert bool(got.isfinite().all()) and float(cosine.median()) > 0.95
 
 
 def test_sealed_operations_are_captured_and_replayed(sealed_no_longer: None) -> None:
@@ -222,10 +223,13 @@ def test_sealed_operations_are_captured_and_replayed(sealed_no_longer: None) -> 
         graph.replay()
         torch.cuda.synchronize()
         for name, part in parts(wanted).items():
-            same = torch.equal(part.contiguous().view(torch.uint8), parts(got)[name].contiguous().view(torch.uint8))
-            assert same, f"{op}: {name} of a replay differs from a call"
+            assert torch.equal(_bytes(part), _bytes(parts(got)[name])), f"{op}: {name} of a replay differs from a call"
     assert len(store_for(target_of(device)).ledger) == kernels
     print(f"{len(made)} ways of calling {len(first_of_op)} operations captured after the seal and replayed")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _tensors(arguments: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -114,7 +114,7 @@ def sizes(op: str, arguments: tuple[Any, ...]) -> tuple[dict[str, int], int]:
         case "rope":
             middle = {"H": shape[1]} if len(shape) == 3 else {}
             return {**middle, "C": shape[-1], "R": arguments[2].rope_dim}, shape[0]
-        case "hyper_connection_pre" | "hyper_connection_head":
+        case "hyper_connection_pre" | "hyper_connection_pre_norm" | "hyper_connection_head":
             return {"X": shape[1], "D": shape[2]}, shape[0]
         case "hyper_connection_post":
             return {"X": arguments[1].shape[1], "D": shape[-1]}, shape[0]
@@ -167,11 +167,16 @@ def test_what_a_generation_asks_for_has_been_run_before(
     asked = picks.take()
     assert len(asked) > 40
     assert asked - warmed == set()
-    planned = {
-        (op, tuple((name, size) for name, size in dims.items() if (op, name) != ("sparse_attention", "J")))
-        for op, dims in model.op_calls(with_drafts=num_drafts > 0)
-    }
-    assert {(op, dims) for op, dims, _ in asked | warmed} == planned
+    found = {(op, dims) for op, dims, _ in asked | warmed}
+    planned = {_without_entries(op, dims) for op, dims in model.op_calls(with_drafts=num_drafts > 0)}
+    assert found - planned == set()
+    # Experts that take the shared expert's weights, too, leave its own operations out.
+    shared = {call.op for call in op_calls("tiny") if call.where in ("ffn.shared_experts", "ffn.shared_experts.w1")}
+    assert {op for op, _ in planned - found} <= shared | {"quantize_nvfp4"}
+
+
+def _without_entries(op: str, dims: Mapping[str, int]) -> tuple[str, tuple[tuple[str, int], ...]]:
+    return op, tuple((name, size) for name, size in dims.items() if (op, name) != ("sparse_attention", "J"))
 
 
 def test_a_bucket_that_is_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,9 @@ BASELINES: dict[str, Baseline] = {
     "hyper_connection_post": Baseline("torch eager", _eager_post),
 }
 
+WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")
+"""Arguments that come from memory in every call of a model: rotated like tokens. Gates and norms stay."""
+
 LOOKED_UP = ("expert_table",)
 """Arguments of which a call reads a row a token: too little to count."""
 
@@ -245,8 +248,8 @@ def bench_case(
     arguments = inputs.make(call.dims, num_tokens, generator)
     got = inputs.door(**arguments)
     check_sample(call, inputs, arguments, got, num_tokens)
-    rotating = {name: one for name, one in arguments.items() if name in inputs.per_token or hasattr(one, "codes")}
-    has_weights = not rotating.keys() <= set(inputs.per_token)  # quantized ones: they are what few tokens wait for
+    rotating = {name: one for name, one in arguments.items() if name in (*inputs.per_token, *WEIGHTS)}
+    has_weights = not rotating.keys().isdisjoint(WEIGHTS)
     shared = {name: value for name, value in arguments.items() if name not in rotating}
     read = {name: value for name, value in arguments.items() if name not in LOOKED_UP}
     num_bytes = tensor_bytes(read) + tensor_bytes(got)
@@ -284,17 +287,19 @@ def bench_case(
 
 
 def _map_values(arguments: Arguments, function: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
-    copies: Arguments = {}
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            copies[name] = function(value)
-        elif hasattr(value, "codes"):
-            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            tensors = {key: function(one) for key, one in fields.items() if isinstance(one, torch.Tensor)}
-            copies[name] = dataclasses.replace(value, **tensors)
-        else:
-            copies[name] = value
-    return copies
+    return {name: _mapped(value, function) for name, value in arguments.items()}
+
+
+def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_mapped(one, function) for one in value)
+    if hasattr(value, "codes"):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        tensors = {key: function(one) for key, one in fields.items() if isinstance(one, torch.Tensor)}
+        return dataclasses.replace(value, **tensors)
+    return value
 
 
 def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str]) -> list[tuple[OpCall, OpInputs, int]]:
