@@ -70,7 +70,7 @@ def test_weights_are_rotated_over_more_memory() -> None:
 
 
 def experts() -> tuple[dict[str, Any], torch.Tensor]:
-    (inputs,) = INPUTS["nvfp4_weight_only_experts"]
+    inputs = INPUTS["nvfp4_weight_only_experts"][0]
     call = op_shapes("nvfp4_weight_only_experts")[0]
     arguments = inputs.make(call.dims, 7, torch.Generator().manual_seed(4))
     return arguments, inputs.door(**arguments)

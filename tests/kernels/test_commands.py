@@ -15,7 +15,7 @@ from megamoe.kernels import pack as packing
 from megamoe.kernels.compile import CompileError, Request
 from megamoe.kernels.pack import open_pack
 from megamoe.kernels.plan import requests_for
-from megamoe.models.deepseek_v4.calls import model_calls, pairs
+from megamoe.models.deepseek_v4.calls import checkpoint_calls, model_calls, pairs
 from megamoe.models.deepseek_v4.config import load_config
 from megamoe.models.deepseek_v4.shapes import op_calls
 from megamoe.models.load import BUNDLED, load
@@ -63,12 +63,14 @@ def test_compile_reads_config_and_headers_of_any_checkpoint(
     """Sizes that no table has: those of the small fake model, in the formats its tensors have."""
     fake.write_fake(tmp_path / "checkpoint", "small", layout)
     found = packed(tmp_path / "pack", "--model", str(tmp_path / "checkpoint"), "--recipe", "w4a16")
-    config = load_config(tmp_path / "checkpoint")
-    calls = model_calls(config, None, get_recipe("w4a16"), num_mtp=1)
-    mine = {one for call in calls if call.op == op for one in requests_for([(call.op, call.dims)], "sm90a")}
-    others = {one for call in calls if call.op == absent for one in requests_for([(call.op, call.dims)], "sm90a")}
-    assert mine and mine <= found and not others & found
-    assert found <= set(requests_for(pairs(calls), "sm90a"))
+    calls = checkpoint_calls(tmp_path / "checkpoint", [get_recipe("w4a16")])
+    assert found == set(requests_for(pairs(calls), "sm90a")) and len(found) > 8
+    ops = {call.op for call in calls}
+    assert op in ops and absent not in ops
+    hidden = load_config(tmp_path / "checkpoint").hidden_size
+    assert all(call.dims["D"] == hidden for call in calls if call.op == "route_experts")
+    every = model_calls(load_config(tmp_path / "checkpoint"), None, get_recipe("w4a16"), num_mtp=1)
+    assert found < set(requests_for(pairs(every), "sm90a"))
 
 
 def test_compile_of_a_checkpoint_is_what_its_model_will_ask_for(tmp_path: pathlib.Path, compiler: FakeCompiler) -> None:
