@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 
 from megamoe.kernels.parts.mma_device import STEP_VALUES, bf16_pair, mma, split_in_three, zeros
-from megamoe.kernels.parts.ptx_device import bf16_word
+from megamoe.kernels.parts.ptx_device import bf16_word, quick_reciprocal
 from megamoe.kernels.parts.rows_device import current_stream, symbolic_rows, symbolic_vector
 from megamoe.kernels.portable.hyper_connection_pre import FEW_WARPS, STREAMS, WARP_CHANNELS, Config
 
@@ -283,7 +283,7 @@ class HyperConnectionPre:
                     logits.append(sums[row * tokens + local] * norm * scale[2] + base[row])
                 top = cute.arch.fmax(cute.arch.fmax(logits[0], logits[1]), cute.arch.fmax(logits[2], logits[3]))
                 powers = [cute.math.exp(one - top) for one in logits]
-                total = 1.0 / (powers[0] + powers[1] + powers[2] + powers[3])
+                total = quick_reciprocal(powers[0] + powers[1] + powers[2] + powers[3])
                 for k in cutlass.range_constexpr(STREAMS):
                     matrix[j, k] = powers[k] * total + hc_eps
             divide_columns(matrix, hc_eps)
@@ -315,13 +315,13 @@ def load_row(
 
 def sigmoid(x):
     """Return 1 / (1 + exp(-x))."""
-    return 1.0 / (1.0 + cute.math.exp(-x))
+    return quick_reciprocal(1.0 + cute.math.exp(-x))
 
 
 def divide_rows(matrix, hc_eps):
     """Divide every row by its sum plus hc_eps."""
     for j in range(STREAMS):
-        factor = 1.0 / (matrix[j, 0] + matrix[j, 1] + matrix[j, 2] + matrix[j, 3] + hc_eps)
+        factor = quick_reciprocal(matrix[j, 0] + matrix[j, 1] + matrix[j, 2] + matrix[j, 3] + hc_eps)
         for k in range(STREAMS):
             matrix[j, k] = matrix[j, k] * factor
 
@@ -329,6 +329,6 @@ def divide_rows(matrix, hc_eps):
 def divide_columns(matrix, hc_eps):
     """Divide every column by its sum plus hc_eps."""
     for k in range(STREAMS):
-        factor = 1.0 / (matrix[0, k] + matrix[1, k] + matrix[2, k] + matrix[3, k] + hc_eps)
+        factor = quick_reciprocal(matrix[0, k] + matrix[1, k] + matrix[2, k] + matrix[3, k] + hc_eps)
         for j in range(STREAMS):
             matrix[j, k] = matrix[j, k] * factor
