@@ -25,32 +25,36 @@ def mma(accumulators, a, b):
 
 
 def split_in_three(low, high):
-    """Return three bf16 pairs that add up to two fp32 values exactly: 3 * 8 significant bits are 24.
+    """Return three bf16 pairs that add up to two fp32 values, given as their bits, exactly.
 
-    Low parts below bf16's range are lost: values under 2^-110 do not matter beside a sum of ordinary ones.
+    Three times the upper half of what is left, and 3 * 8 significant bits are 24. Parts below bf16's range are lost:
+    values under 2^-110 do not matter beside a sum of ordinary ones.
     """
     return inline_ptx(
         """{
-        .reg .b32 first, second, third, lowbits, highbits;
+        .reg .b32 lowbits, highbits;
         .reg .f32 lowpart, highpart, lowrest, highrest;
-        cvt.rn.bf16x2.f32 first, {$r1}, {$r0};
-        shl.b32 lowbits, first, 16;
-        and.b32 highbits, first, 0xFFFF0000;
+        prmt.b32 {$w0}, {$r0}, {$r1}, 0x7632;
+        and.b32 lowbits, {$r0}, 0xFFFF0000;
+        and.b32 highbits, {$r1}, 0xFFFF0000;
         mov.b32 lowpart, lowbits;
         mov.b32 highpart, highbits;
-        sub.rn.f32 lowrest, {$r0}, lowpart;
-        sub.rn.f32 highrest, {$r1}, highpart;
-        cvt.rn.bf16x2.f32 second, highrest, lowrest;
-        shl.b32 lowbits, second, 16;
-        and.b32 highbits, second, 0xFFFF0000;
+        mov.b32 lowrest, {$r0};
+        mov.b32 highrest, {$r1};
+        sub.rn.f32 lowrest, lowrest, lowpart;
+        sub.rn.f32 highrest, highrest, highpart;
+        mov.b32 lowbits, lowrest;
+        mov.b32 highbits, highrest;
+        prmt.b32 {$w1}, lowbits, highbits, 0x7632;
+        and.b32 lowbits, lowbits, 0xFFFF0000;
+        and.b32 highbits, highbits, 0xFFFF0000;
         mov.b32 lowpart, lowbits;
         mov.b32 highpart, highbits;
         sub.rn.f32 lowrest, lowrest, lowpart;
         sub.rn.f32 highrest, highrest, highpart;
-        cvt.rn.bf16x2.f32 third, highrest, lowrest;
-        mov.b32 {$w0}, first;
-        mov.b32 {$w1}, second;
-        mov.b32 {$w2}, third;
+        mov.b32 lowbits, lowrest;
+        mov.b32 highbits, highrest;
+        prmt.b32 {$w2}, lowbits, highbits, 0x7632;
         }""",
         write_only_types=[Uint32] * 3,
         read_only_args=[low, high],

@@ -30,6 +30,16 @@ def current_stream():
     return make_fake_stream(use_tvm_ffi_env_stream=True)
 
 
+def overlap_launches():
+    """Let the next kernel's blocks be placed, then wait until the kernel before this one has finished.
+
+    For launches with use_pdl: the time it takes to start a grid passes while another grid is running. Nothing that a
+    kernel may have written is touched before.
+    """
+    cute.arch.griddepcontrol_launch_dependents()
+    cute.arch.griddepcontrol_wait()
+
+
 class RowThread:
     """This thread's share of one row of a block.
 

@@ -16,6 +16,7 @@ Bound      memory for many tokens (X D + D values a token); the weights, from L2
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -25,10 +26,11 @@ from megamoe.kernels.store import kernel
 
 STREAMS = 4
 WARP_CHANNELS = 64
-MAX_WARPS = 16
-FEW_WARPS = 8  # two blocks of so many share an SM
-SMALL_TILE, LARGE_TILE = 8, 16
-SMALL_TOKENS = 64  # up to here the small tile: more clusters, each with less to wait for
+TOKENS = 16  # of a tile
+STEPS = STREAMS * WARP_CHANNELS // 16  # of the matrix unit, for a warp's channels
+MAX_WARPS = 8  # that share a tile in one block; two such groups fill a multiprocessor's registers
+SCRATCH_STRIDE = 20  # floats between rows of 16 sums: lanes that write together meet different banks
+CLUSTERS = (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,45 +39,94 @@ class Config:
 
     Attributes:
         width: D.
-        tokens: tokens per cluster, 8 or 16.
         sinkhorn_iters: column steps; 0 for hyper_connection_head, which has none and no post and C.
+        cluster: blocks that share a tile of tokens.
+        prefetch, overlaps: trial.
     """
 
     width: int
-    tokens: int
     sinkhorn_iters: int
-
-    @property
-    def cluster(self) -> int:
-        """Blocks per cluster."""
-        return cluster_size(self.width)
+    cluster: int
+    prefetch: bool = True
+    overlaps: bool = True
 
     @property
     def warps(self) -> int:
-        """Warps per block."""
+        """Warps of a block that share a tile."""
         return self.width // (self.cluster * WARP_CHANNELS)
 
     @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block: sums of every warp, of the block, and the streams' weights."""
-        values = (self.outputs + 1) * self.tokens
-        return 4 * (values * self.warps + values + STREAMS * self.tokens)
+    def groups(self) -> int:
+        """Groups of warps in a block, each with a tile of its own."""
+        return min(4, 2 * MAX_WARPS // self.warps)
 
     @property
     def outputs(self) -> int:
         """Rows of fn."""
         return (2 + STREAMS) * STREAMS if self.sinkhorn_iters else STREAMS
 
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a tile whose post and C a block computes."""
+        return TOKENS // self.cluster
+
+    @property
+    def own_floats(self) -> int:
+        """Sums behind them."""
+        return self.own_tokens * (self.outputs - STREAMS)
+
+    @property
+    def weight_floats(self) -> int:
+        """This block's columns of fn, rows padded to a multiple of 8."""
+        return -(-self.outputs // 8) * 8 * STREAMS * self.warps * WARP_CHANNELS
+
+    @property
+    def scratch_slots(self) -> int:
+        """Slots for the sums of a group's warps, two warps a slot."""
+        return -(-self.warps // 2)
+
+    @property
+    def slot_floats(self) -> int:
+        """Sums of a warp: a row for each of fn, and sum(x^2)."""
+        return (self.outputs + 1) * SCRATCH_STRIDE
+
+    @property
+    def scratch_floats(self) -> int:
+        """Sums of a group's warps."""
+        return self.scratch_slots * self.slot_floats
+
+    @property
+    def received_floats(self) -> int:
+        """Sums that a block receives for a tile."""
+        return self.cluster * ((STREAMS + 1) * TOKENS + self.own_floats)
+
+    @property
+    def result_floats(self) -> int:
+        """Streams' weights, norms, and the sums behind post and C."""
+        return (STREAMS + 1) * TOKENS + self.own_floats
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block, alignment aside."""
+        group = self.scratch_floats + 2 * self.received_floats + self.result_floats
+        return 4 * (self.weight_floats + self.groups * (group + 4) + 32)
+
 
 def cluster_size(width: int) -> int:
-    """Return the blocks that share a token: as many as divide its channels, up to 8."""
-    return next(size for size in (8, 4, 2, 1) if width % (size * WARP_CHANNELS) == 0)
+    """Return the blocks that share a token: as many as divide its channels, up to 8; 16 where 8 are too few."""
+    fitting = [size for size in CLUSTERS if width % (size * WARP_CHANNELS) == 0]
+    small = [size for size in fitting if size <= 8]
+    return small[-1] if width <= small[-1] * WARP_CHANNELS * MAX_WARPS else fitting[-1]
+
+
+def plan(width: int, sinkhorn_iters: int) -> Config:
+    """Return the configuration for a width."""
+    return Config(width, sinkhorn_iters, cluster_size(width))
 
 
 def configs(dims: Mapping[str, int], sinkhorn_iters: int = 20) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    for tokens in (SMALL_TILE, LARGE_TILE):
-        yield Config(dims["D"], tokens, sinkhorn_iters)
+    yield plan(dims["D"], sinkhorn_iters)
 
 
 def run(
@@ -117,16 +168,12 @@ def collapse(
     u = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
     if u.numel() == 0:
         return u
-    config = Config(width, SMALL_TILE if num_tokens <= SMALL_TOKENS else LARGE_TILE, sinkhorn_iters)
+    config = plan(width, sinkhorn_iters)
     if config.warps > MAX_WARPS:
         raise NotImplementedError(
-            f"{op}: the kernel takes up to {8 * MAX_WARPS * WARP_CHANNELS} channels, all divided by 512 above "
+            f"{op}: the kernel takes up to {CLUSTERS[-1] * MAX_WARPS * WARP_CHANNELS} channels, all divided by 512 above "
             f'{MAX_WARPS * WARP_CHANNELS}; got {width}. Run the reference: with megamoe.ops.use("reference").'
         )
-    num_tiles = -(-num_tokens // config.tokens)
-    partial = torch.empty(
-        (num_tiles * config.cluster, (config.outputs + 1) * config.tokens), dtype=torch.float32, device=x.device
-    )
     launch = kernel(__name__, config, x.device)
     outputs = () if post is None or comb is None else (post, comb.view(num_tokens, STREAMS * STREAMS))
     launch(
@@ -136,8 +183,14 @@ def collapse(
         as_vector(scale),
         u.view(torch.int32),
         *outputs,
-        partial,
+        min(-(-num_tokens // TOKENS), max_clusters(config.cluster, x.device)),
         norm_eps,
         hc_eps,
     )
     return u
+
+
+@functools.cache
+def max_clusters(cluster: int, device: torch.device) -> int:
+    """Return how many clusters a device runs at once, one block a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count // cluster

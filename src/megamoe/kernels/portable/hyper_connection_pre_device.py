@@ -3,26 +3,44 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 
+from megamoe.kernels.parts.cluster_device import shared_address_of, store_to_block, wait_for_cluster
+from megamoe.kernels.parts.memory_device import (
+    copy_16_bytes,
+    expect_bytes_if,
+    init_barrier,
+    load_shared,
+    prefetch_if,
+    publish_barriers,
+    wait_copies,
+)
 from megamoe.kernels.parts.mma_device import STEP_VALUES, bf16_pair, mma, split_in_three, zeros
 from megamoe.kernels.parts.ptx_device import bf16_word, quick_reciprocal
 from megamoe.kernels.parts.rows_device import current_stream, symbolic_rows, symbolic_vector
-from megamoe.kernels.portable.hyper_connection_pre import FEW_WARPS, STREAMS, WARP_CHANNELS, Config
+from megamoe.kernels.portable.hyper_connection_pre import (
+    SCRATCH_STRIDE,
+    STEPS,
+    STREAMS,
+    TOKENS,
+    WARP_CHANNELS,
+    Config,
+)
 
 LOADS = WARP_CHANNELS // STEP_VALUES  # 16-byte loads a lane for the channels of one stream and token
 WORDS = 4  # of a 16-byte load
+SQUARES = STREAMS  # which row of a tile's sums is sum(x^2); rows of fn from STREAMS on follow it
+SHARED_ROWS = STREAMS + 1  # rows that every block of the cluster needs
 
 
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
-    num_tokens, num_rows, num_partials = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
+    num_tokens, num_rows = cute.sym_int32(), cute.sym_int32()
     x = symbolic_rows(Uint32, num_rows, config.width // 2)
     fn = symbolic_rows(Float32, config.outputs, STREAMS * config.width)
     base = symbolic_vector(Float32, config.outputs)
     u = symbolic_rows(Uint32, num_tokens, config.width // 2)
-    partial = symbolic_rows(Float32, num_partials, (config.outputs + 1) * config.tokens, 4)
-    numbers = (partial, Float32(0.0), Float32(0.0), current_stream())
+    numbers = (Int32(0), Float32(0.0), Float32(0.0), current_stream())
     if not config.sinkhorn_iters:
         return HyperConnectionPre(config).head, (x, fn, base, symbolic_vector(Float32, 1), u, *numbers)
     post = symbolic_rows(Float32, num_tokens, STREAMS, 4)
@@ -35,29 +53,26 @@ class HyperConnectionPre:
 
     def __init__(self, config: Config):
         self.config = config
-        self.token_tiles = config.tokens // 8
-        self.row_tiles = 2 if config.outputs > 16 else 1
-        self.threads = 32 * config.warps
-        self.values = (config.outputs + 1) * config.tokens  # partial sums of a block; the last row is sum(x^2)
+        self.row_tiles = -(-config.outputs // 8)
+        self.group_threads = 32 * config.warps
+        self.num_scales = 3 if config.sinkhorn_iters else 1
 
     @cute.jit
-    def pre(self, x, fn, base, scale, u, post, comb, partial, norm_eps: Float32, hc_eps: Float32, stream):
-        self._launch(x, fn, base, scale, u, post, comb, partial, norm_eps, hc_eps, stream)
+    def pre(self, x, fn, base, scale, u, post, comb, num_clusters: Int32, norm_eps: Float32, hc_eps: Float32, stream):
+        self._launch(x, fn, base, scale, u, post, comb, num_clusters, norm_eps, hc_eps, stream)
 
     @cute.jit
-    def head(self, x, fn, base, scale, u, partial, norm_eps: Float32, hc_eps: Float32, stream):
-        self._launch(x, fn, base, scale, u, None, None, partial, norm_eps, hc_eps, stream)
+    def head(self, x, fn, base, scale, u, num_clusters: Int32, norm_eps: Float32, hc_eps: Float32, stream):
+        self._launch(x, fn, base, scale, u, None, None, num_clusters, norm_eps, hc_eps, stream)
 
-    def _launch(self, x, fn, base, scale, u, post, comb, partial, norm_eps, hc_eps, stream):
+    def _launch(self, x, fn, base, scale, u, post, comb, num_clusters, norm_eps, hc_eps, stream):
         config = self.config
-        num_tiles = (u.shape[0] + config.tokens - 1) // config.tokens
-        self.kernel(x, fn, base, scale, u, post, comb, partial, norm_eps, hc_eps).launch(
-            grid=(config.cluster, num_tiles, 1),
-            block=(self.threads, 1, 1),
+        self.kernel(x, fn, base, scale, u, post, comb, num_clusters, norm_eps, hc_eps).launch(
+            grid=(config.cluster, num_clusters, 1),
+            block=(self.group_threads * config.groups, 1, 1),
             cluster=(config.cluster, 1, 1),
-            min_blocks_per_mp=2 if config.warps <= FEW_WARPS else 1,
-            preferred_smem_carveout=50,  # without a number, the DSL asks a device for its shared memory
             stream=stream,
+            use_pdl=config.overlaps,
         )
 
     @cute.kernel
@@ -70,164 +85,256 @@ class HyperConnectionPre:
         u: cute.Tensor,
         post,
         comb,
-        partial: cute.Tensor,
+        num_clusters: Int32,
         norm_eps: Float32,
         hc_eps: Float32,
     ):
         config = self.config
-        tokens = config.tokens
         tidx, _, _ = cute.arch.thread_idx()
-        rank, tile, _ = cute.arch.block_idx()
+        rank, cluster, _ = cute.arch.block_idx()
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-        num_tokens = u.shape[0]
+        group, warp = warp // config.warps, warp % config.warps
+        thread = tidx - group * self.group_threads
+        num_tiles = (u.shape[0] + (TOKENS - 1)) // TOKENS
+
         shared = cutlass.memory.SmemAllocator()
-        per_warp = shared.allocate_tensor(Float32, cute.make_layout((self.values, config.warps)))
-        sums = shared.allocate_tensor(Float32, cute.make_layout(self.values))
-        weights = shared.allocate_tensor(Float32, cute.make_layout((STREAMS, tokens)))
+        barriers = shared.allocate_array(Int64, 2 * config.groups).toint()
+        weights = shared.allocate_tensor(Float32, cute.make_layout(config.weight_floats), 128)
+        scratch = shared.allocate_tensor(Float32, cute.make_layout((config.scratch_floats, config.groups)))
+        received = shared.allocate_tensor(Float32, cute.make_layout((config.received_floats, 2, config.groups)))
+        results = shared.allocate_tensor(Float32, cute.make_layout((config.result_floats, config.groups)))
+        numbers = shared.allocate_tensor(Float32, cute.make_layout(32))
 
-        # This lane's share of the streams: tokens lane // 4 of each tile of 8, channels from `channel` on.
-        channel = (rank * config.warps + warp) * WARP_CHANNELS + 8 * (lane % 4)
-        held = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS, STREAMS, self.token_tiles)), Uint32)
-        for which in cutlass.range_constexpr(self.token_tiles):
-            token = cutlass.min(tile * tokens + 8 * which + lane // 4, num_tokens - 1)
-            for j in cutlass.range_constexpr(STREAMS):
-                words = cute.zipped_divide(x[(token * STREAMS + j, None)], (WORDS,))
-                for load in cutlass.range_constexpr(LOADS):
-                    vector = (channel + STEP_VALUES * load) // 8
-                    cute.autovec_copy(words[(None,), vector], held[None, load, j, which])
-
-        products, squares = self._project(fn, held, channel, lane)
-        self._share_in_block(products, squares, per_warp, sums, partial, rank, tile, tidx, warp, lane)
+        if tidx == 0:
+            for index in cutlass.range_constexpr(2 * config.groups):
+                init_barrier(barriers + index * 8, Int32(1))
+            publish_barriers()
+        self._stage_weights(fn, base, scale, weights, numbers, rank, tidx)
         cute.arch.cluster_arrive()
+        if cutlass.const_expr(config.overlaps):
+            cute.arch.griddepcontrol_wait()  # the weights do not depend on the kernel before this one, the streams do
+            cute.arch.griddepcontrol_launch_dependents()
+
+        # This lane's share of the streams: tokens lane // 4 of each half of a tile, channels from `channel` on.
+        channel = (rank * config.warps + warp) * WARP_CHANNELS + 8 * (lane % 4)
+        held = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS, STREAMS, 2)), Uint32)
+        first_tile, stride = cluster + num_clusters * group, num_clusters * config.groups
+        self._load(x, held, first_tile, num_tiles, u.shape[0], channel, lane)
+        wait_copies()
+        cute.arch.cluster_wait()  # every block has made its barriers
+        cute.arch.sync_threads()  # every thread's weights have come
+        own = (scratch[None, group], received[None, None, group], results[None, group], barriers + group * 16)
+        turn = Int32(0)
+        for tile in cutlass.range(first_tile, num_tiles, stride, unroll=1):
+            self._tile(
+                x, u, post, comb, held, weights, own, numbers, tile, stride, num_tiles, turn, rank, group, thread, warp,
+                lane, channel, norm_eps, hc_eps,
+            )
+            turn = turn + 1
+        cute.arch.cluster_arrive()  # no block leaves before the others have stopped writing to it
         cute.arch.cluster_wait()
-        self._sum_over_cluster(partial, sums, tile, tidx)
-        cute.arch.sync_threads()
-        # The streams' weights are needed by every block, post and C by none: each block computes some of these.
-        self._stream_weights(sums, base, scale, weights, norm_eps, hc_eps, tidx)
-        cute.arch.sync_threads()
-        for which in cutlass.range_constexpr(self.token_tiles):
-            self._store_collapsed(held, weights, u, channel, tile, which, lane)
-        if cutlass.const_expr(post is not None):
-            self._mix(sums, base, scale, post, comb, norm_eps, hc_eps, rank, tile, tidx, num_tokens)
+
+    def _stage_weights(self, fn, base, scale, weights, numbers, rank, tidx):
+        """Bring this block's columns of fn to shared memory, in the order in which lanes read them."""
+        config = self.config
+        row_vectors = config.warps * WARP_CHANNELS // 4  # of this block's channels of one stream
+        threads = self.group_threads * config.groups
+        total = 8 * self.row_tiles * STREAMS * row_vectors
+        target = shared_address_of(weights)
+        for start in range(0, total, threads):
+            stage_vector(
+                fn, target, start + tidx, total, row_vectors, config.width, config.outputs, self.row_tiles, rank
+            )
+        stage_numbers(base, scale, numbers, tidx, config.outputs, self.num_scales)
+
+    def _load(self, x, held, tile, num_tiles, num_tokens, channel, lane):
+        """Start loading a tile, if there is one."""
+        load_tile(x, held, tile, num_tiles, num_tokens, channel, lane)
 
     @cute.jit
-    def _project(self, fn: cute.Tensor, held: cute.Tensor, channel: Int32, lane: Int32):
-        """Return this warp's part of x . fn^T as accumulators, and of sum(x^2) per token tile."""
-        outputs, width = self.config.outputs, self.config.width
-        products = zeros(4, self.row_tiles, self.token_tiles)
-        squares = zeros(self.token_tiles)
-        for j in cutlass.range_constexpr(STREAMS):
-            for load in cutlass.range_constexpr(LOADS):
-                for step in cutlass.range_constexpr(2):
-                    column = j * width + channel + STEP_VALUES * load + 4 * step
-                    for row_tile in cutlass.range_constexpr(self.row_tiles):
-                        pieces = [
-                            self._weight_pairs(fn, 16 * row_tile + 8 * half, lane // 4, column, outputs)
-                            for half in range(2)
-                        ]  # [half][pair][part]
-                        for part in cutlass.range_constexpr(3):
-                            a = [pieces[half][pair][part] for pair in range(2) for half in range(2)]
-                            for which in cutlass.range_constexpr(self.token_tiles):
-                                b = [held[2 * step + pair, load, j, which] for pair in range(2)]
-                                old = [products[index, row_tile, which] for index in range(4)]
-                                new = mma(old, a, b)
-                                for index in cutlass.range_constexpr(4):
-                                    products[index, row_tile, which] = new[index]
-                for which in cutlass.range_constexpr(self.token_tiles):
-                    for word in cutlass.range_constexpr(WORDS):
-                        low, high = bf16_pair(held[word, load, j, which])
-                        squares[which] = squares[which] + low * low + high * high
-        return products, squares
+    def _tile(
+        self,
+        x: cute.Tensor,
+        u: cute.Tensor,
+        post,
+        comb,
+        held: cute.Tensor,
+        weights: cute.Tensor,
+        own,
+        numbers: cute.Tensor,
+        tile: Int32,
+        stride: Int32,
+        num_tiles: Int32,
+        turn: Int32,
+        rank: Int32,
+        group: Int32,
+        thread: Int32,
+        warp: Int32,
+        lane: Int32,
+        channel: Int32,
+        norm_eps: Float32,
+        hc_eps: Float32,
+    ):
+        """Work on one tile of tokens."""
+        config = self.config
+        scratch, received, results, barriers = own
+        parity, phase = turn % 2, turn // 2 % 2
+        barrier = barriers + parity * 8
+        inbox = received[None, parity]
+        expect_bytes_if(thread == 0, barrier, Int32(4 * config.received_floats))
+        if cutlass.const_expr(config.prefetch):
+            self._prefetch(x, tile + stride, num_tiles, rank, thread)
+        products, squares = self._project(weights, held, warp, lane)
+        self._share_in_block(products, squares, scratch, group, warp, lane)
+        self._push(scratch, inbox, barrier, rank, thread)
+        wait_for_cluster(barrier, phase)
+        self._sum_over_cluster(inbox, results, numbers, thread, norm_eps, hc_eps)
+        self._group_barrier(group)
+        for which in cutlass.range_constexpr(2):
+            self._store_collapsed(held, results, u, channel, tile, which, lane)
+        self._load(x, held, tile + stride, num_tiles, u.shape[0], channel, lane)
+        if cutlass.const_expr(post is not None):
+            # One thread a token, while the next tile is on its way.
+            self._mix(results, numbers, post, comb, hc_eps, rank, tile, thread, u.shape[0])
 
-    def _weight_pairs(self, fn, first_row: int, row, column, outputs: int):
-        """Return four weights of a row as two pairs of three bf16 parts; rows past the last one are zero."""
-        if first_row >= outputs:
-            return [[Uint32(0)] * 3] * 2
-        values = cute.make_rmem_tensor(cute.make_layout(4), Float32)
-        load_row(fn, first_row, row, column, outputs, values)
-        return [split_in_three(values[2 * pair], values[2 * pair + 1]) for pair in range(2)]
+    def _group_barrier(self, group):
+        """Wait for the other warps of this group."""
+        cute.arch.barrier(barrier_id=group + 1, number_of_threads=self.group_threads)
+
+    @cute.jit
+    def _prefetch(self, x: cute.Tensor, tile: Int32, num_tiles: Int32, rank: Int32, thread: Int32):
+        """Ask for a later tile to be in L2: one thread a row."""
+        config = self.config
+        num_bytes = 2 * config.warps * WARP_CHANNELS
+        rows = TOKENS * STREAMS
+        for start in cutlass.range_constexpr(0, rows, self.group_threads):
+            row = tile * rows + start + thread
+            wanted = (start + thread < rows) & (tile < num_tiles) & (row < x.shape[0])
+            row = cutlass.min(row, x.shape[0] - 1)
+            address = x[(row, None)].iterator.toint() + rank * num_bytes
+            prefetch_if(wanted, address, num_bytes)
+
+    def _project(self, weights, held, warp, lane):
+        """Return this warp's part of x . fn^T as accumulators, and of x . x^T, whose diagonal is sum(x^2)."""
+        products = zeros(4, self.row_tiles)
+        squares = zeros(4, 2)
+        address = shared_address_of(weights) + warp * (STEPS * self.row_tiles * 512) + lane * 16
+        for j in range(STREAMS):
+            for load in range(LOADS):
+                for step in range(2):
+                    a = [held[2 * step + pair, load, j, half] for pair in range(2) for half in range(2)]
+                    position = (j * LOADS + load) * 2 + step
+                    for row_tile in range(self.row_tiles):
+                        words = load_shared(address + (position * self.row_tiles + row_tile) * 512, 4)
+                        parts = [split_in_three(words[2 * pair], words[2 * pair + 1]) for pair in range(2)]
+                        for part in range(3):
+                            accumulate(products, row_tile, a, [parts[0][part], parts[1][part]])
+                    for half in range(2):
+                        accumulate(squares, half, a, [a[half], a[2 + half]])
+        return products, squares
 
     @cute.jit
     def _share_in_block(
-        self,
-        products: cute.Tensor,
-        squares: cute.Tensor,
-        per_warp: cute.Tensor,
-        sums: cute.Tensor,
-        partial: cute.Tensor,
-        rank: Int32,
-        tile: Int32,
-        tidx: Int32,
-        warp: Int32,
-        lane: Int32,
+        self, products: cute.Tensor, squares: cute.Tensor, scratch: cute.Tensor, group: Int32, warp: Int32, lane: Int32
     ):
-        """Add up the warps in ascending order and write the block's sums to the workspace."""
+        """Leave the sums of pairs of warps in `scratch`: warp w has w + half added to it."""
         config = self.config
-        tokens, outputs = config.tokens, config.outputs
-        for which in cutlass.range_constexpr(self.token_tiles):
-            square = squares[which]
-            square = square + cute.arch.shuffle_sync_bfly(square, offset=1)
-            square = square + cute.arch.shuffle_sync_bfly(square, offset=2)
-            if lane % 4 == 0:
-                per_warp[outputs * tokens + 8 * which + lane // 4, warp] = square
-            for row_tile in cutlass.range_constexpr(self.row_tiles):
-                for index in cutlass.range_constexpr(4):
-                    row = 16 * row_tile + 8 * (index // 2) + lane // 4
-                    token = 8 * which + 2 * (lane % 4) + index % 2
-                    if row < outputs:
-                        per_warp[row * tokens + token, warp] = products[index, row_tile, which]
-        cute.arch.sync_threads()
-        for start in cutlass.range_constexpr(0, self.values, self.threads):
-            place = start + tidx
-            if place < self.values:
-                total = per_warp[place, 0]
-                for one in cutlass.range_constexpr(1, config.warps):
-                    total = total + per_warp[place, one]
-                partial[tile * config.cluster + rank, place] = total
+        half = config.scratch_slots
+        if cutlass.const_expr(config.warps > 1):
+            if warp >= half:
+                self._write(products, squares, scratch, warp - half, lane, False)
+            self._group_barrier(group)
+        if warp < half:
+            if cutlass.const_expr(config.warps % 2 == 1):
+                if warp + half < config.warps:
+                    self._write(products, squares, scratch, warp, lane, True)
+                else:
+                    self._write(products, squares, scratch, warp, lane, False)
+            else:
+                self._write(products, squares, scratch, warp, lane, True)
+        self._group_barrier(group)
+
+    def _write(self, products, squares, scratch, slot, lane, add):
+        """Write, or add, this warp's sums to a slot of the scratch memory."""
+        first = slot * self.config.slot_floats
+        token = lane // 4
+        for row_tile in range(self.row_tiles):
+            for index in range(4):
+                row = 8 * row_tile + 2 * (lane % 4) + index % 2
+                place = (row if row_tile else row + lane % 4 // 2) + (1 if row_tile else 0)
+                place = first + place * SCRATCH_STRIDE + token + 8 * (index // 2)
+                wanted = True if self.config.outputs > 4 else lane % 4 < 2
+                write_if(wanted, scratch, place, products[index, row_tile], add)
+        # The diagonal of tokens by tokens: column 2 * (lane % 4) + index is this lane's own token.
+        for half in range(2):
+            value = select(lane // 4 % 2 == 0, squares[2 * half, half], squares[2 * half + 1, half])
+            place = first + SQUARES * SCRATCH_STRIDE + token + 8 * half
+            write_if(lane % 4 == lane // 8, scratch, place, value, add)
 
     @cute.jit
-    def _sum_over_cluster(self, partial: cute.Tensor, sums: cute.Tensor, tile: Int32, tidx: Int32):
-        """Add up the blocks of the cluster in ascending order."""
+    def _push(self, scratch: cute.Tensor, inbox: cute.Tensor, barrier: Int32, rank: Int32, thread: Int32):
+        """Add up the block's warps and send every sum to the blocks that need it."""
         config = self.config
-        for start in cutlass.range_constexpr(0, self.values, self.threads):
-            place = start + tidx
-            if place < self.values:
-                total = Float32(0.0)
-                for rank in cutlass.range_constexpr(config.cluster):
-                    source = partial[(tile * config.cluster + rank, None)].iterator + place
-                    total = total + cute.arch.load(source, Float32, sem="relaxed", scope="gpu")  # not from a stale L1
-                sums[place] = total
+        address = shared_address_of(inbox)
+        total_places = (config.outputs + 1) * TOKENS
+        shared_places = SHARED_ROWS * TOKENS
+        for start in cutlass.range_constexpr(0, total_places, self.group_threads):
+            place = start + thread
+            if place < total_places:
+                local = place // TOKENS * SCRATCH_STRIDE + place % TOKENS
+                total = scratch[local]
+                for slot in cutlass.range_constexpr(1, config.scratch_slots):
+                    total = total + scratch[slot * config.slot_floats + local]
+                if place < shared_places:
+                    for peer in cutlass.range_constexpr(config.cluster):
+                        target = address + (rank * shared_places + place) * 4
+                        store_to_block(Int32(peer), target, total, barrier)
+                else:
+                    token, row = place % TOKENS, place // TOKENS - SHARED_ROWS
+                    mine = row * config.own_tokens + token % config.own_tokens
+                    offset = config.cluster * shared_places + rank * config.own_floats + mine
+                    store_to_block(token // config.own_tokens, address + offset * 4, total, barrier)
 
     @cute.jit
-    def _stream_weights(
+    def _sum_over_cluster(
         self,
-        sums: cute.Tensor,
-        base: cute.Tensor,
-        scale: cute.Tensor,
-        weights: cute.Tensor,
+        inbox: cute.Tensor,
+        results: cute.Tensor,
+        numbers: cute.Tensor,
+        thread: Int32,
         norm_eps: Float32,
         hc_eps: Float32,
-        tidx: Int32,
     ):
-        """pre_j = sigmoid(m_j * scale_0 + base_j) + hc_eps."""
-        tokens = self.config.tokens
-        for start in cutlass.range_constexpr(0, STREAMS * tokens, self.threads):
-            place = start + tidx
-            if place < STREAMS * tokens:
-                j, token = place // tokens, place % tokens
-                m = sums[place] * self._norm(sums, token, norm_eps)
-                weights[j, token] = sigmoid(m * scale[0] + base[j]) + hc_eps
-
-    def _norm(self, sums, token, norm_eps):
-        """Return rsqrt(mean(x^2) + norm_eps)."""
-        mean = sums[self.config.outputs * self.config.tokens + token] / (STREAMS * self.config.width)
-        return cute.math.rsqrt(mean + norm_eps)
+        """Add up the blocks in ascending order: the streams' weights of all tokens, and what _mix needs of its own."""
+        config = self.config
+        shared_places, weights = SHARED_ROWS * TOKENS, STREAMS * TOKENS
+        for start in cutlass.range_constexpr(0, weights + config.own_floats, self.group_threads):
+            item = start + thread
+            if item < weights:
+                token = item % TOKENS
+                total, square = inbox[item], inbox[SQUARES * TOKENS + token]
+                for block in cutlass.range_constexpr(1, config.cluster):
+                    total = total + inbox[block * shared_places + item]
+                    square = square + inbox[block * shared_places + SQUARES * TOKENS + token]
+                norm = cute.math.rsqrt(square / (STREAMS * config.width) + norm_eps)
+                # pre_j = sigmoid(m_j * scale_0 + base_j) + hc_eps
+                results[item] = sigmoid(total * norm * numbers[0] + numbers[4 + item // TOKENS]) + hc_eps
+                if item < TOKENS:
+                    results[weights + token] = norm
+            else:
+                if cutlass.const_expr(config.own_floats > 0):
+                    if item < weights + config.own_floats:
+                        first = config.cluster * shared_places + item - weights
+                        total = inbox[first]
+                        for block in cutlass.range_constexpr(1, config.cluster):
+                            total = total + inbox[first + block * config.own_floats]
+                        results[TOKENS + item] = total
 
     @cute.jit
     def _store_collapsed(
         self,
         held: cute.Tensor,
-        weights: cute.Tensor,
+        results: cute.Tensor,
         u: cute.Tensor,
         channel: Int32,
         tile: Int32,
@@ -236,9 +343,9 @@ class HyperConnectionPre:
     ):
         """u = sum_j pre_j * x_j, j ascending."""
         local = 8 * which + lane // 4
-        token = tile * self.config.tokens + local
+        token = tile * TOKENS + local
         if token < u.shape[0]:
-            pre = [weights[j, local] for j in range(STREAMS)]
+            pre = [results[j * TOKENS + local] for j in range(STREAMS)]
             target = cute.zipped_divide(u[(token, None)], (WORDS,))
             for load in cutlass.range_constexpr(LOADS):
                 packed = cute.make_rmem_tensor(cute.make_layout(WORDS), Uint32)
@@ -253,34 +360,33 @@ class HyperConnectionPre:
     @cute.jit
     def _mix(
         self,
-        sums: cute.Tensor,
-        base: cute.Tensor,
-        scale: cute.Tensor,
+        results: cute.Tensor,
+        numbers: cute.Tensor,
         post: cute.Tensor,
         comb: cute.Tensor,
-        norm_eps: Float32,
         hc_eps: Float32,
         rank: Int32,
         tile: Int32,
-        tidx: Int32,
+        thread: Int32,
         num_tokens: Int32,
     ):
         """One thread a token: post, and C by softmax and Sinkhorn."""
         config = self.config
-        tokens = config.tokens
-        local = rank + config.cluster * tidx  # this block's tokens
-        token = tile * tokens + local
-        if (local < tokens) & (token < num_tokens):
-            norm = self._norm(sums, local, norm_eps)
+        local = rank * config.own_tokens + thread
+        token = tile * TOKENS + local
+        if (thread < config.own_tokens) & (token < num_tokens):
+            norm = results[STREAMS * TOKENS + local]
+            sums = (STREAMS + 1) * TOKENS + thread
+
+            def logit(row, which):
+                total = results[sums + (row - STREAMS) * config.own_tokens]
+                return total * norm * numbers[which] + numbers[4 + row]
+
             for k in cutlass.range_constexpr(STREAMS):
-                row = STREAMS + k
-                post[token, k] = 2.0 * sigmoid(sums[row * tokens + local] * norm * scale[1] + base[row])
+                post[token, k] = 2.0 * sigmoid(logit(STREAMS + k, 1))
             matrix = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS)), Float32)
             for j in cutlass.range_constexpr(STREAMS):
-                logits = []
-                for k in cutlass.range_constexpr(STREAMS):
-                    row = 2 * STREAMS + STREAMS * j + k
-                    logits.append(sums[row * tokens + local] * norm * scale[2] + base[row])
+                logits = [logit(2 * STREAMS + STREAMS * j + k, 2) for k in range(STREAMS)]
                 top = cute.arch.fmax(cute.arch.fmax(logits[0], logits[1]), cute.arch.fmax(logits[2], logits[3]))
                 powers = [cute.math.exp(one - top) for one in logits]
                 total = quick_reciprocal(powers[0] + powers[1] + powers[2] + powers[3])
@@ -295,22 +401,83 @@ class HyperConnectionPre:
                     comb[token, STREAMS * j + k] = matrix[j, k]
 
 
+def accumulate(sums, column: int, a, b):
+    """sums[., column] += a @ b on the matrix unit."""
+    new = mma([sums[index, column] for index in range(4)], a, b)
+    for index in range(4):
+        sums[index, column] = new[index]
+
+
 @cute.jit
-def load_row(
-    fn: cute.Tensor,
-    first_row: cutlass.Constexpr,
-    row: Int32,
-    column: Int32,
-    outputs: cutlass.Constexpr,
-    values: cute.Tensor,
+def load_tile(
+    x: cute.Tensor, held: cute.Tensor, tile: Int32, num_tiles: Int32, num_tokens: Int32, channel: Int32, lane: Int32
 ):
-    """Load four weights of row first_row + row, or zeros past the last row."""
-    if cutlass.const_expr(first_row + 8 <= outputs):
-        cute.autovec_copy(cute.zipped_divide(fn[(first_row + row, None)], (4,))[(None,), column // 4], values)
+    """Start loading a lane's share of a tile, if there is such a tile; tokens past the end repeat the last one."""
+    if tile < num_tiles:
+        for which in cutlass.range_constexpr(2):
+            token = cutlass.min(tile * TOKENS + 8 * which + lane // 4, num_tokens - 1)
+            for j in cutlass.range_constexpr(STREAMS):
+                words = cute.zipped_divide(x[(token * STREAMS + j, None)], (WORDS,))
+                for load in cutlass.range_constexpr(LOADS):
+                    vector = (channel + STEP_VALUES * load) // 8
+                    cute.autovec_copy(words[(None,), vector], held[None, load, j, which])
+
+
+@cute.jit
+def stage_vector(
+    fn: cute.Tensor,
+    target: Int32,
+    index: Int32,
+    total: cutlass.Constexpr,
+    row_vectors: cutlass.Constexpr,
+    width: cutlass.Constexpr,
+    outputs: cutlass.Constexpr,
+    row_tiles: cutlass.Constexpr,
+    rank: Int32,
+):
+    """Copy four weights; rows past the last one are zero."""
+    if index < total:
+        within = index % row_vectors
+        row, j = index // row_vectors // STREAMS, index // row_vectors % STREAMS
+        # Of 64 channels a lane's share is 8 of each 32, four for each of two steps: load, lane % 4, step.
+        warp, load, quad, step = within // 16, within // 8 % 2, within // 2 % 4, within % 2
+        position = warp * STEPS + (j * LOADS + load) * 2 + step
+        place = (position * row_tiles + row // 8) * 32 + row % 8 * 4 + quad
+        source = fn[(cutlass.min(row, outputs - 1), None)].iterator.toint()
+        source = source + (j * width + (rank * row_vectors + within) * 4) * 4
+        copy_16_bytes(target + place * 16, source, row < outputs)
+
+
+@cute.jit
+def stage_numbers(
+    base: cute.Tensor,
+    scale: cute.Tensor,
+    numbers: cute.Tensor,
+    tidx: Int32,
+    outputs: cutlass.Constexpr,
+    num_scales: cutlass.Constexpr,
+):
+    """Bring scale, to 0.., and base, to 4.., to shared memory."""
+    if tidx < outputs:
+        numbers[4 + tidx] = base[tidx]
+        if tidx < num_scales:
+            numbers[tidx] = scale[tidx]
+
+
+@cute.jit
+def write_if(wanted, scratch: cute.Tensor, place: Int32, value: Float32, add: cutlass.Constexpr):
+    """Write a value to the scratch memory, or add it to what is there, if `wanted`."""
+    if cutlass.const_expr(wanted is True):
+        scratch[place] = value + scratch[place] if cutlass.const_expr(add) else value
     else:
-        values.fill(0.0)
-        if first_row + row < outputs:
-            cute.autovec_copy(cute.zipped_divide(fn[(first_row + row, None)], (4,))[(None,), column // 4], values)
+        if wanted:
+            scratch[place] = value + scratch[place] if cutlass.const_expr(add) else value
+
+
+@cute.jit
+def select(wanted, a: Float32, b: Float32) -> Float32:
+    """Return a if `wanted`, else b."""
+    return a if wanted else b
 
 
 def sigmoid(x):
@@ -321,7 +488,7 @@ def sigmoid(x):
 def divide_rows(matrix, hc_eps):
     """Divide every row by its sum plus hc_eps."""
     for j in range(STREAMS):
-        factor = quick_reciprocal(matrix[j, 0] + matrix[j, 1] + matrix[j, 2] + matrix[j, 3] + hc_eps)
+        factor = quick_reciprocal((matrix[j, 0] + matrix[j, 1]) + (matrix[j, 2] + matrix[j, 3]) + hc_eps)
         for k in range(STREAMS):
             matrix[j, k] = matrix[j, k] * factor
 
@@ -329,6 +496,6 @@ def divide_rows(matrix, hc_eps):
 def divide_columns(matrix, hc_eps):
     """Divide every column by its sum plus hc_eps."""
     for k in range(STREAMS):
-        factor = quick_reciprocal(matrix[0, k] + matrix[1, k] + matrix[2, k] + matrix[3, k] + hc_eps)
+        factor = quick_reciprocal((matrix[0, k] + matrix[1, k]) + (matrix[2, k] + matrix[3, k]) + hc_eps)
         for j in range(STREAMS):
             matrix[j, k] = matrix[j, k] * factor

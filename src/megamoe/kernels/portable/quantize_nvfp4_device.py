@@ -13,6 +13,7 @@ from megamoe.kernels.parts.rows_device import (
     RowThread,
     current_stream,
     num_blocks,
+    overlap_launches,
     store_scalar_if,
     symbolic_rows,
     symbolic_vector,
@@ -43,13 +44,14 @@ class QuantizeNvFp4:
     @cute.jit
     def __call__(self, x: cute.Tensor, tensor_scale: cute.Tensor, codes: cute.Tensor, scales: cute.Tensor, stream):
         self.kernel(x, tensor_scale, codes, scales).launch(
-            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream
+            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, x: cute.Tensor, tensor_scale: cute.Tensor, codes: cute.Tensor, scales: cute.Tensor):
         tile = self.tile
         scratch = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(tile.warps))
+        overlap_launches()
         thread = RowThread(tile, x.shape[0])
         if cutlass.const_expr(not self.config.dynamic):
             given = tensor_scale[0]  # before the row: two latencies at once

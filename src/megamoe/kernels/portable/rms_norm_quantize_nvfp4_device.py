@@ -13,6 +13,7 @@ from megamoe.kernels.parts.rows_device import (
     both,
     current_stream,
     num_blocks,
+    overlap_launches,
     row_rms_factor,
     store_if,
     store_scalar_if,
@@ -54,7 +55,7 @@ class RmsNormQuantizeNvFp4:
         stream,
     ):
         self.kernel(x, weight, y, tensor_scale, codes, scales, eps).launch(
-            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream
+            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -72,6 +73,7 @@ class RmsNormQuantizeNvFp4:
         shared = cutlass.memory.SmemAllocator()
         sum_scratch = shared.allocate_tensor(Float32, cute.make_layout(tile.warps))
         max_scratch = shared.allocate_tensor(Float32, cute.make_layout(tile.warps))  # the sum may still be being read
+        overlap_launches()
         thread = RowThread(tile, x.shape[0])
         registers = thread.load(x)
         factor = row_rms_factor(thread, registers, eps, sum_scratch)

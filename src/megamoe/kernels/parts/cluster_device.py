@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of a cluster writing into each other's shared memory; addresses are 32-bit integers."""
+
+from cutlass.cute.arch import inline_ptx
+
+
+def shared_address_of(tensor):
+    """Return the address of a tensor in shared memory."""
+    return tensor.iterator.toint()
+
+
+def store_to_block(rank, address, value, barrier):
+    """Store a float at an address of another block's shared memory, and count its 4 bytes at a barrier there.
+
+    `address` and `barrier` are the caller's own addresses of the same variables. The store is asynchronous: it is seen
+    by who waits for the barrier, whose phase must expect it.
+    """
+    inline_ptx(
+        """{
+        .reg .b32 target, counter;
+        mapa.shared::cluster.u32 target, {$r1}, {$r0};
+        mapa.shared::cluster.u32 counter, {$r3}, {$r0};
+        st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [target], {$r2}, [counter];
+        }""",
+        read_only_args=[rank, address, value, barrier],
+    )
+
+
+def wait_for_cluster(barrier, parity):
+    """Wait until a barrier's phase of that parity is complete, and see what other blocks have stored."""
+    inline_ptx(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [{$r0}], {$r1}; "
+        "@!done bra.uni again; }",
+        read_only_args=[barrier, parity],
+    )
