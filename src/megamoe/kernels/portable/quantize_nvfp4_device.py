@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint8
 from cutlass.cute.runtime import make_fake_tensor
 
-from megamoe.kernels.parts.nvfp4_device import block_amax, row_tensor_scale, store_nvfp4
+from megamoe.kernels.parts.nvfp4_device import BLOCK, block_amax, row_tensor_scale, store_nvfp4
 from megamoe.kernels.parts.rows import VECTOR, row_tile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
@@ -26,7 +26,7 @@ def program(config: Config):
     num_rows = cute.sym_int32()
     x = symbolic_rows(DTYPES[config.x], num_rows, config.width)
     tensor_scale = symbolic_vector(Float32, num_rows if config.dynamic else 1)
-    codes = symbolic_rows(Int32, num_rows, config.width // VECTOR, 4)
+    codes = symbolic_rows(Int32, num_rows, config.width // VECTOR, 8)
     if config.tiled:
         scales = make_fake_tensor(Uint8, (cute.sym_int64(),), (1,))
     else:
@@ -39,7 +39,7 @@ class QuantizeNvFp4:
 
     def __init__(self, config: Config):
         self.config = config
-        self.tile = row_tile(config.width)
+        self.tile = row_tile(config.width, 1, BLOCK)
 
     @cute.jit
     def __call__(self, x: cute.Tensor, tensor_scale: cute.Tensor, codes: cute.Tensor, scales: cute.Tensor, stream):
@@ -62,4 +62,4 @@ class QuantizeNvFp4:
             store_scalar_if(thread.live, thread.lane, scale, tensor_scale, thread.row)
         else:
             scale = given
-        store_nvfp4(thread, registers, amaxes, scale, codes, scales, self.config.x == "bf16", self.config.tiled)
+        store_nvfp4(thread, registers, amaxes, scale, codes, scales, self.config.tiled)
