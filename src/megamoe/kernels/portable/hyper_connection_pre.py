@@ -102,8 +102,8 @@ class Config:
 
     @property
     def result_floats(self) -> int:
-        """Streams' weights, norms, and the sums behind post and C."""
-        return (STREAMS + 1) * TOKENS + self.own_floats
+        """Streams' weights."""
+        return STREAMS * TOKENS
 
     @property
     def shared_bytes(self) -> int:
@@ -192,5 +192,9 @@ def collapse(
 
 @functools.cache
 def max_clusters(cluster: int, device: torch.device) -> int:
-    """Return how many clusters a device runs at once, one block a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count // cluster
+    """Return how many clusters a device runs at once, one block a multiprocessor.
+
+    A cluster lies within one group of multiprocessors (GPC), and a group need not be a multiple of a cluster: on an H100 of
+    132, 15 clusters of 8 and 7 of 16 are resident. One more would run alone, after all others.
+    """
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // cluster - 1)

@@ -44,7 +44,7 @@ def program(config: Config):
     if not config.sinkhorn_iters:
         return HyperConnectionPre(config).head, (x, fn, base, symbolic_vector(Float32, 1), u, *numbers)
     post = symbolic_rows(Float32, num_tokens, STREAMS, 4)
-    comb = symbolic_rows(Float32, num_tokens, STREAMS * STREAMS, 4)
+    comb = symbolic_rows(Float32, num_tokens, STREAMS * STREAMS)
     return HyperConnectionPre(config).pre, (x, fn, base, symbolic_vector(Float32, 3), u, post, comb, *numbers)
 
 
@@ -131,8 +131,11 @@ class HyperConnectionPre:
                 lane, channel, norm_eps, hc_eps,
             )
             turn = turn + 1
-        cute.arch.cluster_arrive()  # no block leaves before the others have stopped writing to it
-        cute.arch.cluster_wait()
+        cute.arch.cluster_arrive()
+        if cutlass.const_expr(comb is not None):
+            cute.arch.sync_threads()  # the logits of every group are there
+            self._mix(comb, hc_eps, rank, cluster, num_clusters, num_tiles, tidx, u.shape[0])
+        cute.arch.cluster_wait()  # no block leaves before the others have stopped writing to it
 
     def _stage_weights(self, fn, base, scale, weights, numbers, rank, tidx):
         """Bring this block's columns of fn to shared memory, in the order in which lanes read them."""
@@ -188,14 +191,13 @@ class HyperConnectionPre:
         self._share_in_block(products, squares, scratch, group, warp, lane)
         self._push(scratch, inbox, barrier, rank, thread)
         wait_for_cluster(barrier, phase)
-        self._sum_over_cluster(inbox, results, numbers, thread, norm_eps, hc_eps)
+        self._sum_over_cluster(
+            inbox, results, numbers, post, comb, tile, rank, thread, u.shape[0], norm_eps, hc_eps
+        )
         self._group_barrier(group)
         for which in cutlass.range_constexpr(2):
             self._store_collapsed(held, results, u, channel, tile, which, lane)
         self._load(x, held, tile + stride, num_tiles, u.shape[0], channel, lane)
-        if cutlass.const_expr(post is not None):
-            # One thread a token, while the next tile is on its way.
-            self._mix(results, numbers, post, comb, hc_eps, rank, tile, thread, u.shape[0])
 
     def _group_barrier(self, group):
         """Wait for the other warps of this group."""
@@ -301,34 +303,50 @@ class HyperConnectionPre:
         inbox: cute.Tensor,
         results: cute.Tensor,
         numbers: cute.Tensor,
+        post,
+        comb,
+        tile: Int32,
+        rank: Int32,
         thread: Int32,
+        num_tokens: Int32,
         norm_eps: Float32,
         hc_eps: Float32,
     ):
-        """Add up the blocks in ascending order: the streams' weights of all tokens, and what _mix needs of its own."""
+        """Add up the blocks in ascending order: the streams' weights of all tokens, post and C's logits of its own."""
         config = self.config
         shared_places, weights = SHARED_ROWS * TOKENS, STREAMS * TOKENS
         for start in cutlass.range_constexpr(0, weights + config.own_floats, self.group_threads):
             item = start + thread
             if item < weights:
-                token = item % TOKENS
-                total, square = inbox[item], inbox[SQUARES * TOKENS + token]
-                for block in cutlass.range_constexpr(1, config.cluster):
-                    total = total + inbox[block * shared_places + item]
-                    square = square + inbox[block * shared_places + SQUARES * TOKENS + token]
-                norm = cute.math.rsqrt(square / (STREAMS * config.width) + norm_eps)
                 # pre_j = sigmoid(m_j * scale_0 + base_j) + hc_eps
-                results[item] = sigmoid(total * norm * numbers[0] + numbers[4 + item // TOKENS]) + hc_eps
-                if item < TOKENS:
-                    results[weights + token] = norm
+                norm = self._norm(inbox, item % TOKENS, norm_eps)
+                m = self._total(inbox, item, shared_places) * norm
+                results[item] = sigmoid(m * numbers[0] + numbers[4 + item // TOKENS]) + hc_eps
             else:
-                if cutlass.const_expr(config.own_floats > 0):
-                    if item < weights + config.own_floats:
-                        first = config.cluster * shared_places + item - weights
-                        total = inbox[first]
-                        for block in cutlass.range_constexpr(1, config.cluster):
-                            total = total + inbox[first + block * config.own_floats]
-                        results[TOKENS + item] = total
+                if cutlass.const_expr(post is not None):
+                    mine = item - weights
+                    row, local = mine // config.own_tokens, rank * config.own_tokens + mine % config.own_tokens
+                    token = tile * TOKENS + local
+                    if (item < weights + config.own_floats) & (token < num_tokens):
+                        total = self._total(inbox, config.cluster * shared_places + mine, config.own_floats)
+                        m = total * self._norm(inbox, local, norm_eps)
+                        logit = m * numbers[1 if row < STREAMS else 2] + numbers[4 + STREAMS + row]
+                        if row < STREAMS:
+                            post[token, row] = 2.0 * sigmoid(logit)
+                        else:
+                            comb[token, row - STREAMS] = logit
+
+    def _total(self, inbox, place, stride):
+        """Return the sum of what all blocks have sent."""
+        total = inbox[place]
+        for block in range(1, self.config.cluster):
+            total = total + inbox[place + block * stride]
+        return total
+
+    def _norm(self, inbox, local, norm_eps):
+        """Return rsqrt(mean(x^2) + norm_eps) of a token of the tile."""
+        square = self._total(inbox, SQUARES * TOKENS + local, SHARED_ROWS * TOKENS)
+        return cute.math.rsqrt(square / (STREAMS * self.config.width) + norm_eps)
 
     @cute.jit
     def _store_collapsed(
@@ -360,45 +378,39 @@ class HyperConnectionPre:
     @cute.jit
     def _mix(
         self,
-        results: cute.Tensor,
-        numbers: cute.Tensor,
-        post: cute.Tensor,
         comb: cute.Tensor,
         hc_eps: Float32,
         rank: Int32,
-        tile: Int32,
-        thread: Int32,
+        cluster: Int32,
+        num_clusters: Int32,
+        num_tiles: Int32,
+        tidx: Int32,
         num_tokens: Int32,
     ):
-        """One thread a token: post, and C by softmax and Sinkhorn."""
+        """C of this block's tokens of all tiles, one thread a token: 39 dependent steps, taken by all at once."""
         config = self.config
-        local = rank * config.own_tokens + thread
-        token = tile * TOKENS + local
-        if (thread < config.own_tokens) & (token < num_tokens):
-            norm = results[STREAMS * TOKENS + local]
-            sums = (STREAMS + 1) * TOKENS + thread
-
-            def logit(row, which):
-                total = results[sums + (row - STREAMS) * config.own_tokens]
-                return total * norm * numbers[which] + numbers[4 + row]
-
-            for k in cutlass.range_constexpr(STREAMS):
-                post[token, k] = 2.0 * sigmoid(logit(STREAMS + k, 1))
-            matrix = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS)), Float32)
-            for j in cutlass.range_constexpr(STREAMS):
-                logits = [logit(2 * STREAMS + STREAMS * j + k, 2) for k in range(STREAMS)]
-                top = cute.arch.fmax(cute.arch.fmax(logits[0], logits[1]), cute.arch.fmax(logits[2], logits[3]))
-                powers = [cute.math.exp(one - top) for one in logits]
-                total = quick_reciprocal(powers[0] + powers[1] + powers[2] + powers[3])
-                for k in cutlass.range_constexpr(STREAMS):
-                    matrix[j, k] = powers[k] * total + hc_eps
-            divide_columns(matrix, hc_eps)
-            for _ in cutlass.range(config.sinkhorn_iters - 1, unroll=1):
-                divide_rows(matrix, hc_eps)
+        num_mine = (num_tiles - cluster + (num_clusters - 1)) // num_clusters * config.own_tokens
+        for mine in cutlass.range(tidx, num_mine, self.group_threads * config.groups, unroll=1):
+            tile = cluster + mine // config.own_tokens * num_clusters
+            token = tile * TOKENS + rank * config.own_tokens + mine % config.own_tokens
+            if token < num_tokens:
+                matrix = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS), stride=(STREAMS, 1)), Float32)
+                rows = cute.zipped_divide(comb[(token, None)], (STREAMS,))
+                for j in cutlass.range_constexpr(STREAMS):
+                    cute.autovec_copy(rows[(None,), j], matrix[j, None])
+                for j in cutlass.range_constexpr(STREAMS):
+                    logits = [matrix[j, k] for k in range(STREAMS)]
+                    top = cute.arch.fmax(cute.arch.fmax(logits[0], logits[1]), cute.arch.fmax(logits[2], logits[3]))
+                    powers = [cute.math.exp(one - top) for one in logits]
+                    factor = quick_reciprocal((powers[0] + powers[1]) + (powers[2] + powers[3]))
+                    for k in cutlass.range_constexpr(STREAMS):
+                        matrix[j, k] = powers[k] * factor + hc_eps
                 divide_columns(matrix, hc_eps)
-            for j in cutlass.range_constexpr(STREAMS):
-                for k in cutlass.range_constexpr(STREAMS):
-                    comb[token, STREAMS * j + k] = matrix[j, k]
+                for _ in cutlass.range(config.sinkhorn_iters - 1, unroll=1):
+                    divide_rows(matrix, hc_eps)
+                    divide_columns(matrix, hc_eps)
+                for j in cutlass.range_constexpr(STREAMS):
+                    cute.autovec_copy(matrix[j, None], rows[(None,), j])
 
 
 def accumulate(sums, column: int, a, b):
