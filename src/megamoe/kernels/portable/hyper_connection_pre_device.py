@@ -187,8 +187,8 @@ class HyperConnectionPre:
         expect_bytes_if(thread == 0, barrier, Int32(4 * config.received_floats))
         if cutlass.const_expr(config.prefetch):
             self._prefetch(x, tile + stride, num_tiles, rank, thread)
-        products, squares = self._project(weights, held, warp, lane)
-        self._share_in_block(products, squares, scratch, group, warp, lane)
+        blocks, squares = self._project(weights, held, warp, lane)
+        self._share_in_block(blocks, squares, scratch, group, warp, lane)
         self._push(scratch, inbox, barrier, rank, thread)
         wait_for_cluster(barrier, phase)
         self._sum_over_cluster(
@@ -217,61 +217,70 @@ class HyperConnectionPre:
             prefetch_if(wanted, address, num_bytes)
 
     def _project(self, weights, held, warp, lane):
-        """Return this warp's part of x . fn^T as accumulators, and of x . x^T, whose diagonal is sum(x^2)."""
-        products = zeros(4, self.row_tiles)
-        squares = zeros(4, 2)
+        """Return this warp's sums as 8 x 8 blocks of rows by tokens: fn by x, and x by x, whose diagonal is sum(x^2).
+
+        Weights are the 16 rows of the matrix unit: two blocks of 8 at a time, and for the odd one two parts of it. Its
+        third part leaves room for the tokens themselves.
+        """
+        pairs = zeros(4, 2)
+        odd, rest = zeros(4, 2), zeros(4, 2)
         address = shared_address_of(weights) + warp * (STEPS * self.row_tiles * 512) + lane * 16
         for j in range(STREAMS):
             for load in range(LOADS):
                 for step in range(2):
-                    a = [held[2 * step + pair, load, j, half] for pair in range(2) for half in range(2)]
+                    tokens = [[held[2 * step + pair, load, j, half] for pair in range(2)] for half in range(2)]
                     position = (j * LOADS + load) * 2 + step
+                    parts = []  # [block of rows][pair of columns][part]
                     for row_tile in range(self.row_tiles):
                         words = load_shared(address + (position * self.row_tiles + row_tile) * 512, 4)
-                        parts = [split_in_three(words[2 * pair], words[2 * pair + 1]) for pair in range(2)]
+                        parts.append([split_in_three(words[2 * pair], words[2 * pair + 1]) for pair in range(2)])
+                    last = parts[-1]
+                    if self.row_tiles > 1:
                         for part in range(3):
-                            accumulate(products, row_tile, a, [parts[0][part], parts[1][part]])
+                            a = [parts[block][pair][part] for pair in range(2) for block in range(2)]
+                            for half in range(2):
+                                accumulate(pairs, half, a, tokens[half])
                     for half in range(2):
-                        accumulate(squares, half, a, [a[half], a[2 + half]])
-        return products, squares
+                        accumulate(odd, half, [last[pair][part] for pair in range(2) for part in range(2)], tokens[half])
+                    for half in range(2):
+                        a = [last[0][2], tokens[half][0], last[1][2], tokens[half][1]]
+                        accumulate(rest, half, a, tokens[half])
+        blocks, squares = [], []
+        for half in range(2):
+            if self.row_tiles > 1:
+                blocks += [(row_tile, half, [pairs[2 * row_tile + index, half] for index in range(2)]) for row_tile in range(2)]
+            total = [odd[index, half] + odd[2 + index, half] + rest[index, half] for index in range(2)]
+            blocks.append((self.row_tiles - 1, half, total))
+            squares.append([rest[2 + index, half] for index in range(2)])
+        return blocks, squares
 
-    @cute.jit
-    def _share_in_block(
-        self, products: cute.Tensor, squares: cute.Tensor, scratch: cute.Tensor, group: Int32, warp: Int32, lane: Int32
-    ):
+    def _share_in_block(self, blocks, squares, scratch, group, warp, lane):
         """Leave the sums of pairs of warps in `scratch`: warp w has w + half added to it."""
         config = self.config
         half = config.scratch_slots
-        if cutlass.const_expr(config.warps > 1):
-            if warp >= half:
-                self._write(products, squares, scratch, warp - half, lane, False)
+        values = self._lane_sums(blocks, squares, lane)
+        if config.warps > 1:
+            write_sums(values, scratch, (warp - half) * config.slot_floats, warp >= half, False)
             self._group_barrier(group)
-        if warp < half:
-            if cutlass.const_expr(config.warps % 2 == 1):
-                if warp + half < config.warps:
-                    self._write(products, squares, scratch, warp, lane, True)
-                else:
-                    self._write(products, squares, scratch, warp, lane, False)
-            else:
-                self._write(products, squares, scratch, warp, lane, True)
+        if config.warps % 2 == 1:
+            write_sums(values, scratch, warp * config.slot_floats, warp == half - 1, False)
+        write_sums(values, scratch, warp * config.slot_floats, warp < config.warps // 2, True)
         self._group_barrier(group)
 
-    def _write(self, products, squares, scratch, slot, lane, add):
-        """Write, or add, this warp's sums to a slot of the scratch memory."""
-        first = slot * self.config.slot_floats
-        token = lane // 4
-        for row_tile in range(self.row_tiles):
-            for index in range(4):
-                row = 8 * row_tile + 2 * (lane % 4) + index % 2
-                place = (row if row_tile else row + lane % 4 // 2) + (1 if row_tile else 0)
-                place = first + place * SCRATCH_STRIDE + token + 8 * (index // 2)
-                wanted = True if self.config.outputs > 4 else lane % 4 < 2
-                write_if(wanted, scratch, place, products[index, row_tile], add)
-        # The diagonal of tokens by tokens: column 2 * (lane % 4) + index is this lane's own token.
+    def _lane_sums(self, blocks, squares, lane):
+        """Return (place, value, whether it is wanted) of this lane's sums."""
+        values = []
+        for row_tile, half, pair in blocks:
+            row = 8 * row_tile + 1 + lane // 4 if row_tile else lane // 4 + lane // 16  # sum(x^2) stands before row 4
+            for index in range(2):
+                place = row * SCRATCH_STRIDE + 8 * half + 2 * (lane % 4) + index
+                values.append((place, pair[index], True if self.config.outputs > STREAMS else lane < 4 * STREAMS))
+        # The diagonal of tokens by tokens: column 2 * (lane % 4) + index is row lane // 4.
         for half in range(2):
-            value = select(lane // 4 % 2 == 0, squares[2 * half, half], squares[2 * half + 1, half])
-            place = first + SQUARES * SCRATCH_STRIDE + token + 8 * half
-            write_if(lane % 4 == lane // 8, scratch, place, value, add)
+            value = select(lane // 4 % 2 == 0, squares[half][0], squares[half][1])
+            place = SQUARES * SCRATCH_STRIDE + 8 * half + lane // 4
+            values.append((place, value, lane % 4 == lane // 8))
+        return values
 
     @cute.jit
     def _push(self, scratch: cute.Tensor, inbox: cute.Tensor, barrier: Int32, rank: Int32, thread: Int32):
@@ -474,6 +483,14 @@ def stage_numbers(
         numbers[4 + tidx] = base[tidx]
         if tidx < num_scales:
             numbers[tidx] = scale[tidx]
+
+
+@cute.jit
+def write_sums(values, scratch: cute.Tensor, first: Int32, wanted, add: cutlass.Constexpr):
+    """Write a lane's sums to a slot of the scratch memory, or add them to what is there, if `wanted`."""
+    if wanted:
+        for place, value, mine in values:
+            write_if(mine, scratch, first + place, value, add)
 
 
 @cute.jit
