@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of a cluster writing into each other's shared memory; addresses are 32-bit integers."""
 
+from cutlass import Int32
 from cutlass.cute.arch import inline_ptx
 
 
@@ -26,10 +27,13 @@ def store_to_block(rank, address, value, barrier):
     )
 
 
-def wait_for_cluster(barrier, parity):
-    """Wait until a barrier's phase of that parity is complete, and see what other blocks have stored."""
-    inline_ptx(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [{$r0}], {$r1}; "
-        "@!done bra.uni again; }",
-        read_only_args=[barrier, parity],
+def address_in_block(rank, address):
+    """Return the address that another block of the cluster has for a variable, from the caller's own address of it."""
+    return inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r1}, {$r0};", write_only_types=[Int32], read_only_args=[rank, address]
     )
+
+
+def store_pair_to_cluster(address, low, high):
+    """Store two floats at an address of address_in_block."""
+    inline_ptx("st.shared::cluster.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, low, high])

@@ -186,3 +186,12 @@ def wait_copies():
 def prefetch_if(wanted, global_address, num_bytes):
     """Ask for bytes, a multiple of 16, to be brought to the L2 cache."""
     predicated(wanted, "cp.async.bulk.prefetch.L2.global [{$r1}], {$r2};", global_address, Int32(num_bytes))
+
+
+def load_matrices(address):
+    """Return four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8."""
+    return inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[address],
+    )

@@ -24,40 +24,32 @@ def mma(accumulators, a, b):
     )
 
 
-def split_in_three(low, high):
-    """Return three bf16 pairs that add up to two fp32 values, given as their bits, exactly.
+def mma_tf32(accumulators, a, b):
+    """Return accumulators + a @ b, 16 x 8 by 8 x 8: 4 fp32 accumulators, 4 words of a and 2 of b, each a tf32 value."""
+    return inline_ptx(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
+        write_only_types=[Float32] * 4,
+        read_only_args=[*a, *b, *accumulators],
+    )
 
-    Three times the upper half of what is left, and 3 * 8 significant bits are 24. Parts below bf16's range are lost:
-    values under 2^-110 do not matter beside a sum of ordinary ones.
+
+def split_in_two(word):
+    """Return two tf32 values whose sum is an fp32 value, given as its bits, but for its last two of 24 bits at most.
+
+    The first is the value's upper 11 significant bits, the second what is left: 13 bits, of which the matrix unit takes 11.
     """
     return inline_ptx(
         """{
-        .reg .b32 lowbits, highbits;
-        .reg .f32 lowpart, highpart, lowrest, highrest;
-        prmt.b32 {$w0}, {$r0}, {$r1}, 0x7632;
-        and.b32 lowbits, {$r0}, 0xFFFF0000;
-        and.b32 highbits, {$r1}, 0xFFFF0000;
-        mov.b32 lowpart, lowbits;
-        mov.b32 highpart, highbits;
-        mov.b32 lowrest, {$r0};
-        mov.b32 highrest, {$r1};
-        sub.rn.f32 lowrest, lowrest, lowpart;
-        sub.rn.f32 highrest, highrest, highpart;
-        mov.b32 lowbits, lowrest;
-        mov.b32 highbits, highrest;
-        prmt.b32 {$w1}, lowbits, highbits, 0x7632;
-        and.b32 lowbits, lowbits, 0xFFFF0000;
-        and.b32 highbits, highbits, 0xFFFF0000;
-        mov.b32 lowpart, lowbits;
-        mov.b32 highpart, highbits;
-        sub.rn.f32 lowrest, lowrest, lowpart;
-        sub.rn.f32 highrest, highrest, highpart;
-        mov.b32 lowbits, lowrest;
-        mov.b32 highbits, highrest;
-        prmt.b32 {$w2}, lowbits, highbits, 0x7632;
+        .reg .f32 value, upper, rest;
+        and.b32 {$w0}, {$r0}, 0xFFFFE000;
+        mov.b32 value, {$r0};
+        mov.b32 upper, {$w0};
+        sub.rn.f32 rest, value, upper;
+        mov.b32 {$w1}, rest;
         }""",
-        write_only_types=[Uint32] * 3,
-        read_only_args=[low, high],
+        write_only_types=[Uint32] * 2,
+        read_only_args=[word],
     )
 
 

@@ -5,18 +5,17 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
-from megamoe.kernels.parts.cluster_device import shared_address_of, store_to_block, wait_for_cluster
+from megamoe.kernels.parts.cluster_device import shared_address_of, store_to_block
 from megamoe.kernels.parts.memory_device import (
-    copy_16_bytes,
     expect_bytes_if,
     init_barrier,
     load_shared,
     prefetch_if,
     publish_barriers,
-    wait_copies,
+    wait_barrier,
 )
-from megamoe.kernels.parts.mma_device import STEP_VALUES, bf16_pair, mma, split_in_three, zeros
-from megamoe.kernels.parts.ptx_device import bf16_word, quick_reciprocal
+from megamoe.kernels.parts.mma_device import STEP_VALUES, bf16_pair, mma_tf32, split_in_two, zeros
+from megamoe.kernels.parts.ptx_device import bf16_word, from_bits, gather_bytes, quick_reciprocal
 from megamoe.kernels.parts.rows_device import current_stream, symbolic_rows, symbolic_vector
 from megamoe.kernels.portable.hyper_connection_pre import (
     SCRATCH_STRIDE,
@@ -120,7 +119,6 @@ class HyperConnectionPre:
         held = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS, STREAMS, 2)), Uint32)
         first_tile, stride = cluster + num_clusters * group, num_clusters * config.groups
         self._load(x, held, first_tile, num_tiles, u.shape[0], channel, lane)
-        wait_copies()
         cute.arch.cluster_wait()  # every block has made its barriers
         cute.arch.sync_threads()  # every thread's weights have come
         own = (scratch[None, group], received[None, None, group], results[None, group], barriers + group * 16)
@@ -140,14 +138,15 @@ class HyperConnectionPre:
     def _stage_weights(self, fn, base, scale, weights, numbers, rank, tidx):
         """Bring this block's columns of fn to shared memory, in the order in which lanes read them."""
         config = self.config
-        row_vectors = config.warps * WARP_CHANNELS // 4  # of this block's channels of one stream
+        vectors = 8 * STREAMS * config.warps * WARP_CHANNELS // 4  # of eight rows
         threads = self.group_threads * config.groups
-        total = 8 * self.row_tiles * STREAMS * row_vectors
-        target = shared_address_of(weights)
-        for start in range(0, total, threads):
-            stage_vector(
-                fn, target, start + tidx, total, row_vectors, config.width, config.outputs, self.row_tiles, rank
-            )
+        turns = [(first, start) for first in range(0, self.row_tiles, 2) for start in range(0, vectors, threads)]
+        loaded = [
+            load_weights(fn, 8 * first, start + tidx, vectors, config, first + 1 < self.row_tiles, rank)
+            for first, start in turns
+        ]
+        for (first, start), registers in zip(turns, loaded, strict=True):
+            store_weights(weights, registers, start + tidx, vectors, config, first, self.row_tiles)
         stage_numbers(base, scale, numbers, tidx, config.outputs, self.num_scales)
 
     def _load(self, x, held, tile, num_tiles, num_tokens, channel, lane):
@@ -190,7 +189,7 @@ class HyperConnectionPre:
         blocks, squares = self._project(weights, held, warp, lane)
         self._share_in_block(blocks, squares, scratch, group, warp, lane)
         self._push(scratch, inbox, barrier, rank, thread)
-        wait_for_cluster(barrier, phase)
+        wait_barrier(barrier, phase)
         self._sum_over_cluster(
             inbox, results, numbers, post, comb, tile, rank, thread, u.shape[0], norm_eps, hc_eps
         )
@@ -217,42 +216,47 @@ class HyperConnectionPre:
             prefetch_if(wanted, address, num_bytes)
 
     def _project(self, weights, held, warp, lane):
-        """Return this warp's sums as 8 x 8 blocks of rows by tokens: fn by x, and x by x, whose diagonal is sum(x^2).
+        """Return this warp's sums: 8 x 8 blocks of rows of fn by tokens, and sum(x^2) of this lane's share of tokens.
 
-        Weights are the 16 rows of the matrix unit: two blocks of 8 at a time, and for the odd one two parts of it. Its
-        third part leaves room for the tokens themselves.
+        Weights are the 16 rows of the matrix unit: two blocks of 8 at a time, and for the odd one both of its parts.
         """
-        pairs = zeros(4, 2)
-        odd, rest = zeros(4, 2), zeros(4, 2)
+        pairs, odd, squares = zeros(4, 2), zeros(4, 2), zeros(2)
         address = shared_address_of(weights) + warp * (STEPS * self.row_tiles * 512) + lane * 16
         for j in range(STREAMS):
             for load in range(LOADS):
                 for step in range(2):
-                    tokens = [[held[2 * step + pair, load, j, half] for pair in range(2)] for half in range(2)]
+                    tokens = [self._unpacked(held, load, j, step, half) for half in range(2)]  # [half][4 columns]
+                    for half in range(2):
+                        for word in tokens[half]:
+                            squares[half] = squares[half] + from_bits(word) * from_bits(word)
                     position = (j * LOADS + load) * 2 + step
-                    parts = []  # [block of rows][pair of columns][part]
+                    parts = []  # [vector of the fragment][word][part]
                     for row_tile in range(self.row_tiles):
                         words = load_shared(address + (position * self.row_tiles + row_tile) * 512, 4)
-                        parts.append([split_in_three(words[2 * pair], words[2 * pair + 1]) for pair in range(2)])
-                    last = parts[-1]
-                    if self.row_tiles > 1:
-                        for part in range(3):
-                            a = [parts[block][pair][part] for pair in range(2) for block in range(2)]
-                            for half in range(2):
-                                accumulate(pairs, half, a, tokens[half])
-                    for half in range(2):
-                        accumulate(odd, half, [last[pair][part] for pair in range(2) for part in range(2)], tokens[half])
-                    for half in range(2):
-                        a = [last[0][2], tokens[half][0], last[1][2], tokens[half][1]]
-                        accumulate(rest, half, a, tokens[half])
-        blocks, squares = [], []
+                        parts.append([split_in_two(word) for word in words])
+                    for first in (0, 1):  # of the two pairs of columns
+                        columns = [tokens[half][2 * first : 2 * first + 2] for half in range(2)]
+                        if self.row_tiles > 1:
+                            for part in range(2):
+                                a = [word[part] for word in parts[first]]
+                                for half in range(2):
+                                    accumulate(pairs, half, a, columns[half])
+                        a = [part for word in parts[-1][2 * first : 2 * first + 2] for part in word]
+                        for half in range(2):
+                            accumulate(odd, half, a, columns[half])
+        blocks = []
         for half in range(2):
             if self.row_tiles > 1:
-                blocks += [(row_tile, half, [pairs[2 * row_tile + index, half] for index in range(2)]) for row_tile in range(2)]
-            total = [odd[index, half] + odd[2 + index, half] + rest[index, half] for index in range(2)]
-            blocks.append((self.row_tiles - 1, half, total))
-            squares.append([rest[2 + index, half] for index in range(2)])
+                for block in range(2):
+                    blocks.append((block, half, [pairs[2 * block + index, half] for index in range(2)]))
+            blocks.append((self.row_tiles - 1, half, [odd[index, half] + odd[2 + index, half] for index in range(2)]))
         return blocks, squares
+
+    def _unpacked(self, held, load, j, step, half):
+        """Return four values of a token as bits of fp32."""
+        # Not by bf16_pair: the compiler would see that _store_collapsed unpacks the same words and keep 128 values for it.
+        words = [held[2 * step + pair, load, j, half] for pair in range(2)]
+        return [gather_bytes(word, Uint32(0), selector) for word in words for selector in (0x1044, 0x3244)]
 
     def _share_in_block(self, blocks, squares, scratch, group, warp, lane):
         """Leave the sums of pairs of warps in `scratch`: warp w has w + half added to it."""
@@ -275,11 +279,11 @@ class HyperConnectionPre:
             for index in range(2):
                 place = row * SCRATCH_STRIDE + 8 * half + 2 * (lane % 4) + index
                 values.append((place, pair[index], True if self.config.outputs > STREAMS else lane < 4 * STREAMS))
-        # The diagonal of tokens by tokens: column 2 * (lane % 4) + index is row lane // 4.
         for half in range(2):
-            value = select(lane // 4 % 2 == 0, squares[half][0], squares[half][1])
-            place = SQUARES * SCRATCH_STRIDE + 8 * half + lane // 4
-            values.append((place, value, lane % 4 == lane // 8))
+            square = squares[half]
+            square = square + cute.arch.shuffle_sync_bfly(square, offset=1)
+            square = square + cute.arch.shuffle_sync_bfly(square, offset=2)
+            values.append((SQUARES * SCRATCH_STRIDE + 8 * half + lane // 4, square, lane % 4 == 0))
         return values
 
     @cute.jit
@@ -424,7 +428,7 @@ class HyperConnectionPre:
 
 def accumulate(sums, column: int, a, b):
     """sums[., column] += a @ b on the matrix unit."""
-    new = mma([sums[index, column] for index in range(4)], a, b)
+    new = mma_tf32([sums[index, column] for index in range(4)], a, b)
     for index in range(4):
         sums[index, column] = new[index]
 
@@ -444,29 +448,60 @@ def load_tile(
                     cute.autovec_copy(words[(None,), vector], held[None, load, j, which])
 
 
+def fragment_place(index, config):
+    """Return what a vector of four weights is: row of eight, stream, vector of the block's channels, step and lane."""
+    row_vectors = config.warps * WARP_CHANNELS // 4
+    within = index % row_vectors
+    row, j = index // row_vectors // STREAMS, index // row_vectors % STREAMS
+    # Of 64 channels a lane's share is 8 of each 32, four for each of two steps: load, lane % 4, step.
+    warp, load, quad, step = within // 16, within // 8 % 2, within // 2 % 4, within % 2
+    return row, j, within, warp * STEPS + (j * LOADS + load) * 2 + step, row * 4 + quad
+
+
 @cute.jit
-def stage_vector(
+def load_weights(
     fn: cute.Tensor,
-    target: Int32,
+    first_row: cutlass.Constexpr,
     index: Int32,
-    total: cutlass.Constexpr,
-    row_vectors: cutlass.Constexpr,
-    width: cutlass.Constexpr,
-    outputs: cutlass.Constexpr,
-    row_tiles: cutlass.Constexpr,
+    vectors: cutlass.Constexpr,
+    config: cutlass.Constexpr,
+    paired: cutlass.Constexpr,
     rank: Int32,
 ):
-    """Copy four weights; rows past the last one are zero."""
-    if index < total:
-        within = index % row_vectors
-        row, j = index // row_vectors // STREAMS, index // row_vectors % STREAMS
-        # Of 64 channels a lane's share is 8 of each 32, four for each of two steps: load, lane % 4, step.
-        warp, load, quad, step = within // 16, within // 8 % 2, within // 2 % 4, within % 2
-        position = warp * STEPS + (j * LOADS + load) * 2 + step
-        place = (position * row_tiles + row // 8) * 32 + row % 8 * 4 + quad
-        source = fn[(cutlass.min(row, outputs - 1), None)].iterator.toint()
-        source = source + (j * width + (rank * row_vectors + within) * 4) * 4
-        copy_16_bytes(target + place * 16, source, row < outputs)
+    """Return four weights of a row from first_row on, and of the row eight below if `paired`; zeros past the last."""
+    registers = cute.make_rmem_tensor(cute.make_layout((4, 2)), Float32)
+    registers.fill(0.0)
+    row, j, within, _, _ = fragment_place(index, config)
+    if (index < vectors) & (first_row + row < config.outputs):
+        column = j * (config.width // 4) + rank * (config.warps * WARP_CHANNELS // 4) + within
+        for half in cutlass.range_constexpr(2 if paired else 1):
+            source = cute.zipped_divide(fn[(first_row + 8 * half + row, None)], (4,))
+            cute.autovec_copy(source[(None,), column], registers[None, half])
+    return registers
+
+
+@cute.jit
+def store_weights(
+    weights: cute.Tensor,
+    registers: cute.Tensor,
+    index: Int32,
+    vectors: cutlass.Constexpr,
+    config: cutlass.Constexpr,
+    first: cutlass.Constexpr,
+    row_tiles: cutlass.Constexpr,
+):
+    """Store them as lanes read them: of a pair of rows a column of each, in turn."""
+    if index < vectors:
+        _, _, _, position, lane = fragment_place(index, config)
+        for half in cutlass.range_constexpr(2 if first + 1 < row_tiles else 1):
+            words = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+            for word in cutlass.range_constexpr(4):
+                if cutlass.const_expr(first + 1 < row_tiles):
+                    words[word] = registers[2 * half + word // 2, word % 2]
+                else:
+                    words[word] = registers[word, 0]
+            place = (position * row_tiles + first + half) * 32 + lane
+            cute.autovec_copy(words, cute.zipped_divide(weights, (4,))[(None,), place])
 
 
 @cute.jit
@@ -501,12 +536,6 @@ def write_if(wanted, scratch: cute.Tensor, place: Int32, value: Float32, add: cu
     else:
         if wanted:
             scratch[place] = value + scratch[place] if cutlass.const_expr(add) else value
-
-
-@cute.jit
-def select(wanted, a: Float32, b: Float32) -> Float32:
-    """Return a if `wanted`, else b."""
-    return a if wanted else b
 
 
 def sigmoid(x):
