@@ -118,8 +118,6 @@ def test_current_stream_no_synchronization_nothing_hidden(call: OpCall, inputs: 
 
 
 WORKSPACES = {
-    "hyper_connection_pre": 1,
-    "hyper_connection_head": 1,
     "route_experts": 1,
     "nvfp4_linear": 1,  # tokens expanded to bf16, where there are many
     "nvfp4_weight_only_experts": 5,  # order, passes, their number, hidden values, outputs of the pairs

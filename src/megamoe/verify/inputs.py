@@ -20,7 +20,12 @@ from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.kernels.parts.linear_stream import stream_limit
 from megamoe.kernels.parts.route_tiles import MANY_TOKENS
-from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
+from megamoe.ops.hyper_connection import (
+    hyper_connection_head,
+    hyper_connection_post,
+    hyper_connection_pre,
+    hyper_connection_pre_norm,
+)
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
 from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
@@ -145,6 +150,11 @@ def _hyper_connection_post(dims: Mapping[str, int], num_tokens: int, generator: 
 
 def _hyper_connection_pre(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     return _mixing(dims, num_tokens, generator, (2 + dims["X"]) * dims["X"], 3)
+
+
+def _hyper_connection_pre_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    weight = (1.0 + scaled(generator, dims["D"], scale=0.2)).bfloat16()
+    return {**_hyper_connection_pre(dims, num_tokens, generator), "weight": weight}
 
 
 def _hyper_connection_head(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
@@ -277,6 +287,7 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),
     ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
+    "hyper_connection_pre_norm": (OpInputs(hyper_connection_pre_norm, _hyper_connection_pre_norm, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
     "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),
 }

@@ -42,6 +42,7 @@ class Config:
         sinkhorn_iters: column steps; 0 for hyper_connection_head, which has none and no post and C.
         cluster: blocks that share a tile of tokens.
         prefetch, overlaps: trial.
+        norm: u is normalized with a bf16 weight before it is stored.
     """
 
     width: int
@@ -49,6 +50,7 @@ class Config:
     cluster: int
     prefetch: bool = True
     overlaps: bool = True
+    norm: bool = False
 
     @property
     def warps(self) -> int:
@@ -102,8 +104,8 @@ class Config:
 
     @property
     def result_floats(self) -> int:
-        """Streams' weights."""
-        return STREAMS * TOKENS
+        """Streams' weights, and the sums of u^2 that every block sends."""
+        return (STREAMS + self.cluster * self.norm) * TOKENS
 
     @property
     def shared_bytes(self) -> int:
@@ -119,14 +121,14 @@ def cluster_size(width: int) -> int:
     return small[-1] if width <= small[-1] * WARP_CHANNELS * MAX_WARPS else fitting[-1]
 
 
-def plan(width: int, sinkhorn_iters: int) -> Config:
+def plan(width: int, sinkhorn_iters: int, norm: bool) -> Config:
     """Return the configuration for a width."""
-    return Config(width, sinkhorn_iters, cluster_size(width))
+    return Config(width, sinkhorn_iters, cluster_size(width), norm=norm)
 
 
-def configs(dims: Mapping[str, int], sinkhorn_iters: int = 20) -> Iterator[Config]:
+def configs(dims: Mapping[str, int], sinkhorn_iters: int = 20, norm: bool = False) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield plan(dims["D"], sinkhorn_iters)
+    yield plan(dims["D"], sinkhorn_iters, norm)
 
 
 def run(
@@ -139,11 +141,16 @@ def run(
     sinkhorn_iters: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute hyper_connection_pre."""
+    post, comb = mixing_outputs(x)
+    u = collapse("hyper_connection_pre", x, fn, base, scale, None, norm_eps, hc_eps, sinkhorn_iters, post, comb)
+    return u, post, comb
+
+
+def mixing_outputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memory for post [T, 4] and C [T, 4, 4]."""
     num_tokens = x.shape[0]
     post = torch.empty((num_tokens, STREAMS), dtype=torch.float32, device=x.device)
-    comb = torch.empty((num_tokens, STREAMS, STREAMS), dtype=torch.float32, device=x.device)
-    u = collapse("hyper_connection_pre", x, fn, base, scale, norm_eps, hc_eps, sinkhorn_iters, post, comb)
-    return u, post, comb
+    return post, torch.empty((num_tokens, STREAMS, STREAMS), dtype=torch.float32, device=x.device)
 
 
 def collapse(
@@ -152,13 +159,14 @@ def collapse(
     fn: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
+    weight: torch.Tensor | None,
     norm_eps: float,
     hc_eps: float,
     sinkhorn_iters: int,
     post: torch.Tensor | None,
     comb: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Launch the kernel behind hyper_connection_pre (post and comb given) and hyper_connection_head (None)."""
+    """Launch the kernel behind hyper_connection_pre, _pre_norm (a weight given) and _head (no post and comb)."""
     num_tokens, streams, width = x.shape
     if streams != STREAMS or width % WARP_CHANNELS or x.dtype != torch.bfloat16:
         raise NotImplementedError(
@@ -168,11 +176,11 @@ def collapse(
     u = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
     if u.numel() == 0:
         return u
-    config = plan(width, sinkhorn_iters)
+    config = plan(width, sinkhorn_iters, weight is not None)
     if config.warps > MAX_WARPS:
         raise NotImplementedError(
-            f"{op}: the kernel takes up to {CLUSTERS[-1] * MAX_WARPS * WARP_CHANNELS} channels, all divided by 512 above "
-            f'{MAX_WARPS * WARP_CHANNELS}; got {width}. Run the reference: with megamoe.ops.use("reference").'
+            f"{op}: the kernel takes up to {CLUSTERS[-1] * MAX_WARPS * WARP_CHANNELS} channels, all divided by 1024 "
+            f'above {8 * MAX_WARPS * WARP_CHANNELS}; got {width}. Run the reference: with megamoe.ops.use("reference").'
         )
     launch = kernel(__name__, config, x.device)
     outputs = () if post is None or comb is None else (post, comb.view(num_tokens, STREAMS * STREAMS))
@@ -181,6 +189,7 @@ def collapse(
         as_rows(fn),
         as_vector(base),
         as_vector(scale),
+        *(() if weight is None else (as_vector(weight).view(torch.int32),)),
         u.view(torch.int32),
         *outputs,
         min(-(-num_tokens // TOKENS), max_clusters(config.cluster, x.device)),

@@ -30,6 +30,7 @@ LOADS = WARP_CHANNELS // STEP_VALUES  # 16-byte loads a lane for the channels of
 WORDS = 4  # of a 16-byte load
 SQUARES = STREAMS  # which row of a tile's sums is sum(x^2); rows of fn from STREAMS on follow it
 SHARED_ROWS = STREAMS + 1  # rows that every block of the cluster needs
+BARRIERS = 3  # of a group: two for the sums of tiles in turn, one for the sums of the norm
 
 
 def program(config: Config):
@@ -40,15 +41,19 @@ def program(config: Config):
     base = symbolic_vector(Float32, config.outputs)
     u = symbolic_rows(Uint32, num_tokens, config.width // 2)
     numbers = (Int32(0), Float32(0.0), Float32(0.0), current_stream())
+    program = HyperConnectionPre(config)
     if not config.sinkhorn_iters:
-        return HyperConnectionPre(config).head, (x, fn, base, symbolic_vector(Float32, 1), u, *numbers)
+        return program.head, (x, fn, base, symbolic_vector(Float32, 1), u, *numbers)
     post = symbolic_rows(Float32, num_tokens, STREAMS, 4)
     comb = symbolic_rows(Float32, num_tokens, STREAMS * STREAMS)
-    return HyperConnectionPre(config).pre, (x, fn, base, symbolic_vector(Float32, 3), u, post, comb, *numbers)
+    arguments = (x, fn, base, symbolic_vector(Float32, 3))
+    if config.norm:
+        return program.pre_norm, (*arguments, symbolic_vector(Uint32, config.width // 2), u, post, comb, *numbers)
+    return program.pre, (*arguments, u, post, comb, *numbers)
 
 
 class HyperConnectionPre:
-    """m = (x . fn^T) * rsqrt(mean(x^2) + norm_eps); pre, post and C of m; u = sum_j pre_j * x_j."""
+    """m = (x . fn^T) * rsqrt(mean(x^2) + norm_eps); pre, post and C of m; u = sum_j pre_j * x_j, or its norm."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -58,15 +63,21 @@ class HyperConnectionPre:
 
     @cute.jit
     def pre(self, x, fn, base, scale, u, post, comb, num_clusters: Int32, norm_eps: Float32, hc_eps: Float32, stream):
-        self._launch(x, fn, base, scale, u, post, comb, num_clusters, norm_eps, hc_eps, stream)
+        self._launch(x, fn, base, scale, None, u, post, comb, num_clusters, norm_eps, hc_eps, stream)
+
+    @cute.jit
+    def pre_norm(
+        self, x, fn, base, scale, weight, u, post, comb, num_clusters: Int32, norm_eps: Float32, hc_eps: Float32, stream
+    ):
+        self._launch(x, fn, base, scale, weight, u, post, comb, num_clusters, norm_eps, hc_eps, stream)
 
     @cute.jit
     def head(self, x, fn, base, scale, u, num_clusters: Int32, norm_eps: Float32, hc_eps: Float32, stream):
-        self._launch(x, fn, base, scale, u, None, None, num_clusters, norm_eps, hc_eps, stream)
+        self._launch(x, fn, base, scale, None, u, None, None, num_clusters, norm_eps, hc_eps, stream)
 
-    def _launch(self, x, fn, base, scale, u, post, comb, num_clusters, norm_eps, hc_eps, stream):
+    def _launch(self, x, fn, base, scale, weight, u, post, comb, num_clusters, norm_eps, hc_eps, stream):
         config = self.config
-        self.kernel(x, fn, base, scale, u, post, comb, num_clusters, norm_eps, hc_eps).launch(
+        self.kernel(x, fn, base, scale, weight, u, post, comb, num_clusters, norm_eps, hc_eps).launch(
             grid=(config.cluster, num_clusters, 1),
             block=(self.group_threads * config.groups, 1, 1),
             cluster=(config.cluster, 1, 1),
@@ -81,6 +92,7 @@ class HyperConnectionPre:
         fn: cute.Tensor,
         base: cute.Tensor,
         scale: cute.Tensor,
+        weight,
         u: cute.Tensor,
         post,
         comb,
@@ -97,7 +109,7 @@ class HyperConnectionPre:
         num_tiles = (u.shape[0] + (TOKENS - 1)) // TOKENS
 
         shared = cutlass.memory.SmemAllocator()
-        barriers = shared.allocate_array(Int64, 2 * config.groups).toint()
+        barriers = shared.allocate_array(Int64, BARRIERS * config.groups).toint()
         weights = shared.allocate_tensor(Float32, cute.make_layout(config.weight_floats), 128)
         scratch = shared.allocate_tensor(Float32, cute.make_layout((config.scratch_floats, config.groups)))
         received = shared.allocate_tensor(Float32, cute.make_layout((config.received_floats, 2, config.groups)))
@@ -105,7 +117,7 @@ class HyperConnectionPre:
         numbers = shared.allocate_tensor(Float32, cute.make_layout(32))
 
         if tidx == 0:
-            for index in cutlass.range_constexpr(2 * config.groups):
+            for index in cutlass.range_constexpr(BARRIERS * config.groups):
                 init_barrier(barriers + index * 8, Int32(1))
             publish_barriers()
         self._stage_weights(fn, base, scale, weights, numbers, rank, tidx)
@@ -121,12 +133,13 @@ class HyperConnectionPre:
         self._load(x, held, first_tile, num_tiles, u.shape[0], channel, lane)
         cute.arch.cluster_wait()  # every block has made its barriers
         cute.arch.sync_threads()  # every thread's weights have come
-        own = (scratch[None, group], received[None, None, group], results[None, group], barriers + group * 16)
+        own = (scratch[None, group], received[None, None, group], results[None, group])
+        own_barriers = barriers + group * (8 * BARRIERS)
         turn = Int32(0)
         for tile in cutlass.range(first_tile, num_tiles, stride, unroll=1):
             self._tile(
-                x, u, post, comb, held, weights, own, numbers, tile, stride, num_tiles, turn, rank, group, thread, warp,
-                lane, channel, norm_eps, hc_eps,
+                x, weight, u, post, comb, held, weights, own, own_barriers, numbers, tile, stride, num_tiles, turn,
+                rank, group, thread, warp, lane, channel, norm_eps, hc_eps,
             )
             turn = turn + 1
         cute.arch.cluster_arrive()
@@ -157,12 +170,14 @@ class HyperConnectionPre:
     def _tile(
         self,
         x: cute.Tensor,
+        weight,
         u: cute.Tensor,
         post,
         comb,
         held: cute.Tensor,
         weights: cute.Tensor,
         own,
+        barriers: Int32,
         numbers: cute.Tensor,
         tile: Int32,
         stride: Int32,
@@ -179,11 +194,13 @@ class HyperConnectionPre:
     ):
         """Work on one tile of tokens."""
         config = self.config
-        scratch, received, results, barriers = own
+        scratch, received, results = own
         parity, phase = turn % 2, turn // 2 % 2
         barrier = barriers + parity * 8
         inbox = received[None, parity]
         expect_bytes_if(thread == 0, barrier, Int32(4 * config.received_floats))
+        if cutlass.const_expr(weight is not None):
+            expect_bytes_if(thread == 0, barriers + 16, Int32(4 * config.cluster * TOKENS))
         if cutlass.const_expr(config.prefetch):
             self._prefetch(x, tile + stride, num_tiles, rank, thread)
         blocks, squares = self._project(weights, held, warp, lane)
@@ -194,9 +211,12 @@ class HyperConnectionPre:
             inbox, results, numbers, post, comb, tile, rank, thread, u.shape[0], norm_eps, hc_eps
         )
         self._group_barrier(group)
-        for which in cutlass.range_constexpr(2):
-            self._store_collapsed(held, results, u, channel, tile, which, lane)
+        packed = self._collapse(held, results, lane)
         self._load(x, held, tile + stride, num_tiles, u.shape[0], channel, lane)
+        if cutlass.const_expr(weight is not None):
+            self._normalize(packed, weight, scratch, results, barriers + 16, turn, rank, group, thread, warp, lane, channel, norm_eps)
+        for which in cutlass.range_constexpr(2):
+            store_tokens(packed[None, None, which], u, tile * TOKENS + 8 * which + lane // 4, channel)
 
     def _group_barrier(self, group):
         """Wait for the other warps of this group."""
@@ -254,7 +274,7 @@ class HyperConnectionPre:
 
     def _unpacked(self, held, load, j, step, half):
         """Return four values of a token as bits of fp32."""
-        # Not by bf16_pair: the compiler would see that _store_collapsed unpacks the same words and keep 128 values for it.
+        # Not by bf16_pair: the compiler would see that _collapse unpacks the same words and keep 128 values for it.
         words = [held[2 * step + pair, load, j, half] for pair in range(2)]
         return [gather_bytes(word, Uint32(0), selector) for word in words for selector in (0x1044, 0x3244)]
 
@@ -361,32 +381,56 @@ class HyperConnectionPre:
         square = self._total(inbox, SQUARES * TOKENS + local, SHARED_ROWS * TOKENS)
         return cute.math.rsqrt(square / (STREAMS * self.config.width) + norm_eps)
 
-    @cute.jit
-    def _store_collapsed(
-        self,
-        held: cute.Tensor,
-        results: cute.Tensor,
-        u: cute.Tensor,
-        channel: Int32,
-        tile: Int32,
-        which: cutlass.Constexpr,
-        lane: Int32,
-    ):
-        """u = sum_j pre_j * x_j, j ascending."""
-        local = 8 * which + lane // 4
-        token = tile * TOKENS + local
-        if token < u.shape[0]:
-            pre = [results[j * TOKENS + local] for j in range(STREAMS)]
-            target = cute.zipped_divide(u[(token, None)], (WORDS,))
-            for load in cutlass.range_constexpr(LOADS):
-                packed = cute.make_rmem_tensor(cute.make_layout(WORDS), Uint32)
-                for word in cutlass.range_constexpr(WORDS):
-                    pairs = [bf16_pair(held[word, load, j, which]) for j in range(STREAMS)]
+    def _collapse(self, held, results, lane):
+        """Return u = sum_j pre_j * x_j, j ascending, of this lane's tokens and channels, as pairs of bf16."""
+        packed = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS, 2)), Uint32)
+        for half in range(2):
+            pre = [results[j * TOKENS + 8 * half + lane // 4] for j in range(STREAMS)]
+            for load in range(LOADS):
+                for word in range(WORDS):
+                    pairs = [bf16_pair(held[word, load, j, half]) for j in range(STREAMS)]
                     low, high = pairs[0][0] * pre[0], pairs[0][1] * pre[0]
-                    for j in cutlass.range_constexpr(1, STREAMS):
+                    for j in range(1, STREAMS):
                         low, high = low + pairs[j][0] * pre[j], high + pairs[j][1] * pre[j]
-                    packed[word] = bf16_word(low, high)
-                cute.autovec_copy(packed, target[(None,), (channel + STEP_VALUES * load) // 8])
+                    packed[word, load, half] = bf16_word(low, high)
+        return packed
+
+    def _normalize(
+        self, packed, weight, scratch, results, barrier, turn, rank, group, thread, warp, lane, channel, norm_eps
+    ):
+        """Make y = weight * u * rsqrt(mean(u^2) + norm_eps) of u, in place; the sum goes over all blocks."""
+        config = self.config
+        for half in range(2):
+            square = Float32(0.0)
+            for load in range(LOADS):
+                for word in range(WORDS):
+                    low, high = bf16_pair(packed[word, load, half])
+                    square = square + low * low + high * high
+            square = square + cute.arch.shuffle_sync_bfly(square, offset=1)
+            square = square + cute.arch.shuffle_sync_bfly(square, offset=2)
+            write_if(lane % 4 == 0, scratch, warp * TOKENS + 8 * half + lane // 4, square, False)
+        self._group_barrier(group)
+        push_norm(scratch, results, barrier, rank, thread, config)
+        wait_barrier(barrier, turn % 2)
+        values = cute.zipped_divide(weight, (WORDS,))
+        factors = [self._norm_factor(results, 8 * half + lane // 4, norm_eps) for half in range(2)]
+        for load in range(LOADS):
+            words = cute.make_rmem_tensor(cute.make_layout(WORDS), Uint32)
+            cute.autovec_copy(values[(None,), (channel + STEP_VALUES * load) // 8], words)
+            for word in range(WORDS):
+                pair = bf16_pair(words[word])
+                for half in range(2):
+                    low, high = bf16_pair(packed[word, load, half])
+                    low, high = low * factors[half] * pair[0], high * factors[half] * pair[1]
+                    packed[word, load, half] = bf16_word(low, high)
+
+    def _norm_factor(self, results, local, norm_eps):
+        """Return rsqrt(mean(u^2) + norm_eps) of a token of the tile."""
+        first = STREAMS * TOKENS + local
+        total = results[first]
+        for block in range(1, self.config.cluster):
+            total = total + results[first + block * TOKENS]
+        return cute.math.rsqrt(total / self.config.width + norm_eps)
 
     @cute.jit
     def _mix(
@@ -518,6 +562,29 @@ def stage_numbers(
         numbers[4 + tidx] = base[tidx]
         if tidx < num_scales:
             numbers[tidx] = scale[tidx]
+
+
+@cute.jit
+def push_norm(
+    scratch: cute.Tensor, results: cute.Tensor, barrier: Int32, rank: Int32, thread: Int32, config: cutlass.Constexpr
+):
+    """Add up the block's warps and send the sums of u^2, one a token, to every block."""
+    if thread < TOKENS:
+        total = scratch[thread]
+        for warp in cutlass.range_constexpr(1, config.warps):
+            total = total + scratch[warp * TOKENS + thread]
+        target = shared_address_of(results) + (STREAMS * TOKENS + rank * TOKENS + thread) * 4
+        for peer in cutlass.range_constexpr(config.cluster):
+            store_to_block(Int32(peer), target, total, barrier)
+
+
+@cute.jit
+def store_tokens(packed: cute.Tensor, u: cute.Tensor, token: Int32, channel: Int32):
+    """Store a lane's channels of a token, if there is such a token."""
+    if token < u.shape[0]:
+        target = cute.zipped_divide(u[(token, None)], (WORDS,))
+        for load in cutlass.range_constexpr(LOADS):
+            cute.autovec_copy(packed[None, load], target[(None,), (channel + STEP_VALUES * load) // 8])
 
 
 @cute.jit
