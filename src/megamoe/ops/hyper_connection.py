@@ -90,10 +90,14 @@ def hyper_connection_pre_norm(
     """Collapse the streams and norm the result: hyper_connection_pre, then rms_norm of its u.
 
     Args:
-        x, fn, base, scale: as hyper_connection_pre takes them.
+        x: [T, X, D] bf16 or fp32, the streams. T may be 0.
+        fn: [(2 + X) * X, X * D] fp32, as hyper_connection_pre takes it.
+        base: [(2 + X) * X] fp32.
+        scale: [3] fp32, for pre, post and C.
         weight: [D] bf16 or fp32, of the norm.
         norm_eps: added to the mean of squares of the streams, and to that of u.
-        hc_eps, sinkhorn_iters: as hyper_connection_pre takes them.
+        hc_eps: added to pre, to C and to every Sinkhorn divisor.
+        sinkhorn_iters: number of column steps, at least 1.
 
     Returns:
         y [T, D] in the dtype of x, post [T, X] fp32, C [T, X, X] fp32; newly allocated.

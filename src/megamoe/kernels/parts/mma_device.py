@@ -24,32 +24,23 @@ def mma(accumulators, a, b):
     )
 
 
-def mma_tf32(accumulators, a, b):
-    """Return accumulators + a @ b, 16 x 8 by 8 x 8: 4 fp32 accumulators, 4 words of a and 2 of b, each a tf32 value."""
-    return inline_ptx(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{{$w0}, {$w1}, {$w2}, {$w3}}, {{$r0}, {$r1}, {$r2}, {$r3}}, {{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
-        write_only_types=[Float32] * 4,
-        read_only_args=[*a, *b, *accumulators],
-    )
-
-
-def split_in_two(word):
-    """Return two tf32 values whose sum is an fp32 value, given as its bits, but for its last two of 24 bits at most.
-
-    The first is the value's upper 11 significant bits, the second what is left: 13 bits, of which the matrix unit takes 11.
-    """
+def split_in_two(low, high):
+    """Return two bf16 pairs, each part rounded to nearest, that add up to two fp32 values within 2^-17 of each."""
     return inline_ptx(
         """{
-        .reg .f32 value, upper, rest;
-        and.b32 {$w0}, {$r0}, 0xFFFFE000;
-        mov.b32 value, {$r0};
-        mov.b32 upper, {$w0};
-        sub.rn.f32 rest, value, upper;
-        mov.b32 {$w1}, rest;
+        .reg .b32 lowbits, highbits;
+        .reg .f32 lowpart, highpart;
+        cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};
+        shl.b32 lowbits, {$w0}, 16;
+        and.b32 highbits, {$w0}, 0xFFFF0000;
+        mov.b32 lowpart, lowbits;
+        mov.b32 highpart, highbits;
+        sub.rn.f32 lowpart, {$r0}, lowpart;
+        sub.rn.f32 highpart, {$r1}, highpart;
+        cvt.rn.bf16x2.f32 {$w1}, highpart, lowpart;
         }""",
         write_only_types=[Uint32] * 2,
-        read_only_args=[word],
+        read_only_args=[low, high],
     )
 
 

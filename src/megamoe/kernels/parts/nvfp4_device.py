@@ -64,7 +64,9 @@ def row_tensor_scale(thread: RowThread, amaxes, scratch):
     return divide(max_keeping_nan(amax, Float32(AMAX_FLOOR)), Float32(TENSOR_SCALE_DIVISOR))
 
 
-def store_nvfp4(thread: RowThread, registers, amaxes, tensor_scale, codes: cute.Tensor, scales: cute.Tensor, tiled=False):
+def store_nvfp4(
+    thread: RowThread, registers, amaxes, tensor_scale, codes: cute.Tensor, scales: cute.Tensor, tiled=False
+):
     """Quantize a thread's blocks and store their codes and scales.
 
     Args:
@@ -128,7 +130,9 @@ def quantize_bf16(block: cute.Tensor, step: Float32, words: cute.Tensor):
         for half in cutlass.range_constexpr(2):
             quotients = []
             for word in cutlass.range_constexpr(4):
-                quotients += [divide(value, step) for value in bf16_pair(block[4 * half + word] & Uint32(PAIR_MAGNITUDE))]
+                quotients += [
+                    divide(value, step) for value in bf16_pair(block[4 * half + word] & Uint32(PAIR_MAGNITUDE))
+                ]
             words[half] = word_of(quotients) | pair_signs([block[4 * half + word] for word in range(4)])
 
 

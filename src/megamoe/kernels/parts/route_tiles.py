@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router scores sqrt(softplus(x @ gate.T)) for many tokens, the first of the two kernels behind route_experts.
 
-Tile       128 tokens by up to 256 experts; a cluster of blocks shares it, each with a part of K, so that a gate row is
+Tile       128 tokens by up to 192 experts; a cluster of blocks shares it, each with a part of K, so that a gate row is
            read once for 128 tokens and a token once for all experts of the tile
 Order      the parts of K ascending: another one than that of parts/route_scores.py, which takes fewer tokens
 Memory     16-byte copies into a ring in shared memory, fragments by ldmatrix
@@ -20,7 +20,7 @@ from megamoe.kernels.store import kernel
 
 THREADS = 256
 TILE_TOKENS = 128
-MAX_TILE_EXPERTS = 256
+MAX_TILE_EXPERTS = 192  # so that two blocks share a tile of 256 or 384: of clusters of two all are resident at once
 STAGES = 4
 STAGE_COLUMNS = 64
 ROW_BYTES = 2 * STAGE_COLUMNS  # of a stage

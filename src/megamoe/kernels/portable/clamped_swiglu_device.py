@@ -52,7 +52,10 @@ class ClampedSwiglu:
 
     def _launch(self, gate, up, row_weight, y, limit, stream):
         self.kernel(gate, up, row_weight, y, limit).launch(
-            grid=(num_blocks(self.tile, gate.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
+            grid=(num_blocks(self.tile, gate.shape[0]), 1, 1),
+            block=(self.tile.threads, 1, 1),
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel

@@ -41,15 +41,12 @@ class Config:
         width: D.
         sinkhorn_iters: column steps; 0 for hyper_connection_head, which has none and no post and C.
         cluster: blocks that share a tile of tokens.
-        prefetch, overlaps: trial.
         norm: u is normalized with a bf16 weight before it is stored.
     """
 
     width: int
     sinkhorn_iters: int
     cluster: int
-    prefetch: bool = True
-    overlaps: bool = True
     norm: bool = False
 
     @property
@@ -78,8 +75,8 @@ class Config:
         return self.own_tokens * (self.outputs - STREAMS)
 
     @property
-    def weight_floats(self) -> int:
-        """This block's columns of fn, rows padded to a multiple of 8."""
+    def weight_words(self) -> int:
+        """This block's columns of fn in two bf16 parts, rows padded to a multiple of 8."""
         return -(-self.outputs // 8) * 8 * STREAMS * self.warps * WARP_CHANNELS
 
     @property
@@ -108,10 +105,14 @@ class Config:
         return (STREAMS + self.cluster * self.norm) * TOKENS
 
     @property
+    def room_floats(self) -> int:
+        """Shared memory of a group: its sums, its results, and two inboxes for tiles in turn."""
+        return self.scratch_floats + self.result_floats + 2 * self.received_floats
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a block, alignment aside."""
-        group = self.scratch_floats + 2 * self.received_floats + self.result_floats
-        return 4 * (self.weight_floats + self.groups * (group + 4) + 32)
+        return 4 * (self.weight_words + self.groups * (self.room_floats + 6) + 32)
 
 
 def cluster_size(width: int) -> int:
@@ -123,7 +124,7 @@ def cluster_size(width: int) -> int:
 
 def plan(width: int, sinkhorn_iters: int, norm: bool) -> Config:
     """Return the configuration for a width."""
-    return Config(width, sinkhorn_iters, cluster_size(width), norm=norm)
+    return Config(width, sinkhorn_iters, cluster_size(width), norm)
 
 
 def configs(dims: Mapping[str, int], sinkhorn_iters: int = 20, norm: bool = False) -> Iterator[Config]:

@@ -14,8 +14,8 @@ from megamoe.kernels.parts.memory_device import (
     publish_barriers,
     wait_barrier,
 )
-from megamoe.kernels.parts.mma_device import STEP_VALUES, bf16_pair, mma_tf32, split_in_two, zeros
-from megamoe.kernels.parts.ptx_device import bf16_word, from_bits, gather_bytes, quick_reciprocal
+from megamoe.kernels.parts.mma_device import STEP_VALUES, bf16_pair, mma, split_in_two, zeros
+from megamoe.kernels.parts.ptx_device import bf16_word, quick_reciprocal
 from megamoe.kernels.parts.rows_device import current_stream, symbolic_rows, symbolic_vector
 from megamoe.kernels.portable.hyper_connection_pre import (
     SCRATCH_STRIDE,
@@ -59,7 +59,6 @@ class HyperConnectionPre:
         self.config = config
         self.row_tiles = -(-config.outputs // 8)
         self.group_threads = 32 * config.warps
-        self.num_scales = 3 if config.sinkhorn_iters else 1
 
     @cute.jit
     def pre(self, x, fn, base, scale, u, post, comb, num_clusters: Int32, norm_eps: Float32, hc_eps: Float32, stream):
@@ -82,7 +81,7 @@ class HyperConnectionPre:
             block=(self.group_threads * config.groups, 1, 1),
             cluster=(config.cluster, 1, 1),
             stream=stream,
-            use_pdl=config.overlaps,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -102,208 +101,166 @@ class HyperConnectionPre:
     ):
         config = self.config
         tidx, _, _ = cute.arch.thread_idx()
-        rank, cluster, _ = cute.arch.block_idx()
-        warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-        group, warp = warp // config.warps, warp % config.warps
-        thread = tidx - group * self.group_threads
+        self.rank, cluster, _ = cute.arch.block_idx()
+        warp, self.lane = cute.arch.warp_idx(), cute.arch.lane_idx()
+        self.group, self.warp = warp // config.warps, warp % config.warps
+        self.thread = tidx - self.group * self.group_threads
+        self.norm_eps, self.hc_eps, self.num_tokens = norm_eps, hc_eps, u.shape[0]
         num_tiles = (u.shape[0] + (TOKENS - 1)) // TOKENS
 
         shared = cutlass.memory.SmemAllocator()
         barriers = shared.allocate_array(Int64, BARRIERS * config.groups).toint()
-        weights = shared.allocate_tensor(Float32, cute.make_layout(config.weight_floats), 128)
-        scratch = shared.allocate_tensor(Float32, cute.make_layout((config.scratch_floats, config.groups)))
-        received = shared.allocate_tensor(Float32, cute.make_layout((config.received_floats, 2, config.groups)))
-        results = shared.allocate_tensor(Float32, cute.make_layout((config.result_floats, config.groups)))
-        numbers = shared.allocate_tensor(Float32, cute.make_layout(32))
+        weights = shared.allocate_tensor(Uint32, cute.make_layout(config.weight_words), 128)
+        rooms = shared.allocate_tensor(Float32, cute.make_layout((config.room_floats, config.groups)))
+        self.numbers = shared.allocate_tensor(Float32, cute.make_layout(32))
+        room = rooms[None, self.group].iterator
+        self.scratch = cute.make_tensor(room, cute.make_layout(config.scratch_floats))
+        self.results = cute.make_tensor(room + config.scratch_floats, cute.make_layout(config.result_floats))
+        self.inboxes = room + (config.scratch_floats + config.result_floats)
+        self.barriers = barriers + self.group * (8 * BARRIERS)
 
         if tidx == 0:
             for index in cutlass.range_constexpr(BARRIERS * config.groups):
                 init_barrier(barriers + index * 8, Int32(1))
             publish_barriers()
-        self._stage_weights(fn, base, scale, weights, numbers, rank, tidx)
+        self._stage_weights(fn, base, scale, weights, tidx)
         cute.arch.cluster_arrive()
-        if cutlass.const_expr(config.overlaps):
-            cute.arch.griddepcontrol_wait()  # the weights do not depend on the kernel before this one, the streams do
-            cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()  # the weights do not depend on the kernel before this one, the streams do
+        cute.arch.griddepcontrol_launch_dependents()
 
         # This lane's share of the streams: tokens lane // 4 of each half of a tile, channels from `channel` on.
-        channel = (rank * config.warps + warp) * WARP_CHANNELS + 8 * (lane % 4)
+        self.channel = (self.rank * config.warps + self.warp) * WARP_CHANNELS + 8 * (self.lane % 4)
         held = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS, STREAMS, 2)), Uint32)
-        first_tile, stride = cluster + num_clusters * group, num_clusters * config.groups
-        self._load(x, held, first_tile, num_tiles, u.shape[0], channel, lane)
+        first_tile, stride = cluster + num_clusters * self.group, num_clusters * config.groups
+        load_tile(x, held, first_tile, num_tiles, self.num_tokens, self.channel, self.lane)
         cute.arch.cluster_wait()  # every block has made its barriers
         cute.arch.sync_threads()  # every thread's weights have come
-        own = (scratch[None, group], received[None, None, group], results[None, group])
-        own_barriers = barriers + group * (8 * BARRIERS)
         turn = Int32(0)
         for tile in cutlass.range(first_tile, num_tiles, stride, unroll=1):
-            self._tile(
-                x, weight, u, post, comb, held, weights, own, own_barriers, numbers, tile, stride, num_tiles, turn,
-                rank, group, thread, warp, lane, channel, norm_eps, hc_eps,
-            )
+            self._collapse_tile(x, u, weight, post, comb, weights, held, tile, turn, stride, num_tiles)
             turn = turn + 1
         cute.arch.cluster_arrive()
         if cutlass.const_expr(comb is not None):
             cute.arch.sync_threads()  # the logits of every group are there
-            self._mix(comb, hc_eps, rank, cluster, num_clusters, num_tiles, tidx, u.shape[0])
+            self._mix(comb, hc_eps, self.rank, cluster, num_clusters, num_tiles, tidx, u.shape[0])
         cute.arch.cluster_wait()  # no block leaves before the others have stopped writing to it
 
-    def _stage_weights(self, fn, base, scale, weights, numbers, rank, tidx):
+    def _stage_weights(self, fn, base, scale, weights, tidx):
         """Bring this block's columns of fn to shared memory, in the order in which lanes read them."""
         config = self.config
         vectors = 8 * STREAMS * config.warps * WARP_CHANNELS // 4  # of eight rows
         threads = self.group_threads * config.groups
         turns = [(first, start) for first in range(0, self.row_tiles, 2) for start in range(0, vectors, threads)]
         loaded = [
-            load_weights(fn, 8 * first, start + tidx, vectors, config, first + 1 < self.row_tiles, rank)
+            load_weights(fn, 8 * first, start + tidx, vectors, config, first + 1 < self.row_tiles, self.rank)
             for first, start in turns
         ]
         for (first, start), registers in zip(turns, loaded, strict=True):
             store_weights(weights, registers, start + tidx, vectors, config, first, self.row_tiles)
-        stage_numbers(base, scale, numbers, tidx, config.outputs, self.num_scales)
+        stage_numbers(base, scale, self.numbers, tidx, config.outputs, 3 if config.sinkhorn_iters else 1)
 
-    def _load(self, x, held, tile, num_tiles, num_tokens, channel, lane):
-        """Start loading a tile, if there is one."""
-        load_tile(x, held, tile, num_tiles, num_tokens, channel, lane)
-
-    @cute.jit
-    def _tile(
-        self,
-        x: cute.Tensor,
-        weight,
-        u: cute.Tensor,
-        post,
-        comb,
-        held: cute.Tensor,
-        weights: cute.Tensor,
-        own,
-        barriers: Int32,
-        numbers: cute.Tensor,
-        tile: Int32,
-        stride: Int32,
-        num_tiles: Int32,
-        turn: Int32,
-        rank: Int32,
-        group: Int32,
-        thread: Int32,
-        warp: Int32,
-        lane: Int32,
-        channel: Int32,
-        norm_eps: Float32,
-        hc_eps: Float32,
-    ):
-        """Work on one tile of tokens."""
+    def _collapse_tile(self, x, u, weight, post, comb, weights, held, tile, turn, stride, num_tiles):
+        """Work on the tile in registers, and start loading this group's next one."""
         config = self.config
-        scratch, received, results = own
-        parity, phase = turn % 2, turn // 2 % 2
-        barrier = barriers + parity * 8
-        inbox = received[None, parity]
-        expect_bytes_if(thread == 0, barrier, Int32(4 * config.received_floats))
-        if cutlass.const_expr(weight is not None):
-            expect_bytes_if(thread == 0, barriers + 16, Int32(4 * config.cluster * TOKENS))
-        if cutlass.const_expr(config.prefetch):
-            self._prefetch(x, tile + stride, num_tiles, rank, thread)
-        blocks, squares = self._project(weights, held, warp, lane)
-        self._share_in_block(blocks, squares, scratch, group, warp, lane)
-        self._push(scratch, inbox, barrier, rank, thread)
-        wait_barrier(barrier, phase)
-        self._sum_over_cluster(
-            inbox, results, numbers, post, comb, tile, rank, thread, u.shape[0], norm_eps, hc_eps
+        barrier, norm_barrier = self.barriers + turn % 2 * 8, self.barriers + 16
+        inbox = cute.make_tensor(
+            self.inboxes + turn % 2 * config.received_floats, cute.make_layout(config.received_floats)
         )
-        self._group_barrier(group)
-        packed = self._collapse(held, results, lane)
-        self._load(x, held, tile + stride, num_tiles, u.shape[0], channel, lane)
-        if cutlass.const_expr(weight is not None):
-            self._normalize(packed, weight, scratch, results, barriers + 16, turn, rank, group, thread, warp, lane, channel, norm_eps)
-        for which in cutlass.range_constexpr(2):
-            store_tokens(packed[None, None, which], u, tile * TOKENS + 8 * which + lane // 4, channel)
+        expect_bytes_if(self.thread == 0, barrier, Int32(4 * config.received_floats))
+        if config.norm:
+            expect_bytes_if(self.thread == 0, norm_barrier, Int32(4 * config.cluster * TOKENS))
+        self._prefetch(x, tile + stride, num_tiles)
+        blocks, squares = self._project(weights, held)
+        self._share_in_block(blocks, squares)
+        self._push(self.scratch, inbox, barrier, self.rank, self.thread)
+        wait_barrier(barrier, turn // 2 % 2)
+        self._sum_over_cluster(
+            inbox,
+            self.results,
+            self.numbers,
+            post,
+            comb,
+            tile,
+            self.rank,
+            self.thread,
+            self.num_tokens,
+            self.norm_eps,
+            self.hc_eps,
+        )
+        self._group_barrier()
+        packed = self._collapsed(held)
+        load_tile(x, held, tile + stride, num_tiles, self.num_tokens, self.channel, self.lane)
+        if config.norm:
+            self._normalize(packed, weight, norm_barrier, turn)
+        for half in range(2):
+            store_tokens(packed[None, None, half], u, tile * TOKENS + 8 * half + self.lane // 4, self.channel)
 
-    def _group_barrier(self, group):
+    def _group_barrier(self):
         """Wait for the other warps of this group."""
-        cute.arch.barrier(barrier_id=group + 1, number_of_threads=self.group_threads)
+        cute.arch.barrier(barrier_id=self.group + 1, number_of_threads=self.group_threads)
 
-    @cute.jit
-    def _prefetch(self, x: cute.Tensor, tile: Int32, num_tiles: Int32, rank: Int32, thread: Int32):
+    def _prefetch(self, x, tile, num_tiles):
         """Ask for a later tile to be in L2: one thread a row."""
-        config = self.config
-        num_bytes = 2 * config.warps * WARP_CHANNELS
-        rows = TOKENS * STREAMS
-        for start in cutlass.range_constexpr(0, rows, self.group_threads):
-            row = tile * rows + start + thread
-            wanted = (start + thread < rows) & (tile < num_tiles) & (row < x.shape[0])
-            row = cutlass.min(row, x.shape[0] - 1)
-            address = x[(row, None)].iterator.toint() + rank * num_bytes
+        num_bytes, rows = 2 * self.config.warps * WARP_CHANNELS, TOKENS * STREAMS
+        for start in range(0, rows, self.group_threads):
+            row = tile * rows + start + self.thread
+            wanted = (start + self.thread < rows) & (tile < num_tiles) & (row < x.shape[0])
+            address = x[(cutlass.min(row, x.shape[0] - 1), None)].iterator.toint() + self.rank * num_bytes
             prefetch_if(wanted, address, num_bytes)
 
-    def _project(self, weights, held, warp, lane):
-        """Return this warp's sums: 8 x 8 blocks of rows of fn by tokens, and sum(x^2) of this lane's share of tokens.
+    def _project(self, weights, held):
+        """Return this warp's sums: 8 x 8 blocks of rows of fn by tokens, and tokens by tokens for sum(x^2).
 
-        Weights are the 16 rows of the matrix unit: two blocks of 8 at a time, and for the odd one both of its parts.
+        The 16 rows of the matrix unit are two blocks of 8 rows of fn, first one part of them, then the other; or both
+        parts of the odd block; or 16 tokens.
         """
-        pairs, odd, squares = zeros(4, 2), zeros(4, 2), zeros(2)
-        address = shared_address_of(weights) + warp * (STEPS * self.row_tiles * 512) + lane * 16
+        pairs, odd, squares = zeros(4, 2), zeros(4, 2), zeros(4, 2)
+        address = shared_address_of(weights) + self.warp * (STEPS * self.row_tiles * 512) + self.lane * 16
         for j in range(STREAMS):
             for load in range(LOADS):
                 for step in range(2):
-                    tokens = [self._unpacked(held, load, j, step, half) for half in range(2)]  # [half][4 columns]
-                    for half in range(2):
-                        for word in tokens[half]:
-                            squares[half] = squares[half] + from_bits(word) * from_bits(word)
+                    tokens = [[held[2 * step + pair, load, j, half] for pair in range(2)] for half in range(2)]
                     position = (j * LOADS + load) * 2 + step
-                    parts = []  # [vector of the fragment][word][part]
-                    for row_tile in range(self.row_tiles):
-                        words = load_shared(address + (position * self.row_tiles + row_tile) * 512, 4)
-                        parts.append([split_in_two(word) for word in words])
-                    for first in (0, 1):  # of the two pairs of columns
-                        columns = [tokens[half][2 * first : 2 * first + 2] for half in range(2)]
-                        if self.row_tiles > 1:
-                            for part in range(2):
-                                a = [word[part] for word in parts[first]]
-                                for half in range(2):
-                                    accumulate(pairs, half, a, columns[half])
-                        a = [part for word in parts[-1][2 * first : 2 * first + 2] for part in word]
+                    for which in range(self.row_tiles):
+                        a = load_shared(address + (position * self.row_tiles + which) * 512, 4)
                         for half in range(2):
-                            accumulate(odd, half, a, columns[half])
+                            accumulate(odd if which == self.row_tiles - 1 else pairs, half, a, tokens[half])
+                    a = [tokens[half][pair] for pair in range(2) for half in range(2)]
+                    for half in range(2):
+                        accumulate(squares, half, a, tokens[half])
         blocks = []
         for half in range(2):
             if self.row_tiles > 1:
                 for block in range(2):
                     blocks.append((block, half, [pairs[2 * block + index, half] for index in range(2)]))
             blocks.append((self.row_tiles - 1, half, [odd[index, half] + odd[2 + index, half] for index in range(2)]))
-        return blocks, squares
+        return blocks, [[squares[2 * half + index, half] for index in range(2)] for half in range(2)]
 
-    def _unpacked(self, held, load, j, step, half):
-        """Return four values of a token as bits of fp32."""
-        # Not by bf16_pair: the compiler would see that _collapse unpacks the same words and keep 128 values for it.
-        words = [held[2 * step + pair, load, j, half] for pair in range(2)]
-        return [gather_bytes(word, Uint32(0), selector) for word in words for selector in (0x1044, 0x3244)]
-
-    def _share_in_block(self, blocks, squares, scratch, group, warp, lane):
-        """Leave the sums of pairs of warps in `scratch`: warp w has w + half added to it."""
+    def _share_in_block(self, blocks, squares):
+        """Leave the sums of pairs of warps in the scratch memory: warp w has w + half added to it."""
         config = self.config
-        half = config.scratch_slots
-        values = self._lane_sums(blocks, squares, lane)
+        half, floats = config.scratch_slots, config.slot_floats
+        values = self._lane_sums(blocks, squares)
         if config.warps > 1:
-            write_sums(values, scratch, (warp - half) * config.slot_floats, warp >= half, False)
-            self._group_barrier(group)
+            write_sums(values, self.scratch, (self.warp - half) * floats, self.warp >= half, False)
+            self._group_barrier()
         if config.warps % 2 == 1:
-            write_sums(values, scratch, warp * config.slot_floats, warp == half - 1, False)
-        write_sums(values, scratch, warp * config.slot_floats, warp < config.warps // 2, True)
-        self._group_barrier(group)
+            write_sums(values, self.scratch, self.warp * floats, self.warp == half - 1, False)
+        write_sums(values, self.scratch, self.warp * floats, self.warp < config.warps // 2, True)
+        self._group_barrier()
 
-    def _lane_sums(self, blocks, squares, lane):
+    def _lane_sums(self, blocks, squares):
         """Return (place, value, whether it is wanted) of this lane's sums."""
-        values = []
+        values, lane = [], self.lane
         for row_tile, half, pair in blocks:
             row = 8 * row_tile + 1 + lane // 4 if row_tile else lane // 4 + lane // 16  # sum(x^2) stands before row 4
             for index in range(2):
                 place = row * SCRATCH_STRIDE + 8 * half + 2 * (lane % 4) + index
                 values.append((place, pair[index], True if self.config.outputs > STREAMS else lane < 4 * STREAMS))
+        # The diagonal of tokens by tokens: column 2 * (lane % 4) + index is row lane // 4.
         for half in range(2):
-            square = squares[half]
-            square = square + cute.arch.shuffle_sync_bfly(square, offset=1)
-            square = square + cute.arch.shuffle_sync_bfly(square, offset=2)
-            values.append((SQUARES * SCRATCH_STRIDE + 8 * half + lane // 4, square, lane % 4 == 0))
+            square = select(lane // 4 % 2 == 0, squares[half][0], squares[half][1])
+            values.append((SQUARES * SCRATCH_STRIDE + 8 * half + lane // 4, square, lane % 4 == lane // 8))
         return values
 
     @cute.jit
@@ -381,11 +338,11 @@ class HyperConnectionPre:
         square = self._total(inbox, SQUARES * TOKENS + local, SHARED_ROWS * TOKENS)
         return cute.math.rsqrt(square / (STREAMS * self.config.width) + norm_eps)
 
-    def _collapse(self, held, results, lane):
+    def _collapsed(self, held):
         """Return u = sum_j pre_j * x_j, j ascending, of this lane's tokens and channels, as pairs of bf16."""
         packed = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS, 2)), Uint32)
         for half in range(2):
-            pre = [results[j * TOKENS + 8 * half + lane // 4] for j in range(STREAMS)]
+            pre = [self.results[j * TOKENS + 8 * half + self.lane // 4] for j in range(STREAMS)]
             for load in range(LOADS):
                 for word in range(WORDS):
                     pairs = [bf16_pair(held[word, load, j, half]) for j in range(STREAMS)]
@@ -395,11 +352,9 @@ class HyperConnectionPre:
                     packed[word, load, half] = bf16_word(low, high)
         return packed
 
-    def _normalize(
-        self, packed, weight, scratch, results, barrier, turn, rank, group, thread, warp, lane, channel, norm_eps
-    ):
+    def _normalize(self, packed, weight, barrier, turn):
         """Make y = weight * u * rsqrt(mean(u^2) + norm_eps) of u, in place; the sum goes over all blocks."""
-        config = self.config
+        lane = self.lane
         for half in range(2):
             square = Float32(0.0)
             for load in range(LOADS):
@@ -408,15 +363,15 @@ class HyperConnectionPre:
                     square = square + low * low + high * high
             square = square + cute.arch.shuffle_sync_bfly(square, offset=1)
             square = square + cute.arch.shuffle_sync_bfly(square, offset=2)
-            write_if(lane % 4 == 0, scratch, warp * TOKENS + 8 * half + lane // 4, square, False)
-        self._group_barrier(group)
-        push_norm(scratch, results, barrier, rank, thread, config)
+            write_if(lane % 4 == 0, self.scratch, self.warp * TOKENS + 8 * half + lane // 4, square, False)
+        self._group_barrier()
+        push_norm(self.scratch, self.results, barrier, self.rank, self.thread, self.config)
         wait_barrier(barrier, turn % 2)
         values = cute.zipped_divide(weight, (WORDS,))
-        factors = [self._norm_factor(results, 8 * half + lane // 4, norm_eps) for half in range(2)]
+        factors = [self._norm_factor(8 * half + lane // 4) for half in range(2)]
         for load in range(LOADS):
             words = cute.make_rmem_tensor(cute.make_layout(WORDS), Uint32)
-            cute.autovec_copy(values[(None,), (channel + STEP_VALUES * load) // 8], words)
+            cute.autovec_copy(values[(None,), (self.channel + STEP_VALUES * load) // 8], words)
             for word in range(WORDS):
                 pair = bf16_pair(words[word])
                 for half in range(2):
@@ -424,13 +379,13 @@ class HyperConnectionPre:
                     low, high = low * factors[half] * pair[0], high * factors[half] * pair[1]
                     packed[word, load, half] = bf16_word(low, high)
 
-    def _norm_factor(self, results, local, norm_eps):
+    def _norm_factor(self, local):
         """Return rsqrt(mean(u^2) + norm_eps) of a token of the tile."""
         first = STREAMS * TOKENS + local
-        total = results[first]
+        total = self.results[first]
         for block in range(1, self.config.cluster):
-            total = total + results[first + block * TOKENS]
-        return cute.math.rsqrt(total / self.config.width + norm_eps)
+            total = total + self.results[first + block * TOKENS]
+        return cute.math.rsqrt(total / self.config.width + self.norm_eps)
 
     @cute.jit
     def _mix(
@@ -472,7 +427,7 @@ class HyperConnectionPre:
 
 def accumulate(sums, column: int, a, b):
     """sums[., column] += a @ b on the matrix unit."""
-    new = mma_tf32([sums[index, column] for index in range(4)], a, b)
+    new = mma([sums[index, column] for index in range(4)], a, b)
     for index in range(4):
         sums[index, column] = new[index]
 
@@ -534,18 +489,23 @@ def store_weights(
     first: cutlass.Constexpr,
     row_tiles: cutlass.Constexpr,
 ):
-    """Store them as lanes read them: of a pair of rows a column of each, in turn."""
+    """Store them as the matrix unit takes them: two parts, or for an odd block of rows both parts in one."""
     if index < vectors:
         _, _, _, position, lane = fragment_place(index, config)
-        for half in cutlass.range_constexpr(2 if first + 1 < row_tiles else 1):
-            words = cute.make_rmem_tensor(cute.make_layout(4), Float32)
+        # [row][columns][part]
+        words = [
+            [split_in_two(registers[2 * pair, row], registers[2 * pair + 1, row]) for pair in range(2)]
+            for row in range(2 if first + 1 < row_tiles else 1)
+        ]
+        for which in cutlass.range_constexpr(len(words)):
+            fragment = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
             for word in cutlass.range_constexpr(4):
-                if cutlass.const_expr(first + 1 < row_tiles):
-                    words[word] = registers[2 * half + word // 2, word % 2]
+                if cutlass.const_expr(len(words) == 2):
+                    fragment[word] = words[word % 2][word // 2][which]
                 else:
-                    words[word] = registers[word, 0]
-            place = (position * row_tiles + first + half) * 32 + lane
-            cute.autovec_copy(words, cute.zipped_divide(weights, (4,))[(None,), place])
+                    fragment[word] = words[0][word // 2][word % 2]
+            place = (position * row_tiles + first + which) * 32 + lane
+            cute.autovec_copy(fragment, cute.zipped_divide(weights, (4,))[(None,), place])
 
 
 @cute.jit
@@ -603,6 +563,12 @@ def write_if(wanted, scratch: cute.Tensor, place: Int32, value: Float32, add: cu
     else:
         if wanted:
             scratch[place] = value + scratch[place] if cutlass.const_expr(add) else value
+
+
+@cute.jit
+def select(wanted, a: Float32, b: Float32) -> Float32:
+    """Return a if `wanted`, else b."""
+    return a if wanted else b
 
 
 def sigmoid(x):
