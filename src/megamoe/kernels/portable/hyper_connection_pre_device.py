@@ -123,10 +123,11 @@ class HyperConnectionPre:
             for index in cutlass.range_constexpr(BARRIERS * config.groups):
                 init_barrier(barriers + index * 8, Int32(1))
             publish_barriers()
-        self._stage_weights(fn, base, scale, weights, tidx)
+        self._stage_weights(fn, weights, tidx)
         cute.arch.cluster_arrive()
         cute.arch.griddepcontrol_wait()  # the weights do not depend on the kernel before this one, the streams do
         cute.arch.griddepcontrol_launch_dependents()
+        stage_numbers(base, scale, self.numbers, tidx, config.outputs, 3 if config.sinkhorn_iters else 1)
 
         # This lane's share of the streams: tokens lane // 4 of each half of a tile, channels from `channel` on.
         self.channel = (self.rank * config.warps + self.warp) * WARP_CHANNELS + 8 * (self.lane % 4)
@@ -145,7 +146,7 @@ class HyperConnectionPre:
             self._mix(comb, hc_eps, self.rank, cluster, num_clusters, num_tiles, tidx, u.shape[0])
         cute.arch.cluster_wait()  # no block leaves before the others have stopped writing to it
 
-    def _stage_weights(self, fn, base, scale, weights, tidx):
+    def _stage_weights(self, fn, weights, tidx):
         """Bring this block's columns of fn to shared memory, in the order in which lanes read them."""
         config = self.config
         vectors = 8 * STREAMS * config.warps * WARP_CHANNELS // 4  # of eight rows
@@ -157,7 +158,6 @@ class HyperConnectionPre:
         ]
         for (first, start), registers in zip(turns, loaded, strict=True):
             store_weights(weights, registers, start + tidx, vectors, config, first, self.row_tiles)
-        stage_numbers(base, scale, self.numbers, tidx, config.outputs, 3 if config.sinkhorn_iters else 1)
 
     def _collapse_tile(self, x, u, weight, post, comb, weights, held, tile, turn, stride, num_tiles):
         """Work on the tile in registers, and start loading this group's next one."""
