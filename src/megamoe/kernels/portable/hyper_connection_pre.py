@@ -2,15 +2,16 @@
 """hyper_connection_pre: project the streams, normalize, Sinkhorn, collapse; the streams are read once.
 
 Meaning    ops/hyper_connection.py; this file only makes it fast
-Grid       (C, ceil(T / tokens)): a cluster of C blocks shares a tile of tokens; a block has D / C channels of all
-           streams
-Warps      each holds 64 channels of all streams of the tile in registers, from the load to the weighted sum
-Product    fp32 weights are split into three bf16 parts, exactly; products of bf16 are exact in fp32, so the matrix unit
-           gives the fp32 product up to the order of additions (parts/mma_device.py)
-Order      channels of a warp, warps of a block ascending, blocks of a cluster ascending: the same for every T
-Memory     partial sums of a block go to the others of its cluster through a workspace of 25 floats a token and block
-Limits     4 streams of bf16; D a multiple of 64
-Bound      memory for many tokens (X D + D values a token); the weights, from L2, for few
+Grid       (C, clusters): a cluster of C blocks goes through tiles of 16 tokens; a block has D / C channels of every
+           stream
+Groups     of warps in a block, each with a tile of its own: while one waits, another computes
+Warps      each holds 64 channels of all streams of its tile in registers, from the load to the weighted sum
+Product    fp32 weights as two bf16 parts each, 17 significant bits, split once and kept in shared memory; products of
+           bf16 are exact in fp32
+Order      channels of a warp, pairs of warps, these ascending, blocks of a cluster ascending: the same for every T
+Memory     sums go straight into the shared memory of the blocks that need them, and an mbarrier counts their bytes
+Limits     4 streams of bf16; D = 64 C W, C the largest of 1, 2, 4, 8 and 16 that divides, W at most 7
+Bound      memory for many tokens (X D + D values a token); latency for few
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ STREAMS = 4
 WARP_CHANNELS = 64
 TOKENS = 16  # of a tile
 STEPS = STREAMS * WARP_CHANNELS // 16  # of the matrix unit, for a warp's channels
-MAX_WARPS = 8  # that share a tile in one block; two such groups fill a multiprocessor's registers
+MAX_WARPS = 7  # that share a tile in one block: the weights of more do not fit its shared memory
+BLOCK_WARPS = 16  # they fill a multiprocessor's registers
 SCRATCH_STRIDE = 20  # floats between rows of 16 sums: lanes that write together meet different banks
 CLUSTERS = (1, 2, 4, 8, 16)
 
@@ -57,7 +59,7 @@ class Config:
     @property
     def groups(self) -> int:
         """Groups of warps in a block, each with a tile of its own."""
-        return min(4, 2 * MAX_WARPS // self.warps)
+        return min(4, BLOCK_WARPS // self.warps)
 
     @property
     def outputs(self) -> int:
@@ -101,25 +103,28 @@ class Config:
 
     @property
     def result_floats(self) -> int:
-        """Streams' weights, and the sums of u^2 that every block sends."""
-        return (STREAMS + self.cluster * self.norm) * TOKENS
+        """Streams' weights."""
+        return STREAMS * TOKENS
+
+    @property
+    def norm_floats(self) -> int:
+        """Sums of u^2: two inboxes for those of every block, and those of this block's warps."""
+        return (2 * self.cluster + self.warps) * TOKENS if self.norm else 0
 
     @property
     def room_floats(self) -> int:
         """Shared memory of a group: its sums, its results, and two inboxes for tiles in turn."""
-        return self.scratch_floats + self.result_floats + 2 * self.received_floats
+        return self.scratch_floats + self.result_floats + 2 * self.received_floats + self.norm_floats
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block, alignment aside."""
-        return 4 * (self.weight_words + self.groups * (self.room_floats + 6) + 32)
+        return 4 * (self.weight_words + self.groups * (self.room_floats + 8) + 32)
 
 
 def cluster_size(width: int) -> int:
-    """Return the blocks that share a token: as many as divide its channels, up to 8; 16 where 8 are too few."""
-    fitting = [size for size in CLUSTERS if width % (size * WARP_CHANNELS) == 0]
-    small = [size for size in fitting if size <= 8]
-    return small[-1] if width <= small[-1] * WARP_CHANNELS * MAX_WARPS else fitting[-1]
+    """Return the blocks that share a token: as many as divide its channels, up to 16."""
+    return next(size for size in reversed(CLUSTERS) if width % (size * WARP_CHANNELS) == 0)
 
 
 def plan(width: int, sinkhorn_iters: int, norm: bool) -> Config:
@@ -180,8 +185,8 @@ def collapse(
     config = plan(width, sinkhorn_iters, weight is not None)
     if config.warps > MAX_WARPS:
         raise NotImplementedError(
-            f"{op}: the kernel takes up to {CLUSTERS[-1] * MAX_WARPS * WARP_CHANNELS} channels, all divided by 1024 "
-            f'above {8 * MAX_WARPS * WARP_CHANNELS}; got {width}. Run the reference: with megamoe.ops.use("reference").'
+            f"{op}: the kernel takes {WARP_CHANNELS} C W channels, W at most {MAX_WARPS}, C the largest of {CLUSTERS} "
+            f'that divides; got {width}. Run the reference: with megamoe.ops.use("reference").'
         )
     launch = kernel(__name__, config, x.device)
     outputs = () if post is None or comb is None else (post, comb.view(num_tokens, STREAMS * STREAMS))

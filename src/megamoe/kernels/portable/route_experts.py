@@ -2,9 +2,9 @@
 """route_experts: scores on the matrix unit, then a selection by warps.
 
 Meaning    ops/route_experts.py; this file only makes it fast
-Launches   two: parts/route_scores.py, or parts/route_tiles.py for more than 1,024 tokens, then parts/route_select.py;
+Launches   two: parts/route_scores.py, or parts/route_tiles.py for more than 1,536 tokens, then parts/route_select.py;
            the scores [T, E] fp32 are between them
-Order      of the sums: one up to 1,024 tokens, another beyond; on either side a token does not depend on the others
+Order      of the sums: one up to 1,536 tokens, another beyond; on either side a token does not depend on the others
 Limits     x and gate bf16; D a multiple of 32; up to 1024 experts, top_k up to 32
 Bound      the gate (E D bf16, from L2) for few tokens, the tokens for many
 """
