@@ -209,7 +209,7 @@ def collapse(
 def max_clusters(cluster: int, device: torch.device) -> int:
     """Return how many clusters a device runs at once, one block a multiprocessor.
 
-    A cluster lies within one group of multiprocessors (GPC), and a group need not be a multiple of a cluster: on an H100 of
-    132, 15 clusters of 8 and 7 of 16 are resident. One more would run alone, after all others.
+    A cluster lies within one group of multiprocessors (GPC), and a group need not be a multiple of a cluster: on an
+    H100 of 132, 15 clusters of 8 and 7 of 16 are resident. One more would run alone, after all others.
     """
     return max(1, torch.cuda.get_device_properties(device).multi_processor_count // cluster - 1)
