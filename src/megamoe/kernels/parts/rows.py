@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ def row_tile(width: int, min_lanes: int = 2, size: int = VECTOR) -> RowTile:
     return RowTile(width, lanes, math.ceil(num_vectors / lanes), rows, num_vectors % lanes == 0, size)
 
 
-def tiled_place(row, column, num_columns: int):
+def tiled_place(row: Any, column: Any, num_columns: int) -> Any:
     """Return where the scale of a row and column lies in 128x4 tiles; row and column are numbers of either half."""
     tile = row // 128 * -(-num_columns // 4) + column // 4
     return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4

@@ -103,23 +103,18 @@ class Config:
 
     @property
     def result_floats(self) -> int:
-        """Streams' weights."""
-        return STREAMS * TOKENS
-
-    @property
-    def norm_floats(self) -> int:
-        """Sums of u^2: two inboxes for those of every block, and those of this block's warps."""
-        return (2 * self.cluster + self.warps) * TOKENS if self.norm else 0
+        """Streams' weights, and the sums of u^2 that every block sends."""
+        return (STREAMS + self.cluster * self.norm) * TOKENS
 
     @property
     def room_floats(self) -> int:
         """Shared memory of a group: its sums, its results, and two inboxes for tiles in turn."""
-        return self.scratch_floats + self.result_floats + 2 * self.received_floats + self.norm_floats
+        return self.scratch_floats + self.result_floats + 2 * self.received_floats
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block, alignment aside."""
-        return 4 * (self.weight_words + self.groups * (self.room_floats + 8) + 32)
+        return 4 * (self.weight_words + self.groups * (self.room_floats + 6) + 32)
 
 
 def cluster_size(width: int) -> int:

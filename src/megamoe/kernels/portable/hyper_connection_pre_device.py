@@ -30,7 +30,7 @@ LOADS = WARP_CHANNELS // STEP_VALUES  # 16-byte loads a lane for the channels of
 WORDS = 4  # of a 16-byte load
 SQUARES = STREAMS  # which row of a tile's sums is sum(x^2); rows of fn from STREAMS on follow it
 SHARED_ROWS = STREAMS + 1  # rows that every block of the cluster needs
-BARRIERS = 4  # of a group: two for the sums of tiles in turn, two for those of the norm
+BARRIERS = 3  # of a group: two for the sums of tiles in turn, one for the sums of the norm
 
 
 def program(config: Config):
@@ -116,12 +116,7 @@ class HyperConnectionPre:
         room = rooms[None, self.group].iterator
         self.scratch = cute.make_tensor(room, cute.make_layout(config.scratch_floats))
         self.results = cute.make_tensor(room + config.scratch_floats, cute.make_layout(config.result_floats))
-        first_inbox = config.scratch_floats + config.result_floats
-        self.inboxes = room + first_inbox
-        self.norm_inboxes = room + (first_inbox + 2 * config.received_floats)
-        self.squares = cute.make_tensor(
-            room + (config.room_floats - config.warps * TOKENS), cute.make_layout(config.warps * TOKENS)
-        )
+        self.inboxes = room + (config.scratch_floats + config.result_floats)
         self.barriers = barriers + self.group * (8 * BARRIERS)
 
         if tidx == 0:
@@ -137,18 +132,14 @@ class HyperConnectionPre:
         # This lane's share of the streams: tokens lane // 4 of each half of a tile, channels from `channel` on.
         self.channel = (self.rank * config.warps + self.warp) * WARP_CHANNELS + 8 * (self.lane % 4)
         held = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS, STREAMS, 2)), Uint32)
-        packed = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS, 2)), Uint32)
-        packed.fill(0)
         first_tile, stride = cluster + num_clusters * self.group, num_clusters * config.groups
         load_tile(x, held, first_tile, num_tiles, self.num_tokens, self.channel, self.lane)
         cute.arch.cluster_wait()  # every block has made its barriers
         cute.arch.sync_threads()  # every thread's weights have come
         turn = Int32(0)
         for tile in cutlass.range(first_tile, num_tiles, stride, unroll=1):
-            self._collapse_tile(x, u, weight, post, comb, weights, held, packed, tile, turn, stride, num_tiles)
+            self._collapse_tile(x, u, weight, post, comb, weights, held, tile, turn, stride, num_tiles)
             turn = turn + 1
-        if cutlass.const_expr(config.norm):
-            self._finish(packed, u, weight, first_tile, stride, turn)
         cute.arch.cluster_arrive()
         if cutlass.const_expr(comb is not None):
             cute.arch.sync_threads()  # the logits of every group are there
@@ -168,13 +159,10 @@ class HyperConnectionPre:
         for (first, start), registers in zip(turns, loaded, strict=True):
             store_weights(weights, registers, start + tidx, vectors, config, first, self.row_tiles)
 
-    def _collapse_tile(self, x, u, weight, post, comb, weights, held, packed, tile, turn, stride, num_tiles):
-        """Work on the tile in registers, and start loading this group's next one.
-
-        Where u is normed, that is left to the next turn: the sums of u^2 of other blocks arrive in the meantime.
-        """
+    def _collapse_tile(self, x, u, weight, post, comb, weights, held, tile, turn, stride, num_tiles):
+        """Work on the tile in registers, and start loading this group's next one."""
         config = self.config
-        barrier, norm_barrier = self.barriers + turn % 2 * 8, self.barriers + 16 + turn % 2 * 8
+        barrier, norm_barrier = self.barriers + turn % 2 * 8, self.barriers + 16
         inbox = cute.make_tensor(
             self.inboxes + turn % 2 * config.received_floats, cute.make_layout(config.received_floats)
         )
@@ -185,8 +173,6 @@ class HyperConnectionPre:
         blocks, squares = self._project(weights, held)
         self._share_in_block(blocks, squares)
         self._push(self.scratch, inbox, barrier, self.rank, self.thread)
-        if config.norm:
-            self._finish(packed, u, weight, tile - turn * stride, stride, turn)
         wait_barrier(barrier, turn // 2 % 2)
         self._sum_over_cluster(
             inbox,
@@ -202,18 +188,12 @@ class HyperConnectionPre:
             self.hc_eps,
         )
         self._group_barrier()
-        self._collapse(held, packed)
+        packed = self._collapsed(held)
         load_tile(x, held, tile + stride, num_tiles, self.num_tokens, self.channel, self.lane)
         if config.norm:
-            self._share_squares(packed, norm_barrier, turn)
-        else:
-            self._store(packed, u, tile, self.num_tokens)
-
-    def _store(self, packed, u, tile, num_tokens):
-        """Store this lane's part of a tile, of tokens below a number."""
+            self._normalize(packed, weight, norm_barrier, turn)
         for half in range(2):
-            token = tile * TOKENS + 8 * half + self.lane // 4
-            store_tokens(packed[None, None, half], u, token, num_tokens, self.channel)
+            store_tokens(packed[None, None, half], u, tile * TOKENS + 8 * half + self.lane // 4, self.channel)
 
     def _group_barrier(self):
         """Wait for the other warps of this group."""
@@ -358,8 +338,9 @@ class HyperConnectionPre:
         square = self._total(inbox, SQUARES * TOKENS + local, SHARED_ROWS * TOKENS)
         return cute.math.rsqrt(square / (STREAMS * self.config.width) + norm_eps)
 
-    def _collapse(self, held, packed):
-        """Make u = sum_j pre_j * x_j, j ascending, of this lane's tokens and channels, as pairs of bf16."""
+    def _collapsed(self, held):
+        """Return u = sum_j pre_j * x_j, j ascending, of this lane's tokens and channels, as pairs of bf16."""
+        packed = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS, 2)), Uint32)
         for half in range(2):
             pre = [self.results[j * TOKENS + 8 * half + self.lane // 4] for j in range(STREAMS)]
             for load in range(LOADS):
@@ -369,10 +350,11 @@ class HyperConnectionPre:
                     for j in range(1, STREAMS):
                         low, high = low + pairs[j][0] * pre[j], high + pairs[j][1] * pre[j]
                     packed[word, load, half] = bf16_word(low, high)
+        return packed
 
-    def _share_squares(self, packed, barrier, turn):
-        """Send every block of the cluster this block's sums of u^2."""
-        config, lane = self.config, self.lane
+    def _normalize(self, packed, weight, barrier, turn):
+        """Make y = weight * u * rsqrt(mean(u^2) + norm_eps) of u, in place; the sum goes over all blocks."""
+        lane = self.lane
         for half in range(2):
             square = Float32(0.0)
             for load in range(LOADS):
@@ -381,26 +363,29 @@ class HyperConnectionPre:
                     square = square + low * low + high * high
             square = square + cute.arch.shuffle_sync_bfly(square, offset=1)
             square = square + cute.arch.shuffle_sync_bfly(square, offset=2)
-            write_if(lane % 4 == 0, self.squares, self.warp * TOKENS + 8 * half + lane // 4, square, False)
+            write_if(lane % 4 == 0, self.scratch, self.warp * TOKENS + 8 * half + lane // 4, square, False)
         self._group_barrier()
-        inbox = cute.make_tensor(
-            self.norm_inboxes + turn % 2 * (config.cluster * TOKENS), cute.make_layout(config.cluster * TOKENS)
-        )
-        push_norm(self.squares, inbox, barrier, self.rank, self.thread, config)
+        push_norm(self.scratch, self.results, barrier, self.rank, self.thread, self.config)
+        wait_barrier(barrier, turn % 2)
+        values = cute.zipped_divide(weight, (WORDS,))
+        factors = [self._norm_factor(8 * half + lane // 4) for half in range(2)]
+        for load in range(LOADS):
+            words = cute.make_rmem_tensor(cute.make_layout(WORDS), Uint32)
+            cute.autovec_copy(values[(None,), (self.channel + STEP_VALUES * load) // 8], words)
+            for word in range(WORDS):
+                pair = bf16_pair(words[word])
+                for half in range(2):
+                    low, high = bf16_pair(packed[word, load, half])
+                    low, high = low * factors[half] * pair[0], high * factors[half] * pair[1]
+                    packed[word, load, half] = bf16_word(low, high)
 
-    def _finish(self, packed, u, weight, first_tile, stride, turn):
-        """Norm and store the tile of the turn before this one, if there was one."""
-        config = self.config
-        before = turn - 1
-        inbox = cute.make_tensor(
-            self.norm_inboxes + before % 2 * (config.cluster * TOKENS), cute.make_layout(config.cluster * TOKENS)
-        )
-        barrier = self.barriers + 16 + before % 2 * 8
-        normalize(
-            turn > 0, packed, weight, inbox, barrier, before // 2 % 2, self.lane, self.channel, self.norm_eps, config
-        )
-        # In the first turn there is nothing to store, and no token below none.
-        self._store(packed, u, first_tile + cutlass.max(before, 0) * stride, self.num_tokens * cutlass.min(turn, 1))
+    def _norm_factor(self, local):
+        """Return rsqrt(mean(u^2) + norm_eps) of a token of the tile."""
+        first = STREAMS * TOKENS + local
+        total = self.results[first]
+        for block in range(1, self.config.cluster):
+            total = total + self.results[first + block * TOKENS]
+        return cute.math.rsqrt(total / self.config.width + self.norm_eps)
 
     @cute.jit
     def _mix(
@@ -541,56 +526,22 @@ def stage_numbers(
 
 @cute.jit
 def push_norm(
-    squares: cute.Tensor, inbox: cute.Tensor, barrier: Int32, rank: Int32, thread: Int32, config: cutlass.Constexpr
+    scratch: cute.Tensor, results: cute.Tensor, barrier: Int32, rank: Int32, thread: Int32, config: cutlass.Constexpr
 ):
     """Add up the block's warps and send the sums of u^2, one a token, to every block."""
     if thread < TOKENS:
-        total = squares[thread]
+        total = scratch[thread]
         for warp in cutlass.range_constexpr(1, config.warps):
-            total = total + squares[warp * TOKENS + thread]
-        target = shared_address_of(inbox) + (rank * TOKENS + thread) * 4
+            total = total + scratch[warp * TOKENS + thread]
+        target = shared_address_of(results) + (STREAMS * TOKENS + rank * TOKENS + thread) * 4
         for peer in cutlass.range_constexpr(config.cluster):
             store_to_block(Int32(peer), target, total, barrier)
 
 
 @cute.jit
-def normalize(
-    wanted,
-    packed: cute.Tensor,
-    weight: cute.Tensor,
-    inbox: cute.Tensor,
-    barrier: Int32,
-    phase: Int32,
-    lane: Int32,
-    channel: Int32,
-    norm_eps: Float32,
-    config: cutlass.Constexpr,
-):
-    """Make y = weight * u * rsqrt(mean(u^2) + norm_eps) of u, in place, once all blocks' sums have come."""
-    if wanted:
-        wait_barrier(barrier, phase)
-        factors = []
-        for half in cutlass.range_constexpr(2):
-            total = inbox[8 * half + lane // 4]
-            for block in cutlass.range_constexpr(1, config.cluster):
-                total = total + inbox[block * TOKENS + 8 * half + lane // 4]
-            factors.append(cute.math.rsqrt(total / config.width + norm_eps))
-        values = cute.zipped_divide(weight, (WORDS,))
-        for load in cutlass.range_constexpr(LOADS):
-            words = cute.make_rmem_tensor(cute.make_layout(WORDS), Uint32)
-            cute.autovec_copy(values[(None,), (channel + STEP_VALUES * load) // 8], words)
-            for word in cutlass.range_constexpr(WORDS):
-                pair = bf16_pair(words[word])
-                for half in cutlass.range_constexpr(2):
-                    low, high = bf16_pair(packed[word, load, half])
-                    low, high = low * factors[half] * pair[0], high * factors[half] * pair[1]
-                    packed[word, load, half] = bf16_word(low, high)
-
-
-@cute.jit
-def store_tokens(packed: cute.Tensor, u: cute.Tensor, token: Int32, num_tokens: Int32, channel: Int32):
+def store_tokens(packed: cute.Tensor, u: cute.Tensor, token: Int32, channel: Int32):
     """Store a lane's channels of a token, if there is such a token."""
-    if token < num_tokens:
+    if token < u.shape[0]:
         target = cute.zipped_divide(u[(token, None)], (WORDS,))
         for load in cutlass.range_constexpr(LOADS):
             cute.autovec_copy(packed[None, load], target[(None,), (channel + STEP_VALUES * load) // 8])
