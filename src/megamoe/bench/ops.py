@@ -34,6 +34,8 @@ from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
+from megamoe.ops.hyper_connection import hyper_connection_pre
+from megamoe.ops.rms_norm import rms_norm
 from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, rows_of
 from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, compare, known_ops, open_gpu
 
@@ -117,6 +119,14 @@ def _eager_pre(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: tor
     return (pre[:, :, None] * values).sum(1).to(x.dtype), post, comb
 
 
+def _two_kernels_pre_norm(
+    x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
+) -> Any:
+    """Take the two kernels that one replaces."""
+    u, post, comb = hyper_connection_pre(x, fn, base, scale)
+    return rms_norm(u, weight), post, comb
+
+
 def _eager_head(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     values, m = _eager_projection(x, fn)
     return ((torch.sigmoid(m * scale + base) + 1e-6)[:, :, None] * values).sum(1).to(x.dtype)
@@ -193,6 +203,7 @@ BASELINES: dict[str, Baseline] = {
     "nvfp4_weight_only_linear": Baseline("cuBLAS bf16", _cublas),
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
+    "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
 }

@@ -19,6 +19,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "clamped_swiglu": {"portable": "megamoe.kernels.portable.clamped_swiglu"},
     "route_experts": {"portable": "megamoe.kernels.portable.route_experts"},
     "hyper_connection_pre": {"portable": "megamoe.kernels.portable.hyper_connection_pre"},
+    "hyper_connection_pre_norm": {"portable": "megamoe.kernels.portable.hyper_connection_pre_norm"},
     "hyper_connection_head": {"portable": "megamoe.kernels.portable.hyper_connection_head"},
     "hyper_connection_post": {"portable": "megamoe.kernels.portable.hyper_connection_post"},
     "nvfp4_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_linear"},

@@ -143,7 +143,7 @@ class _Calls:
     def block(self, prefix: str, kind: LayerKind, ratio: int, hash_routed: bool) -> None:
         config = self.config
         streams = {"X": config.hc_mult, "D": config.hidden_size}
-        self.add(("hyper_connection_pre", "hyper_connection_post"), "hc_attn, hc_ffn", **streams)
+        self.add(("hyper_connection_pre_norm", "hyper_connection_post"), "hc_attn, hc_ffn", **streams)
         self.add("rms_norm", "attn_norm, ffn_norm, norm", K=config.hidden_size)
         read = self.attention(f"{prefix}.attn", kind, ratio)
         read |= self.moe(f"{prefix}.ffn", hash_routed)

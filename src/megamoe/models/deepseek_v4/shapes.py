@@ -95,7 +95,7 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ("rope", "attn queries, attn output", {"H": (4, 64, 128), "C": (512, 512, 512), "R": (64, 64, 64)}),
     ("rope", "attn latent", {"C": (512, 512, 512), "R": (64, 64, 64)}),
     ("rope", "attn.indexer queries", {"H": (16, 64, 64), "C": (128, 128, 128), "R": (64, 64, 64)}),
-    ("hyper_connection_pre", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
+    ("hyper_connection_pre hyper_connection_pre_norm", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hyper_connection_post", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hyper_connection_head", "hc_head", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hadamard", "attn.indexer queries", {"Hi": (16, 64, 64), "n": (128, 128, 128)}),
