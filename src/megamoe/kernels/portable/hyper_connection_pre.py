@@ -10,7 +10,7 @@ Product    fp32 weights as two bf16 parts each, 17 significant bits, split once 
            bf16 are exact in fp32
 Order      channels of a warp, pairs of warps, these ascending, blocks of a cluster ascending: the same for every T
 Memory     sums go straight into the shared memory of the blocks that need them, and an mbarrier counts their bytes
-Limits     4 streams of bf16; D = 64 C W, C the largest of 1, 2, 4, 8 and 16 that divides, W at most 7
+Limits     4 streams of bf16; D = 64 C W, C one of 1, 2, 4, 8 and 16, W at most 8, or 7 where C is 16
 Bound      memory for many tokens (X D + D values a token); latency for few
 """
 
@@ -29,7 +29,8 @@ STREAMS = 4
 WARP_CHANNELS = 64
 TOKENS = 16  # of a tile
 STEPS = STREAMS * WARP_CHANNELS // 16  # of the matrix unit, for a warp's channels
-MAX_WARPS = 7  # that share a tile in one block: the weights of more do not fit its shared memory
+MAX_WARPS = 8  # that share a tile in one block
+SHARED_LIMIT = 227 * 1024
 BLOCK_WARPS = 16  # they fill a multiprocessor's registers
 SCRATCH_STRIDE = 20  # floats between rows of 16 sums: lanes that write together meet different banks
 CLUSTERS = (1, 2, 4, 8, 16)
@@ -117,14 +118,12 @@ class Config:
         return 4 * (self.weight_words + self.groups * (self.room_floats + 6) + 32)
 
 
-def cluster_size(width: int) -> int:
-    """Return the blocks that share a token: as many as divide its channels, up to 16."""
-    return next(size for size in reversed(CLUSTERS) if width % (size * WARP_CHANNELS) == 0)
-
-
 def plan(width: int, sinkhorn_iters: int, norm: bool) -> Config:
-    """Return the configuration for a width."""
-    return Config(width, sinkhorn_iters, cluster_size(width), norm)
+    """Return the configuration for a width: up to 8 blocks, and 16 where 8 are too few or where that was quicker."""
+    fitting = [size for size in CLUSTERS if width % (size * WARP_CHANNELS) == 0]
+    few = [size for size in fitting if size <= 8]
+    many = width > few[-1] * WARP_CHANNELS * MAX_WARPS or (sinkhorn_iters > 0 and not norm)
+    return Config(width, sinkhorn_iters, fitting[-1] if many else few[-1], norm)
 
 
 def configs(dims: Mapping[str, int], sinkhorn_iters: int = 20, norm: bool = False) -> Iterator[Config]:
@@ -178,10 +177,10 @@ def collapse(
     if u.numel() == 0:
         return u
     config = plan(width, sinkhorn_iters, weight is not None)
-    if config.warps > MAX_WARPS:
+    if config.warps > MAX_WARPS or config.shared_bytes > SHARED_LIMIT:
         raise NotImplementedError(
-            f"{op}: the kernel takes {WARP_CHANNELS} C W channels, W at most {MAX_WARPS}, C the largest of {CLUSTERS} "
-            f'that divides; got {width}. Run the reference: with megamoe.ops.use("reference").'
+            f"{op}: the kernel takes {WARP_CHANNELS} C W channels, W at most {MAX_WARPS}, or 7 where C is 16, C one of "
+            f'{CLUSTERS}; got {width}. Run the reference: with megamoe.ops.use("reference").'
         )
     launch = kernel(__name__, config, x.device)
     outputs = () if post is None or comb is None else (post, comb.view(num_tokens, STREAMS * STREAMS))
