@@ -19,6 +19,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "nvfp4_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_linear"},
     "nvfp4_weight_only_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_linear"},
     "nvfp4_weight_only_experts": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_experts"},
+    "fp8_linear": {"sm90": "megamoe.kernels.sm90.fp8_linear"},
 }
 
 ARCHITECTURES = ("sm90", "sm100", "sm103")
