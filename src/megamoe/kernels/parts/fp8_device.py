@@ -133,3 +133,100 @@ def arrive_in_cluster_if(wanted, address, rank, cluster: int):
         "@wanted mbarrier.arrive.shared::cluster.b64 _, [remote]; }",
         read_only_args=[Int32(wanted), address, rank],
     )
+
+
+def scaled_pairs(word, scale):
+    """Return the four E4M3 numbers of a word times a scale in bf16: the first and the third, the second and the fourth."""
+    return inline_ptx(
+        """{
+        .reg .b16 low, high, h0, h1, h2, h3;
+        .reg .b32 first, second;
+        .reg .f32 a, b, c, d;
+        mov.b32 {low, high}, {$r0};
+        cvt.rn.f16x2.e4m3x2 first, low;
+        cvt.rn.f16x2.e4m3x2 second, high;
+        mov.b32 {h0, h1}, first;
+        mov.b32 {h2, h3}, second;
+        cvt.f32.f16 a, h0;
+        cvt.f32.f16 b, h1;
+        cvt.f32.f16 c, h2;
+        cvt.f32.f16 d, h3;
+        mul.rn.f32 a, a, {$r1};
+        mul.rn.f32 b, b, {$r1};
+        mul.rn.f32 c, c, {$r1};
+        mul.rn.f32 d, d, {$r1};
+        cvt.rn.bf16x2.f32 {$w0}, c, a;
+        cvt.rn.bf16x2.f32 {$w1}, d, b;
+        }""",
+        write_only_types=[Uint32, Uint32],
+        read_only_args=[word, scale],
+    )
+
+
+def folding_factor(byte):
+    """Return, twice in a register, the bf16 factor 2^113 * scale of an E8M0 byte; NaN for scales above 2^14 and NaN.
+
+    The codes' bits on the lowest exponent bits of bf16 are code * 2^-120, so what comes out is code * scale * 2^-7.
+    """
+    return inline_ptx(
+        """{
+        .reg .pred large;
+        .reg .b32 bits;
+        add.u32 bits, {$r0}, 113;
+        setp.gt.u32 large, bits, 254;
+        shl.b32 bits, bits, 7;
+        @large mov.b32 bits, 0x7FC0;
+        shl.b32 {$w0}, bits, 16;
+        or.b32 {$w0}, {$w0}, bits;
+        }""",
+        write_only_types=[Uint32],
+        read_only_args=[byte],
+    )
+
+
+def folded_pairs(word, factor, nan):
+    """Return four E4M3 numbers times a folding factor, the first and third and the second and fourth, and `nan` updated.
+
+    A NaN code would come out as 480: bit 7 of a byte of `nan` is set if one was met.
+    """
+    return inline_ptx(
+        """{
+        .reg .b32 even, odd, sign, check;
+        shl.b32 even, {$r0}, 4;
+        and.b32 even, even, 0x07F007F0;
+        shl.b32 sign, {$r0}, 8;
+        and.b32 sign, sign, 0x80008000;
+        or.b32 even, even, sign;
+        shr.u32 odd, {$r0}, 4;
+        and.b32 odd, odd, 0x07F007F0;
+        and.b32 sign, {$r0}, 0x80008000;
+        or.b32 odd, odd, sign;
+        mul.rn.bf16x2 {$w0}, even, {$r1};
+        mul.rn.bf16x2 {$w1}, odd, {$r1};
+        and.b32 check, {$r0}, 0x7F7F7F7F;
+        add.u32 check, check, 0x01010101;
+        or.b32 {$w2}, {$r2}, check;
+        }""",
+        write_only_types=[Uint32, Uint32, Uint32],
+        read_only_args=[word, factor, nan],
+    )
+
+
+def nan_of_row(nan):
+    """Return NaN if one of the four lanes of a row met a NaN code, else 0."""
+    return inline_ptx(
+        """{
+        .reg .pred met;
+        .reg .b32 all, other;
+        shfl.sync.bfly.b32 other, {$r0}, 1, 31, 0xffffffff;
+        or.b32 all, {$r0}, other;
+        shfl.sync.bfly.b32 other, all, 2, 31, 0xffffffff;
+        or.b32 all, all, other;
+        and.b32 all, all, 0x80808080;
+        setp.ne.b32 met, all, 0;
+        selp.b32 all, 0x7FC00000, 0, met;
+        mov.b32 {$w0}, all;
+        }""",
+        write_only_types=[Float32],
+        read_only_args=[nan],
+    )

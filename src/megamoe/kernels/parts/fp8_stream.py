@@ -6,8 +6,9 @@ after another, each of its warps a slice of the columns. A lane copies the 16-by
 into a ring of its own in shared memory (cp.async), so no thread waits for another before it multiplies. The tokens, in
 FP8, lie in shared memory for all warps. At the end of a row tile the team adds its warps' sums in their order.
 
-Per 128 columns the products of codes are added from zero, then multiplied by both scales: in fp32, from ascending
-columns on. More than 8192 columns are multiplied in parts, one launch each, which add to each other's sums in fp32.
+Per 128 columns the products of codes are added from zero, then multiplied by both scales, in fp32, columns ascending.
+More than 8192 columns (4096 with more than 16 tokens) are multiplied in parts, one launch each, the later ones going on
+from the sums of the earlier ones. Slices and their order depend on K alone, so a token's bits depend on nothing else.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ WARPS = 16
 THREADS = WARPS * 32
 TILE_ROWS = 16
 TOKENS_PER_TILE = 8
-MAX_TILES = 2
-PASS_TOKENS = MAX_TILES * TOKENS_PER_TILE
-MAX_COLUMNS = 8192
+TILE_COUNTS = (1, 2, 4)
+PASS_TOKENS = TILE_COUNTS[-1] * TOKENS_PER_TILE
+MAX_BLOCKS = {1: 64, 2: 64, 4: 32}  # blocks of columns whose tokens fit in shared memory, by token tiles
 MAX_DEPTH = 8
 EARLY_CHUNKS = 2  # copied before the tokens are asked for; a longer queue of weights would delay the tokens
 SHARED_BYTES = 226 * 1024
@@ -42,6 +43,7 @@ class Config:
     Attributes:
         num_columns: K.
         first_column, last_column: the part of the columns that this launch multiplies.
+        slice_blocks: blocks of 128 columns of a warp; the last warp may have fewer.
         num_tiles: token tiles of 8.
         out: "bf16" or "f32".
         early: ring slots that are filled before the kernel ahead of this one has finished.
@@ -50,6 +52,7 @@ class Config:
     num_columns: int
     first_column: int
     last_column: int
+    slice_blocks: int
     num_tiles: int
     out: str
     early: int = EARLY_CHUNKS
@@ -65,21 +68,19 @@ class Config:
         return (self.last_column - self.first_column) // BLOCK
 
     @property
+    def slices(self) -> int:
+        """Slices of this part."""
+        return -(-self.num_blocks // self.slice_blocks)
+
+    @property
     def split(self) -> int:
-        """Warps of a team: a power of two, with two blocks of columns for each where there are so many."""
-        split = 1
-        while split < WARPS and split * 4 <= self.num_blocks:
-            split *= 2
-        return split
+        """Warps of a team: a power of two, so that teams fill a thread block; those without a slice only help to add."""
+        return next(size for size in (1, 2, 4, 8, 16) if size >= self.slices)
 
     @property
     def teams(self) -> int:
         """Teams of a thread block."""
         return WARPS // self.split
-
-    def first_block(self, warp: int) -> int:
-        """First block of columns of a team's warp."""
-        return warp * self.num_blocks // self.split
 
     # Shared memory, in this order: partial sums, token scales, tokens, rings.
 
@@ -133,20 +134,30 @@ class Config:
         return self.ring_offset + WARPS * self.depth * SLOT_BYTES
 
 
-def column_parts(num_columns: int) -> list[tuple[int, int]]:
-    """Return (first, last) of the parts that K columns are multiplied in: as few as possible, of nearly equal size."""
+def slice_size(num_columns: int) -> int:
+    """Return how many blocks of 128 columns a warp takes: at least two where there are so many, and a function of K."""
     blocks = num_columns // BLOCK
-    count = -(-num_columns // MAX_COLUMNS)
-    edges = [index * blocks // count * BLOCK for index in range(count + 1)]
+    in_part = -(-blocks // -(-blocks // MAX_BLOCKS[1]))
+    warps = next(size for size in (16, 8, 4, 2, 1) if 2 * size <= in_part or size == 1)
+    return -(-in_part // warps)
+
+
+def column_parts(num_columns: int, num_tiles: int) -> list[tuple[int, int]]:
+    """Return (first, last) of the parts that K columns are multiplied in: as few as possible, of whole slices."""
+    size = slice_size(num_columns)
+    slices = -(-num_columns // (BLOCK * size))
+    count = -(-slices // min(WARPS, MAX_BLOCKS[num_tiles] // size))
+    edges = [min(index * slices // count * size * BLOCK, num_columns) for index in range(count)] + [num_columns]
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 def stream_configs(num_columns: int, num_tokens: int, out: str) -> list[Config]:
-    """Return the launches for up to 16 tokens."""
-    num_tiles = 1 if num_tokens <= TOKENS_PER_TILE else MAX_TILES
+    """Return the launches for up to 32 tokens."""
+    num_tiles = next(count for count in TILE_COUNTS if num_tokens <= count * TOKENS_PER_TILE)
+    size = slice_size(num_columns)
     return [
-        Config(num_columns, first, last, num_tiles, out if last == num_columns else "f32")
-        for first, last in column_parts(num_columns)
+        Config(num_columns, first, last, size, num_tiles, out if last == num_columns else "f32")
+        for first, last in column_parts(num_columns, num_tiles)
     ]
 
 
@@ -159,7 +170,7 @@ def num_multiprocessors(device: torch.device) -> int:
 def stream_linear(
     x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """Multiply by streaming the weight, once for every 16 tokens.
+    """Multiply by streaming the weight, once for every 32 tokens.
 
     Args:
         x: [T, K] uint8 codes; contiguous, as all of these, and 16-byte aligned.
@@ -171,7 +182,7 @@ def stream_linear(
     (num_rows, num_columns), num_tokens = w.shape, x.shape[0]
     out = torch.empty(num_tokens, num_rows, dtype=out_dtype, device=w.device)
     sums = out
-    if num_columns > MAX_COLUMNS and out_dtype != torch.float32:
+    if out_dtype != torch.float32 and len(stream_configs(num_columns, min(num_tokens, PASS_TOKENS), "f32")) > 1:
         sums = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=w.device)
     num_units = num_rows // TILE_ROWS
     for first in range(0, num_tokens, PASS_TOKENS):

@@ -103,14 +103,14 @@ class Fp8Stream:
         place, places, num_units = block * config.teams + team, num_blocks * config.teams, num_rows // TILE_ROWS
         begin, end = place * num_units // places, (place + 1) * num_units // places
         # Blocks of columns of this warp.
-        first_block = member * config.num_blocks // config.split
-        slice_blocks = (member + 1) * config.num_blocks // config.split - first_block
+        first_block = cutlass.min(member * config.slice_blocks, config.num_blocks)
+        slice_blocks = cutlass.min(config.num_blocks - first_block, config.slice_blocks)
         slice_chunks = slice_blocks * (BLOCK // CHUNK)
 
         ring = shared + config.ring_offset + warp * (config.depth * SLOT_BYTES) + lane * 16
         source = w.iterator.toint() + config.first_column + first_block * BLOCK + column * 16
-        # The copy that is started next: row tile, chunk of the slice.
-        ahead_unit, ahead_chunk = begin, Int32(0)
+        # The copy that is started next: row tile, chunk of the slice. A warp without a slice has none.
+        ahead_unit, ahead_chunk = begin + Int32(slice_chunks == 0) * (end - begin), Int32(0)
         scale = self.weight_scale(w_scales, w_size, begin, end, first_block, slice_blocks, lane)
         for index in cutlass.range_constexpr(config.early):
             self.start_copy(ahead_unit < end, ring + index * SLOT_BYTES, source, ahead_unit * 16 + row, ahead_chunk)
@@ -263,7 +263,7 @@ class Fp8Stream:
                 # Where a team has more threads than outputs, its warps take turns.
                 index = first + ((place - unit * values) & (threads - 1) if values < threads else place)
                 if index < values:
-                    partials = [load_shared_float(area + (one * values + index) * 4) for one in range(config.split)]
+                    partials = [load_shared_float(area + (one * values + index) * 4) for one in range(config.slices)]
                     self.store(Float32(0.0), partials, earlier, out, unit, index // 128, index % 128)
 
     @cute.jit

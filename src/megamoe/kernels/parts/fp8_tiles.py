@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of fp8_linear for many tokens: tiles of 128 weight rows by 64 or 128 tokens on wgmma.
+"""Host side of fp8_linear for many tokens: tiles of 128 or 256 weight rows by 64 or 128 tokens on wgmma.
 
-The weight is the M side of the instruction and comes from registers: two consumer warpgroups load the codes of 64 rows
-each straight from global memory, row-major as they are, and expand them to fp16 while the tensor cores work. Tokens,
-expanded to fp16 before (parts/fp8_expand.py), are the N side: a producer warp brings 128 columns of them a stage by
-TMA, with their scales of those columns. The products of 128 columns are added from zero; then both scales multiply them
-in fp32 and they join the sums. Two blocks of neighboring rows form a cluster: each brings half of the tokens to both.
+The weight is the M side of the instruction and comes from registers: two consumer warpgroups load codes straight from
+global memory, row-major as they are, and expand them while the tensor cores work. Tokens, expanded before
+(parts/fp8_expand.py), are the N side: a producer warp brings 128 columns of them a stage by TMA. Two blocks of
+neighboring rows form a cluster: each brings half of the tokens to both.
+
+Scales are folded or applied. E8M0 scales are folded: code * 2^scale is a bf16 number on either side, and products are
+added in fp32 over all of K. Where a side has fp32 scales, codes alone are multiplied, in fp16: the products of 128
+columns are added from zero, then both scales multiply them in fp32 and they join the sums.
 
 Hopper's FP8 instructions would be twice as fast, but they add with some 14 bits: not this operation (docs/kernels.md).
 """
@@ -20,11 +23,12 @@ from megamoe.kernels.parts.fp8_expand import expand_fp8
 from megamoe.kernels.parts.fp8_stream import DTYPE_NAMES, scale_bytes
 from megamoe.kernels.store import kernel
 
-BLOCK_ROWS = 128
 CONSUMERS = 256
 THREADS = CONSUMERS + 128
-OUT_STRIDE = BLOCK_ROWS + 8  # values between tokens of the output tile in shared memory: rows start in other banks
+GROUP_ROWS = 128  # rows of one wgmma of both consumer warpgroups
 SMALL_BLOCK, LARGE_BLOCK = 64, 128
+OUT_PADDING = 8  # values between the tokens of the output tile in shared memory: rows start in other banks
+UNDO = 2.0**7  # folded weights are held times 2^-7, so that the factor of their bytes stays in bf16's range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +36,42 @@ class Config:
     """The compile key.
 
     Attributes:
-        block_tokens: tokens of a tile.
+        block_rows: weight rows of a tile, 128 or 256 (folded alone).
+        block_tokens: tokens of a tile, 64 or 128.
+        folded: scales are part of the bf16 operands.
         out: "bf16" or "f32".
         cluster: blocks that share the loads of tokens: 1 or 2.
     """
 
+    block_rows: int
     block_tokens: int
+    folded: bool
     out: str
     cluster: int = 2
 
     @property
     def stages(self) -> int:
         """Stages of 128 columns of tokens in shared memory."""
-        return 5 if self.block_tokens == LARGE_BLOCK else 8
+        return 4 if self.block_tokens == LARGE_BLOCK else 7
 
 
 def tile_linear(
     x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """Multiply with wgmma; arguments as fp8_stream.stream_linear has them."""
-    num_tokens = x.shape[0]
-    values, factors = expand_fp8(x, x_scales)
-    out = torch.empty(num_tokens, w.shape[0], dtype=out_dtype, device=w.device)
-    config = Config(SMALL_BLOCK if num_tokens <= SMALL_BLOCK else LARGE_BLOCK, DTYPE_NAMES[out_dtype])
-    kernel(__name__, config, w.device)(values, factors, w, *scale_bytes(w_scales), out)
+    num_tokens, num_rows = x.shape[0], w.shape[0]
+    folded = x_scales.dtype == w_scales.dtype == torch.float8_e8m0fnu
+    values, factors = expand_fp8(x, x_scales, folded)
+    out = torch.empty(num_tokens, num_rows, dtype=out_dtype, device=w.device)
+    rows, tokens = tile_shape(num_rows, num_tokens, folded)
+    config = Config(rows, tokens, folded, DTYPE_NAMES[out_dtype])
+    scales = (*(() if folded else (factors,)), *scale_bytes(w_scales))
+    kernel(__name__, config, w.device)(values, w, *scales, out)
     return out
+
+
+def tile_shape(num_rows: int, num_tokens: int, folded: bool) -> tuple[int, int]:
+    """Return rows and tokens of a tile. Sums have the same order in all of them."""
+    tokens = SMALL_BLOCK if num_tokens <= SMALL_BLOCK else LARGE_BLOCK
+    tall = folded and tokens == LARGE_BLOCK and num_rows * num_tokens > 2 * GROUP_ROWS * LARGE_BLOCK * 100
+    return (2 * GROUP_ROWS if tall else GROUP_ROWS), tokens

@@ -9,15 +9,24 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 
-from megamoe.kernels.parts.fp8_device import arrive_in_cluster_if, e4m3_pairs, load_scale_if, load_shared_floats
+from megamoe.kernels.parts.fp8_device import (
+    arrive_in_cluster_if,
+    e4m3_pairs,
+    folded_pairs,
+    folding_factor,
+    load_scale_if,
+    load_shared_floats,
+    nan_of_row,
+)
 from megamoe.kernels.parts.fp8_expand import PADDED_TOKENS
 from megamoe.kernels.parts.fp8_stream import BLOCK, CHUNK
 from megamoe.kernels.parts.fp8_stream_device import symbolic_scales
-from megamoe.kernels.parts.fp8_tiles import BLOCK_ROWS, CONSUMERS, OUT_STRIDE, THREADS, Config
+from megamoe.kernels.parts.fp8_tiles import CONSUMERS, GROUP_ROWS, OUT_PADDING, THREADS, UNDO, Config
 from megamoe.kernels.parts.memory_device import (
     bulk_copy_if,
     expect_bytes_if,
     init_barrier,
+    load_global_if,
     load_global_vector,
     load_shared,
     pack_bf16,
@@ -26,6 +35,7 @@ from megamoe.kernels.parts.memory_device import (
     store_matrices_transposed,
     wait_barrier,
 )
+from megamoe.kernels.parts.ptx_device import fma
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 HALVES = BLOCK // CHUNK
@@ -41,31 +51,44 @@ def program(config: Config):
         stride = cute.sym_int64(divisibility=16)
         return make_fake_tensor(dtype, (count, width), (stride, 1), assumed_align=16)
 
+    factors = make_fake_tensor(Float32, (cute.sym_int32(), padded), (padded, 1), assumed_align=16)
     arguments = (
-        rows_of(Float16, num_tokens, columns),
-        make_fake_tensor(Float32, (cute.sym_int32(), padded), (padded, 1), assumed_align=16),
+        rows_of(BFloat16 if config.folded else Float16, num_tokens, columns),
         rows_of(Uint8, num_rows, columns),
+        *(() if config.folded else (factors,)),
         *symbolic_scales(cute.sym_int32()),
         rows_of(OUT_DTYPES[config.out], num_tokens, num_rows),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    return Fp8Tiles(config), arguments
+    tiles = Fp8Tiles(config)
+    return (tiles.folded if config.folded else tiles.apart), arguments
 
 
 class Fp8Tiles:
-    """One block computes one tile of 128 weight rows by `block_tokens` tokens."""
+    """One block computes one tile of `block_rows` weight rows by `block_tokens` tokens."""
 
     def __init__(self, config: Config):
         self.config = config
         self.tokens, self.stages = config.block_tokens, config.stages
-        self.stage_bytes = self.tokens * BLOCK * 2 + self.tokens * 4
+        self.groups = config.block_rows // GROUP_ROWS  # groups of 64 rows of a warpgroup
+        self.values = BFloat16 if config.folded else Float16
+        self.stage_bytes = self.tokens * BLOCK * 2 + (0 if config.folded else self.tokens * 4)
+        self.out_stride = config.block_rows + OUT_PADDING
 
     @cute.jit
-    def __call__(self, x, factors, w, w_scales, scale_size: Int32, out, stream):
+    def folded(self, x, w, w_scales, scale_size: Int32, out, stream):
+        self.launch(x, w, None, w_scales, scale_size, out, stream)
+
+    @cute.jit
+    def apart(self, x, w, factors, w_scales, scale_size: Int32, out, stream):
+        self.launch(x, w, factors, w_scales, scale_size, out, stream)
+
+    def launch(self, x, w, factors, w_scales, scale_size, out, stream):
         """Describe the tokens to the copy engine and launch one block a tile."""
+        config = self.config
         mma = hopper_helpers.make_trivial_tiled_mma(
-            Float16,
-            Float16,
+            self.values,
+            self.values,
             warpgroup.OperandMajorMode.K,
             warpgroup.OperandMajorMode.K,
             Float32,
@@ -74,26 +97,25 @@ class Fp8Tiles:
             warpgroup.OperandSource.RMEM,
         )
         token_layout = hopper_helpers.make_smem_layout_b(
-            LayoutEnum.ROW_MAJOR, (64, self.tokens, CHUNK), Float16, self.stages * HALVES
+            LayoutEnum.ROW_MAJOR, (64, self.tokens, CHUNK), self.values, self.stages * HALVES
         )
-        shares = self.config.cluster > 1
         copy, tokens = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SMulticastOp() if shares else cpasync.CopyBulkTensorTileG2SOp(),
+            cpasync.CopyBulkTensorTileG2SMulticastOp() if config.cluster > 1 else cpasync.CopyBulkTensorTileG2SOp(),
             x,
             cute.slice_(token_layout, (None, None, 0)),
             (self.tokens, CHUNK),
-            num_multicast=self.config.cluster,
+            num_multicast=config.cluster,
         )
         num_tokens, num_rows = out.shape
-        rows = BLOCK_ROWS * self.config.cluster
+        rows = config.block_rows * config.cluster
         self.kernel(mma, copy, tokens, token_layout, factors, w, w_scales, scale_size, out).launch(
             grid=(
-                (num_rows + (rows - 1)) // rows * self.config.cluster,
+                (num_rows + (rows - 1)) // rows * config.cluster,
                 (num_tokens + (self.tokens - 1)) // self.tokens,
                 1,
             ),
             block=(THREADS, 1, 1),
-            cluster=(self.config.cluster, 1, 1),
+            cluster=(config.cluster, 1, 1),
             stream=stream,
         )
 
@@ -104,7 +126,7 @@ class Fp8Tiles:
         copy: cute.CopyAtom,
         tokens: cute.Tensor,
         token_layout: cute.ComposedLayout,
-        factors: cute.Tensor,
+        factors,
         w: cute.Tensor,
         w_scales: cute.Tensor,
         scale_size: Int32,
@@ -118,11 +140,9 @@ class Fp8Tiles:
         barriers = allocator.allocate_array(Int64, 2 * stages)  # full, then empty
         shared_factors = allocator.allocate_array(Float32, stages * self.tokens)
         shared_tokens = allocator.allocate_tensor(
-            Float16, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner
+            self.values, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner
         )
-        shared_out = allocator.allocate_tensor(
-            BFloat16, cute.make_layout((self.tokens, BLOCK_ROWS), stride=(OUT_STRIDE, 1)), byte_alignment=128
-        )
+        shared_out = allocator.allocate_array(BFloat16, self.tokens * self.out_stride)
         full, factor_area = barriers.toint(), shared_factors.toint()
         empty = full + stages * 8
         if tid == 0:
@@ -139,12 +159,18 @@ class Fp8Tiles:
         if warp >= WARPS:
             cute.arch.setmaxregister_decrease(40)
             if warp == WARPS:
-                self.produce(copy, tokens, shared_tokens, barriers, full, empty, factors, factor_area, token_block)
+                blocks = w.shape[1] // BLOCK
+                self.produce(
+                    copy, tokens, shared_tokens, barriers, full, empty, factors, factor_area, token_block, blocks
+                )
         else:
             cute.arch.setmaxregister_increase(232)
-            self.consume(
-                mma, shared_tokens, shared_out, full, empty, factor_area, w, w_scales, scale_size, out, tid, warp
-            )
+            thread = (tid, warp, full, empty)
+            weight = (w, w_scales.iterator.toint(), scale_size)
+            if cutlass.const_expr(self.config.folded):
+                self.consume_folded(mma, shared_tokens, shared_out.toint(), weight, out, thread)
+            else:
+                self.consume_apart(mma, shared_tokens, shared_out.toint(), weight, out, thread, factor_area)
         if cutlass.const_expr(cluster > 1):  # the other block may still arrive at this one's barriers
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
@@ -158,9 +184,10 @@ class Fp8Tiles:
         barriers: cute.Pointer,
         full: Int32,
         empty: Int32,
-        factors: cute.Tensor,
+        factors,
         factor_area: Int32,
         token_block: Int32,
+        blocks: Int32,
     ):
         """Keep the stages full: this block's share of the tokens, to all blocks of the cluster, and their scales."""
         stages, cluster = self.stages, self.config.cluster
@@ -173,9 +200,8 @@ class Fp8Tiles:
             cute.group_modes(shared_tokens, 0, 2),
             cute.group_modes(tile, 0, 2),
         )
-        stride = factors.layout.stride[0]
         is_first = cute.arch.lane_idx() == 0
-        for block in cutlass.range(factors.shape[0], unroll=1):
+        for block in cutlass.range(blocks, unroll=1):
             stage = block % stages
             wait_barrier(empty + stage * 8, (block // stages & 1) ^ 1)
             expect_bytes_if(is_first, full + stage * 8, Int32(self.stage_bytes))
@@ -186,139 +212,210 @@ class Fp8Tiles:
                     cute.copy(copy, source, target, tma_bar_ptr=barriers + stage, mcast_mask=mask)
                 else:
                     cute.copy(copy, source, target, tma_bar_ptr=barriers + stage)
-            address = factors.iterator.toint() + (Int64(block) * stride + token_block * self.tokens) * 4
-            bulk_copy_if(
-                is_first,
-                factor_area + stage * (self.tokens * 4),
-                address,
-                Int32(self.tokens * 4),
-                full + stage * 8,
-            )
+            if cutlass.const_expr(factors is not None):
+                offset = Int64(block) * factors.layout.stride[0] + token_block * self.tokens
+                bulk_copy_if(
+                    is_first,
+                    factor_area + stage * (self.tokens * 4),
+                    factors.iterator.toint() + offset * 4,
+                    Int32(self.tokens * 4),
+                    full + stage * 8,
+                )
 
-    @cute.jit
-    def consume(
-        self,
-        mma: cute.TiledMma,
-        shared_tokens: cute.Tensor,
-        shared_out: cute.Tensor,
-        full: Int32,
-        empty: Int32,
-        factor_area: Int32,
-        w: cute.Tensor,
-        w_scales: cute.Tensor,
-        scale_size: Int32,
-        out: cute.Tensor,
-        tid: Int32,
-        warp: Int32,
-    ):
-        """Multiply the tile and store it."""
+    def rows(self, w, warp, lane):
+        """Return, per group, the address of this lane's first 16 bytes of row g. Rows past the end repeat the last ones."""
         row_block, _, _ = cute.arch.block_idx()
         num_rows, columns = w.shape
-        blocks = columns // BLOCK
-        lane = tid % 32
-        stages = self.stages
-        thread_mma = mma.get_slice(tid % 128)
-        token_fragments = mma.make_fragment_B(thread_mma.partition_B(shared_tokens))
-        shape = mma.partition_shape_C((64, self.tokens))
-        products, sums = cute.make_rmem_tensor(shape, Float32), cute.make_rmem_tensor(shape, Float32)
-        sums.fill(0.0)
-        weights = [cute.make_rmem_tensor(mma.partition_shape_A((64, CHUNK)), Float16) for _ in range(HALVES)]
-        raw = cute.make_rmem_tensor(cute.make_layout((8, HALVES)), Uint32)
-        # This warp's 16 rows of its warpgroup's 64. Rows past the end repeat the last tile.
-        row_tile = cutlass.min(row_block * (BLOCK_ROWS // 16) + warp, num_rows // 16 - 1)
-        source = w.iterator.toint() + Int64(row_tile * 16 + lane // 4) * columns + lane % 4 * 16
-        below = Int64(8 * columns)  # from row g to row g + 8
-        scales = w_scales.iterator.toint()
-        first_scale = Int64(cutlass.min(row_block, (num_rows - 1) // BLOCK)) * blocks
+        addresses = []
+        for group in range(self.groups):
+            tile = row_block * (self.config.block_rows // 16) + warp // 4 * (4 * self.groups) + group * 4 + warp % 4
+            row = cutlass.min(tile, num_rows // 16 - 1) * 16 + lane // 4
+            addresses.append(w.iterator.toint() + Int64(row) * columns + lane % 4 * 16)
+        return addresses
 
-        self.load(raw, source, below, 0)
-        self.load(raw, source + CHUNK, below, 1)
+    def first_scale(self, w, warp):
+        """Return the index of the scale of a warpgroup's rows and the first block of columns."""
+        row_block, _, _ = cute.arch.block_idx()
+        num_rows, columns = w.shape
+        row = row_block * self.config.block_rows + warp // 4 * (64 * self.groups)
+        return Int64(cutlass.min(row, num_rows - 1) // BLOCK) * (columns // BLOCK)
+
+    def operands(self, mma, shared_tokens, tid):
+        """Return token fragments, accumulators by group, and two sets of weight registers by group."""
+        fragments = mma.make_fragment_B(mma.get_slice(tid % 128).partition_B(shared_tokens))
+        columns = CHUNK // 2 if self.config.folded else CHUNK
+        shape_c, shape_a = mma.partition_shape_C((64, self.tokens)), mma.partition_shape_A((64, columns))
+        sums = [cute.make_rmem_tensor(shape_c, Float32) for _ in range(self.groups)]
+        weights = [[cute.make_rmem_tensor(shape_a, self.values) for _ in range(self.groups)] for _ in range(2)]
+        return fragments, sums, weights
+
+    @cute.jit
+    def consume_folded(self, mma: cute.TiledMma, shared_tokens: cute.Tensor, shared_out: Int32, weight, out, thread):
+        """Multiply the tile and store it; the scales are in the operands."""
+        tid, warp, full, empty = thread
+        w, scales, scale_size = weight
+        lane, blocks = tid % 32, w.shape[1] // BLOCK
+        fragments, sums, weights = self.operands(mma, shared_tokens, tid)
+        for group in cutlass.range_constexpr(self.groups):
+            sums[group].fill(0.0)
+        addresses, below = self.rows(w, warp, lane), Int64(8 * w.shape[1])
+        first_scale = self.first_scale(w, warp)
+        raw = [cute.make_rmem_tensor(cute.make_layout((8, self.groups)), Uint32) for _ in range(HALVES)]
+        nan = cute.make_rmem_tensor(cute.make_layout((2, self.groups)), Uint32)
+        nan.fill(0)
+        for half in cutlass.range_constexpr(HALVES):
+            self.load_all(raw[half], addresses, below, Int32(half * CHUNK))
+        byte = load_global_if(Int32(1), scales + first_scale, 8)
+        for block in cutlass.range(blocks, unroll=1):
+            stage = block % self.stages
+            factor = folding_factor(byte)
+            following = cutlass.min(block + 1, blocks - 1)  # past the last block, the last again
+            byte = load_global_if(Int32(1), scales + first_scale + following, 8)
+            for part in cutlass.range_constexpr(2 * HALVES):  # one set of registers is read, the other is written
+                half, pair = part // 2, part % 2
+                for group in cutlass.range_constexpr(self.groups):
+                    self.fold(raw[half], weights[pair][group], factor, nan, group, pair)
+                if cutlass.const_expr(pair == 1):
+                    self.load_all(raw[half], addresses, below, following * BLOCK + half * CHUNK)
+                if cutlass.const_expr(part == 0):
+                    wait_barrier(full + stage * 8, block // self.stages & 1)
+                self.multiply(mma, sums, weights[pair], fragments, stage * HALVES + half, 2 * pair)
+                warpgroup.wait_group(1)
+                if cutlass.const_expr(part == 0):
+                    self.release((lane == 0) & (block > 0), empty + (block + (self.stages - 1)) % self.stages * 8)
+        warpgroup.wait_group(0)
+        for group in cutlass.range_constexpr(self.groups):
+            bias = [nan_of_row(nan[row, group]) for row in range(2)]
+            flat = cute.make_tensor(sums[group].iterator, cute.make_layout(cute.size(sums[group])))
+            for position in cutlass.range_constexpr(self.tokens // 2):
+                flat[position] = fma(flat[position], Float32(UNDO), bias[position // 2 % 2])
+        self.store(sums, shared_out, out, tid, warp)
+
+    def load_all(self, raw, addresses, below, offset):
+        """Start loading this lane's pieces of two rows of every group."""
+        for group in range(self.groups):
+            address = addresses[group] + offset
+            words = [*load_global_vector(address, 4), *load_global_vector(address + below, 4)]
+            for index, word in enumerate(words):
+                raw[index, group] = word
+
+    def fold(self, raw, weights, factor, nan, group: int, pair: int):
+        """Expand two steps of half a block of columns to the A operand, scaled."""
+        registers = cute.recast_tensor(weights, Uint32)
+        flat = cute.make_tensor(registers.iterator, cute.make_layout(cute.size(registers)))
+        for step in range(2):
+            for row in range(2):
+                word = raw[4 * row + 2 * pair + step, group]
+                first, second, nan[row, group] = folded_pairs(word, factor, nan[row, group])
+                flat[step * 4 + row], flat[step * 4 + 2 + row] = first, second
+
+    @cute.jit
+    def consume_apart(
+        self, mma: cute.TiledMma, shared_tokens: cute.Tensor, shared_out: Int32, weight, out, thread, factor_area: Int32
+    ):
+        """Multiply the tile and store it; scales multiply sums of 128 products."""
+        tid, warp, full, empty = thread
+        w, scales, scale_size = weight
+        lane, blocks, stages = tid % 32, w.shape[1] // BLOCK, self.stages
+        fragments, (products,), weights = self.operands(mma, shared_tokens, tid)
+        sums = cute.make_rmem_tensor(mma.partition_shape_C((64, self.tokens)), Float32)
+        sums.fill(0.0)
+        (source,), below = self.rows(w, warp, lane), Int64(8 * w.shape[1])
+        first_scale = self.first_scale(w, warp)
+        raw = [cute.make_rmem_tensor(cute.make_layout((8, 1)), Uint32) for _ in range(HALVES)]
+
+        self.load_all(raw[0], [source], below, Int32(0))
+        self.load_all(raw[1], [source], below, Int32(CHUNK))
         scale = load_scale_if(Int32(1), scales, first_scale, scale_size)
-        self.decode(raw, weights, 0)
-        self.load(raw, source + cutlass.min(1, blocks - 1) * BLOCK, below, 0)
+        self.decode(raw[0], weights[0][0])
+        self.load_all(raw[0], [source], below, cutlass.min(1, blocks - 1) * BLOCK)
         flat_sums = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
         flat_products = cute.make_tensor(products.iterator, cute.make_layout(cute.size(products)))
         for block in cutlass.range(blocks, unroll=1):
             stage = block % stages
             wait_barrier(full + stage * 8, block // stages & 1)
-            self.multiply(mma, products, weights[0], token_fragments, stage * HALVES, fresh=True)
-            self.decode(raw, weights, 1)
+            self.multiply(mma, [products], weights[0], fragments, stage * HALVES, 0, fresh=True)
+            self.decode(raw[1], weights[1][0])
             following = cutlass.min(block + 1, blocks - 1)  # past the last block, the last again
-            self.load(raw, source + following * BLOCK + CHUNK, below, 1)
-            self.multiply(mma, products, weights[1], token_fragments, stage * HALVES + 1, fresh=False)
+            self.load_all(raw[1], [source], below, following * BLOCK + CHUNK)
+            self.multiply(mma, [products], weights[1], fragments, stage * HALVES + 1, 0)
             warpgroup.wait_group(1)  # the first half has read its registers
-            self.decode(raw, weights, 0)
-            self.load(raw, source + cutlass.min(block + 2, blocks - 1) * BLOCK, below, 0)
+            self.decode(raw[0], weights[0][0])
+            self.load_all(raw[0], [source], below, cutlass.min(block + 2, blocks - 1) * BLOCK)
             factors = []
             for group in cutlass.range_constexpr(self.tokens // 8):
                 address = factor_area + (stage * self.tokens + group * 8 + lane % 4 * 2) * 4
                 factors.append([scale * factor for factor in load_shared_floats(address, 2)])
             scale = load_scale_if(Int32(1), scales, first_scale + following, scale_size)
             warpgroup.wait_group(0)
-            self.release(empty + stage * 8, lane)
+            self.release(lane == 0, empty + stage * 8)
             for position in cutlass.range_constexpr(self.tokens // 2):
                 factor = factors[position // 4][position % 2]
                 flat_sums[position] = flat_sums[position] + flat_products[position] * factor
-        self.store(sums, shared_out, out, tid, warp)
+        self.store([sums], shared_out, out, tid, warp)
 
-    def release(self, barrier, lane):
-        """Tell all blocks of the cluster that this warp has read a stage."""
-        for rank in range(self.config.cluster):
-            arrive_in_cluster_if(lane == 0, barrier, Int32(rank), self.config.cluster)
-
-    def load(self, raw, address, below, half: int):
-        """Start loading this lane's 16 bytes of two rows."""
-        for index, word in enumerate([*load_global_vector(address, 4), *load_global_vector(address + below, 4)]):
-            raw[index, half] = word
-
-    def decode(self, raw, weights, half: int):
-        """Expand half of a block of columns to the A operand."""
-        registers = cute.recast_tensor(weights[half], Uint32)
+    def decode(self, raw, weights):
+        """Expand half a block of columns to the A operand."""
+        registers = cute.recast_tensor(weights, Uint32)
         flat = cute.make_tensor(registers.iterator, cute.make_layout(cute.size(registers)))
         for step in range(4):
-            above, below = e4m3_pairs(raw[step, half]), e4m3_pairs(raw[4 + step, half])
+            above, below = e4m3_pairs(raw[step, 0]), e4m3_pairs(raw[4 + step, 0])
             for index, pair in enumerate((above[0], below[0], above[1], below[1])):
                 flat[step * 4 + index] = pair
 
-    def multiply(self, mma, products, weights, token_fragments, position, fresh: bool):
-        """Issue the products of 64 columns as one group; `fresh` ones start from zero."""
+    def release(self, wanted, barrier):
+        """Tell all blocks of the cluster that this warp has read a stage."""
+        for rank in range(self.config.cluster):
+            arrive_in_cluster_if(wanted, barrier, Int32(rank), self.config.cluster)
+
+    def multiply(self, mma, sums, weights, fragments, position, first: int, fresh: bool = False):
+        """Issue products of 64 columns, from step `first` on, as one group; `fresh` ones start from zero."""
         warpgroup.fence()
-        for step in range(4):
+        for step in range(cute.size(weights[0], mode=[2])):
             mma.set(warpgroup.Field.ACCUMULATE, not (fresh and step == 0))
-            cute.gemm(
-                mma, products, weights[None, None, step], token_fragments[None, None, step, position], products
-            )
+            for group in range(self.groups):
+                cute.gemm(
+                    mma,
+                    sums[group],
+                    weights[group][None, None, step],
+                    fragments[None, None, first + step, position],
+                    sums[group],
+                )
         warpgroup.commit_group()
 
     @cute.jit
-    def store(self, sums, shared_out: cute.Tensor, out: cute.Tensor, tid: Int32, warp: Int32):
+    def store(self, sums, shared_out: Int32, out: cute.Tensor, tid: Int32, warp: Int32):
         """Turn token-major through shared memory, store whole rows."""
         row_block, token_block, _ = cute.arch.block_idx()
         num_tokens, num_rows = out.shape
         lane = tid % 32
-        first_row, first_token = warp * 16, token_block * self.tokens
-        flat = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
+        block_rows, stride = self.config.block_rows, self.out_stride
+        first_row, first_token = warp // 4 * (64 * self.groups) + warp % 4 * 16, token_block * self.tokens
         if cutlass.const_expr(self.config.out == "bf16"):
-            for blocks in cutlass.range_constexpr(self.tokens // 16):  # two blocks of 8 tokens, two of 8 rows
-                words = [
-                    pack_bf16(flat[blocks * 8 + index * 2], flat[blocks * 8 + index * 2 + 1]) for index in range(4)
-                ]
-                token = blocks * 16 + lane // 16 * 8 + lane % 8
-                row = first_row + lane // 8 % 2 * 8
-                store_matrices_transposed(shared_out.iterator.toint() + (token * OUT_STRIDE + row) * 2, *words)
+            for group in cutlass.range_constexpr(self.groups):
+                flat = cute.make_tensor(sums[group].iterator, cute.make_layout(cute.size(sums[group])))
+                for blocks in cutlass.range_constexpr(self.tokens // 16):  # two blocks of 8 tokens, two of 8 rows
+                    words = [
+                        pack_bf16(flat[blocks * 8 + index * 2], flat[blocks * 8 + index * 2 + 1]) for index in range(4)
+                    ]
+                    token = blocks * 16 + lane // 16 * 8 + lane % 8
+                    row = first_row + group * 64 + lane // 8 % 2 * 8
+                    store_matrices_transposed(shared_out + (token * stride + row) * 2, *words)
             cute.arch.barrier(barrier_id=1, number_of_threads=CONSUMERS)
-            row = lane % 16 * 8
-            for index in cutlass.range_constexpr(self.tokens // (2 * WARPS)):
-                token = (index * WARPS + warp) * 2 + lane // 16
-                words = load_shared(shared_out.iterator.toint() + (token * OUT_STRIDE + row) * 2, 4)
-                wanted = (first_token + token < num_tokens) & (row_block * BLOCK_ROWS + row < num_rows)
-                address = out.iterator.toint() + (
-                    Int64(first_token + token) * num_rows + row_block * BLOCK_ROWS + row
-                ) * 2
+            lanes = block_rows // 8  # of a token
+            tokens = CONSUMERS // lanes  # at once
+            row = row_block * block_rows + tid % lanes * 8
+            for index in cutlass.range_constexpr(self.tokens // tokens):
+                token = index * tokens + tid // lanes
+                words = load_shared(shared_out + (token * stride + tid % lanes * 8) * 2, 4)
+                wanted = (first_token + token < num_tokens) & (row < num_rows)
+                address = out.iterator.toint() + (Int64(first_token + token) * num_rows + row) * 2
                 store_global_vector_if(wanted, address, *words)
         else:
-            for position in cutlass.range_constexpr(self.tokens // 2):
-                token = first_token + position // 4 * 8 + lane % 4 * 2 + position % 2
-                row = row_block * BLOCK_ROWS + first_row + lane // 4 + position // 2 % 2 * 8
-                if (token < num_tokens) & (row < num_rows):
-                    out[token, row] = flat[position]
+            for group in cutlass.range_constexpr(self.groups):
+                flat = cute.make_tensor(sums[group].iterator, cute.make_layout(cute.size(sums[group])))
+                for position in cutlass.range_constexpr(self.tokens // 2):
+                    token = first_token + position // 4 * 8 + lane % 4 * 2 + position % 2
+                    row = row_block * block_rows + first_row + group * 64 + lane // 4 + position // 2 % 2 * 8
+                    if (token < num_tokens) & (row < num_rows):
+                        out[token, row] = flat[position]
