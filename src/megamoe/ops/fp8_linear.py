@@ -5,8 +5,8 @@ Math       y[t, n] = sum_k  x[t, k] * w[n, k]      over the dequantized values
 Numerics   values are code * scale in fp32; products and sum in fp32; one rounding to out_dtype. Row-invariant. A kernel
            may sum codes per 128 of K and multiply by both scales afterwards: the same numbers up to fp32 rounding.
 Tolerance  verify/tolerance.py, "fp8_linear"
-Kernels    sm90: fp16 products, exact, with fp32 sums; N a multiple of 16, K and groups of 128, weights as they are loaded.
-           A NaN code or scale makes the results that it enters NaN
+Kernels    sm90: exact products in fp16 or bf16, fp32 sums; N a multiple of 16, K of 128, groups of 128, weights as they
+           are loaded. They cannot raise for NaN without waiting for the device: NaN codes and scales give NaN results
 Source     docs/numerics.md, section "FP8"
 """
 

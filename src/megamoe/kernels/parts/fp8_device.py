@@ -136,7 +136,7 @@ def arrive_in_cluster_if(wanted, address, rank, cluster: int):
 
 
 def scaled_pairs(word, scale):
-    """Return the four E4M3 numbers of a word times a scale in bf16: the first and the third, the second and the fourth."""
+    """Return the E4M3 numbers of a word times a scale in bf16: the first and third, the second and fourth."""
     return inline_ptx(
         """{
         .reg .b16 low, high, h0, h1, h2, h3;
@@ -185,7 +185,7 @@ def folding_factor(byte):
 
 
 def folded_pairs(word, factor, nan):
-    """Return four E4M3 numbers times a folding factor, the first and third and the second and fourth, and `nan` updated.
+    """Return E4M3 numbers times a folding factor, the first and third, the second and fourth, and `nan` updated.
 
     A NaN code would come out as 480: bit 7 of a byte of `nan` is set if one was met.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 activations for the tile kernel, with K dealt out as fragments: folded to bf16, or codes to fp16 and scales apart.
+"""FP8 activations for the tile kernel, K dealt out as fragments: folded to bf16, or codes to fp16 and scales apart.
 
-Of every 64 columns the tile kernel's lanes hold weights in 16-byte pieces (parts/fp8_device.py). Tokens meet them in the
-order of the matrix instruction's steps: the four values from 16 t + 4 s on go to places 16 s + 2 t and 16 s + 2 t + 8,
+Of every 64 columns the tile kernel's lanes hold weights in 16-byte pieces (parts/fp8_device.py). Tokens meet them in
+the order of the matrix instruction's steps: the four values from 16 t + 4 s on go to places 16 s + 2 t and 16 s + 2 t + 8,
 two to each. The decoder of folded weights gives the first and the third value together, the other one the first two.
 """
 

@@ -74,7 +74,7 @@ class Config:
 
     @property
     def split(self) -> int:
-        """Warps of a team: a power of two, so that teams fill a thread block; those without a slice only help to add."""
+        """Warps of a team: a power of two, so that teams fill a block; those without a slice only help to add."""
         return next(size for size in (1, 2, 4, 8, 16) if size >= self.slices)
 
     @property

@@ -26,7 +26,6 @@ from megamoe.kernels.parts.fp8_stream import (
     THREADS,
     TILE_ROWS,
     TOKENS_PER_TILE,
-    WARPS,
     Config,
 )
 from megamoe.kernels.parts.memory_device import load_shared, load_shared_float, store_shared_float

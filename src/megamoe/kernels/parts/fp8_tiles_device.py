@@ -223,7 +223,7 @@ class Fp8Tiles:
                 )
 
     def rows(self, w, warp, lane):
-        """Return, per group, the address of this lane's first 16 bytes of row g. Rows past the end repeat the last ones."""
+        """Return, per group, the address of this lane's first 16 bytes of row g; past the end, of the last rows."""
         row_block, _, _ = cute.arch.block_idx()
         num_rows, columns = w.shape
         addresses = []

@@ -19,7 +19,14 @@ import torch
 
 from megamoe.formats.fp8 import BLOCK, Fp8BlockTensor, Fp8RowTensor
 from megamoe.kernels.parts import fp8_expand, fp8_tiles
-from megamoe.kernels.parts.fp8_stream import PASS_TOKENS, TILE_ROWS, TOKENS_PER_TILE, stream_configs, stream_linear
+from megamoe.kernels.parts.fp8_stream import (
+    PASS_TOKENS,
+    TILE_COUNTS,
+    TILE_ROWS,
+    TOKENS_PER_TILE,
+    stream_configs,
+    stream_linear,
+)
 from megamoe.kernels.parts.fp8_tiles import tile_linear
 from megamoe.kernels.parts.linear_stream import aligned
 
@@ -33,11 +40,13 @@ def stream_limit(num_rows: int) -> int:
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
-    for num_tokens in (TOKENS_PER_TILE, PASS_TOKENS):
-        yield from stream_configs(dims["K"], num_tokens, "bf16")
-    yield fp8_expand.Config()
-    for block_tokens in (fp8_tiles.SMALL_BLOCK, fp8_tiles.LARGE_BLOCK):
-        yield fp8_tiles.Config(block_tokens, "bf16")
+    for count in TILE_COUNTS:
+        yield from stream_configs(dims["K"], count * TOKENS_PER_TILE, "bf16")
+    for folded in (True, False):
+        yield fp8_expand.Config(folded)
+        shapes = {fp8_tiles.tile_shape(dims["N"], num_tokens, folded) for num_tokens in (1, 65, 1 << 20)}
+        for rows, tokens in sorted(shapes):
+            yield fp8_tiles.Config(rows, tokens, folded, "bf16")
 
 
 def run(x: Fp8RowTensor, w: Fp8BlockTensor, out_dtype: torch.dtype) -> torch.Tensor:
