@@ -20,7 +20,6 @@ from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.kernels.parts import fp8_tiles
 from megamoe.kernels.parts.fp8_stream import (
     BLOCK,
-    CHUNK,
     MAX_BLOCKS,
     PASS_TOKENS,
     SHARED_BYTES,
@@ -46,30 +45,49 @@ def bf16_halves(word: torch.Tensor) -> torch.Tensor:
 # How columns are dealt out. Position p of step s is what the matrix instruction multiplies with position p.
 
 
-def lane_positions(step: int, order: tuple[int, int, int, int]) -> list[int]:
-    """Return which of 64 columns stands at each of 16 positions, if lane t's word of a step is decoded in an order."""
-    columns = [0] * 16
-    for t in range(4):
-        for index, value in enumerate(order):
-            columns[2 * t + index % 2 + 8 * (index // 2)] = 16 * t + 4 * step + value
+def weight_positions(folded: bool) -> list[int]:
+    """Return the column at each position of each step of a block of 128, from the words that lane t has of a row."""
+    order = (0, 2, 1, 3) if folded else (0, 1, 2, 3)  # of a word's four values, as they are decoded
+    columns = []
+    for half in range(2):
+        for step in range(4):
+            positions = [0] * 16
+            for t in range(4):
+                piece = 32 * t + 16 * half if folded else 64 * half + 16 * t  # the lane's 16 bytes
+                for index, value in enumerate(order):
+                    positions[2 * t + index % 2 + 8 * (index // 2)] = piece + 4 * step + value
+            columns += positions
     return columns
 
 
-def expanded_columns(order: tuple[int, int, int, int]) -> list[int]:
-    """Return which of 64 columns each place of an expanded token holds: four words of pairs, twice a step."""
-    places = [0] * CHUNK
-    for step in range(4):
-        for t in range(4):
-            for index, value in enumerate(order):
-                places[16 * step + 8 * (index // 2) + 2 * t + index % 2] = 16 * t + 4 * step + value
-    return places
+def token_places(folded: bool) -> list[int]:
+    """Return the column at each place of an expanded block of 128: threads of 16 places, as parts/fp8_expand.py has it."""
+    order = (0, 2, 1, 3) if folded else (0, 1, 2, 3)
+    columns = []
+    for thread in range(8):
+        start, stride = (thread * 4, 32) if folded else (thread // 4 * 64 + thread % 4 * 4, 16)
+        for pair in range(2):  # 16 bytes each
+            for part in range(4):
+                columns += [start + stride * part + value for value in order[2 * pair : 2 * pair + 2]]
+    return columns
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["apart", "folded"])
-def test_weights_and_tokens_meet(order: tuple[int, int, int, int]) -> None:
-    dealt = [column for step in range(4) for column in lane_positions(step, order)]
-    assert sorted(dealt) == list(range(CHUNK)), "every column once"
-    assert dealt == expanded_columns(order)
+@pytest.mark.parametrize("folded", [True, False])
+def test_weights_and_tokens_meet(folded: bool) -> None:
+    dealt = weight_positions(folded)
+    assert sorted(dealt) == list(range(BLOCK)), "every column once"
+    assert dealt == token_places(folded)
+
+
+def test_pieces_of_folded_weights_lie_in_different_banks() -> None:
+    """Eight lanes load 16 bytes at a time: two rows of 128 bytes, whose pieces the copy engine has swizzled."""
+    for half in range(2):
+        for first in range(0, 32, 8):
+            lanes = range(first, first + 8)
+            units = [((lane % 4 * 2) ^ (lane // 4)) ^ half for lane in lanes]
+            assert sorted(units) == list(range(8))
+            for lane, unit in zip(lanes, units, strict=True):
+                assert unit ^ (lane // 4) == lane % 4 * 2 + half, "the swizzle undone"
 
 
 # The decoder of folded weights.

@@ -63,10 +63,13 @@ def expand_kernel(
     bidx, _, _ = cute.arch.block_idx()
     piece = bidx * THREADS + tid
     if piece < count:
-        source = x.iterator.toint() + Int64(piece // 4) * CHUNK + piece % 4 * 4
+        if cutlass.const_expr(factors is None):
+            start, stride = piece // 8 * BLOCK + piece % 8 * 4, 32
+        else:
+            start, stride = piece // 4 * CHUNK + piece % 4 * 4, 16
         group = piece // BLOCK_THREADS  # [token, block of columns]
         scale = load_scale_if(Int32(1), x_scales.iterator.toint(), Int64(group), scale_size)
-        words = [load_global_if(Int32(1), source + 16 * part) for part in range(4)]
+        words = [load_global_if(Int32(1), x.iterator.toint() + Int64(start) + stride * part) for part in range(4)]
         if cutlass.const_expr(factors is None):
             pairs = [scaled_pairs(word, scale) for word in words]
         else:

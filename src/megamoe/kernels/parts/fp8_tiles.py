@@ -20,11 +20,12 @@ import dataclasses
 import torch
 
 from megamoe.kernels.parts.fp8_expand import expand_fp8
-from megamoe.kernels.parts.fp8_stream import DTYPE_NAMES, scale_bytes
+from megamoe.kernels.parts.fp8_stream import BLOCK, DTYPE_NAMES, scale_bytes
 from megamoe.kernels.store import kernel
 
 CONSUMERS = 256
 THREADS = CONSUMERS + 128
+SHARED_BYTES = 220 * 1024  # for stages
 GROUP_ROWS = 128  # rows of one wgmma of both consumer warpgroups
 SMALL_BLOCK, LARGE_BLOCK = 64, 128
 OUT_PADDING = 8  # values between the tokens of the output tile in shared memory: rows start in other banks
@@ -52,7 +53,8 @@ class Config:
     @property
     def stages(self) -> int:
         """Stages of 128 columns of tokens in shared memory."""
-        return 4 if self.block_tokens == LARGE_BLOCK else 7
+        num_bytes = BLOCK * (2 * self.block_tokens + (self.block_rows if self.folded else 0))
+        return min(6, SHARED_BYTES // num_bytes)
 
 
 def tile_linear(

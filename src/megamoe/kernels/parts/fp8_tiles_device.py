@@ -40,6 +40,8 @@ from megamoe.kernels.parts.ptx_device import fma
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 HALVES = BLOCK // CHUNK
 WARPS = CONSUMERS // 32
+PART_STEPS = 4  # steps of 16 columns of folded weights that are expanded at once
+PARTS = BLOCK // 16 // PART_STEPS
 
 
 def program(config: Config):
@@ -72,7 +74,7 @@ class Fp8Tiles:
         self.tokens, self.stages = config.block_tokens, config.stages
         self.groups = config.block_rows // GROUP_ROWS  # groups of 64 rows of a warpgroup
         self.values = BFloat16 if config.folded else Float16
-        self.stage_bytes = self.tokens * BLOCK * 2 + (0 if config.folded else self.tokens * 4)
+        self.stage_bytes = self.tokens * BLOCK * 2 + (config.block_rows * BLOCK if config.folded else self.tokens * 4)
         self.out_stride = config.block_rows + OUT_PADDING
 
     @cute.jit
@@ -106,9 +108,22 @@ class Fp8Tiles:
             (self.tokens, CHUNK),
             num_multicast=config.cluster,
         )
+        weight_layout, weight_copy, weights = None, None, None
+        if config.folded:
+            weight_layout = hopper_helpers.make_smem_layout_b(
+                LayoutEnum.ROW_MAJOR, (64, config.block_rows, BLOCK), Uint8, self.stages
+            )
+            weight_copy, weights = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileG2SOp(),
+                w,
+                cute.slice_(weight_layout, (None, None, 0)),
+                (config.block_rows, BLOCK),
+            )
         num_tokens, num_rows = out.shape
         rows = config.block_rows * config.cluster
-        self.kernel(mma, copy, tokens, token_layout, factors, w, w_scales, scale_size, out).launch(
+        self.kernel(
+            mma, copy, tokens, token_layout, weight_copy, weights, weight_layout, factors, w, w_scales, scale_size, out
+        ).launch(
             grid=(
                 (num_rows + (rows - 1)) // rows * config.cluster,
                 (num_tokens + (self.tokens - 1)) // self.tokens,
@@ -126,6 +141,9 @@ class Fp8Tiles:
         copy: cute.CopyAtom,
         tokens: cute.Tensor,
         token_layout: cute.ComposedLayout,
+        weight_copy,
+        weights,
+        weight_layout,
         factors,
         w: cute.Tensor,
         w_scales: cute.Tensor,
@@ -133,17 +151,23 @@ class Fp8Tiles:
         out: cute.Tensor,
     ):
         tid, _, _ = cute.arch.thread_idx()
-        _, token_block, _ = cute.arch.block_idx()
+        row_block, token_block, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(tid // 32)
-        stages, cluster = self.stages, self.config.cluster
+        stages, cluster, folded = self.stages, self.config.cluster, self.config.folded
         allocator = cutlass.memory.SmemAllocator()
         barriers = allocator.allocate_array(Int64, 2 * stages)  # full, then empty
-        shared_factors = allocator.allocate_array(Float32, stages * self.tokens)
         shared_tokens = allocator.allocate_tensor(
             self.values, token_layout.outer, byte_alignment=1024, swizzle=token_layout.inner
         )
-        shared_out = allocator.allocate_array(BFloat16, self.tokens * self.out_stride)
-        full, factor_area = barriers.toint(), shared_factors.toint()
+        shared_out = shared_tokens.iterator.toint()  # outputs take the place of tokens
+        shared_weights, factor_area = None, Int32(0)
+        if cutlass.const_expr(folded):
+            shared_weights = allocator.allocate_tensor(
+                Uint8, weight_layout.outer, byte_alignment=1024, swizzle=weight_layout.inner
+            )
+        else:
+            factor_area = allocator.allocate_array(Float32, stages * self.tokens).toint()
+        full = barriers.toint()
         empty = full + stages * 8
         if tid == 0:
             for stage in cutlass.range_constexpr(stages):
@@ -159,79 +183,66 @@ class Fp8Tiles:
         if warp >= WARPS:
             cute.arch.setmaxregister_decrease(40)
             if warp == WARPS:
-                blocks = w.shape[1] // BLOCK
-                self.produce(
-                    copy, tokens, shared_tokens, barriers, full, empty, factors, factor_area, token_block, blocks
+                rank = cute.arch.block_idx_in_cluster() if cluster > 1 else 0
+                tile = cute.local_tile(tokens, (self.tokens, CHUNK), (token_block, None))
+                token_parts = cpasync.tma_partition(
+                    copy,
+                    rank,
+                    cute.make_layout(cluster),
+                    cute.group_modes(shared_tokens, 0, 2),
+                    cute.group_modes(tile, 0, 2),
                 )
+                weight_parts = None
+                if cutlass.const_expr(folded):
+                    tile = cute.local_tile(weights, (self.config.block_rows, BLOCK), (row_block, None))
+                    weight_parts = cpasync.tma_partition(
+                        weight_copy,
+                        0,
+                        cute.make_layout(1),
+                        cute.group_modes(shared_weights, 0, 2),
+                        cute.group_modes(tile, 0, 2),
+                    )
+                for block in cutlass.range(w.shape[1] // BLOCK, unroll=1):
+                    self.produce(
+                        block, copy, token_parts, weight_copy, weight_parts, barriers, factors, factor_area, token_block
+                    )
         else:
             cute.arch.setmaxregister_increase(232)
             thread = (tid, warp, full, empty)
             weight = (w, w_scales.iterator.toint(), scale_size)
-            if cutlass.const_expr(self.config.folded):
-                self.consume_folded(mma, shared_tokens, shared_out.toint(), weight, out, thread)
+            if cutlass.const_expr(folded):
+                area = shared_weights.iterator.toint()
+                self.consume_folded(mma, shared_tokens, shared_out, weight, out, thread, area)
             else:
-                self.consume_apart(mma, shared_tokens, shared_out.toint(), weight, out, thread, factor_area)
+                self.consume_apart(mma, shared_tokens, shared_out, weight, out, thread, factor_area)
         if cutlass.const_expr(cluster > 1):  # the other block may still arrive at this one's barriers
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
-    @cute.jit
     def produce(
-        self,
-        copy: cute.CopyAtom,
-        tokens: cute.Tensor,
-        shared_tokens: cute.Tensor,
-        barriers: cute.Pointer,
-        full: Int32,
-        empty: Int32,
-        factors,
-        factor_area: Int32,
-        token_block: Int32,
-        blocks: Int32,
+        self, block, copy, token_parts, weight_copy, weight_parts, barriers, factors, factor_area, token_block
     ):
-        """Keep the stages full: this block's share of the tokens, to all blocks of the cluster, and their scales."""
+        """Fill a stage: this block's share of the tokens, to all blocks of the cluster; weights, or scales of tokens."""
         stages, cluster = self.stages, self.config.cluster
-        tile = cute.local_tile(tokens, (self.tokens, CHUNK), (token_block, None))
-        rank = cute.arch.block_idx_in_cluster() if cluster > 1 else 0
-        to_shared, from_global = cpasync.tma_partition(
-            copy,
-            rank,
-            cute.make_layout(cluster),
-            cute.group_modes(shared_tokens, 0, 2),
-            cute.group_modes(tile, 0, 2),
-        )
+        stage = block % stages
+        full = barriers.toint() + stage * 8
         is_first = cute.arch.lane_idx() == 0
-        for block in cutlass.range(blocks, unroll=1):
-            stage = block % stages
-            wait_barrier(empty + stage * 8, (block // stages & 1) ^ 1)
-            expect_bytes_if(is_first, full + stage * 8, Int32(self.stage_bytes))
-            for half in cutlass.range_constexpr(HALVES):
-                source, target = from_global[(None, block * HALVES + half)], to_shared[(None, stage * HALVES + half)]
-                if cutlass.const_expr(cluster > 1):
-                    mask = cutlass.Int16((1 << cluster) - 1)
-                    cute.copy(copy, source, target, tma_bar_ptr=barriers + stage, mcast_mask=mask)
-                else:
-                    cute.copy(copy, source, target, tma_bar_ptr=barriers + stage)
-            if cutlass.const_expr(factors is not None):
-                offset = Int64(block) * factors.layout.stride[0] + token_block * self.tokens
-                bulk_copy_if(
-                    is_first,
-                    factor_area + stage * (self.tokens * 4),
-                    factors.iterator.toint() + offset * 4,
-                    Int32(self.tokens * 4),
-                    full + stage * 8,
-                )
-
-    def rows(self, w, warp, lane):
-        """Return, per group, the address of this lane's first 16 bytes of row g; past the end, of the last rows."""
-        row_block, _, _ = cute.arch.block_idx()
-        num_rows, columns = w.shape
-        addresses = []
-        for group in range(self.groups):
-            tile = row_block * (self.config.block_rows // 16) + warp // 4 * (4 * self.groups) + group * 4 + warp % 4
-            row = cutlass.min(tile, num_rows // 16 - 1) * 16 + lane // 4
-            addresses.append(w.iterator.toint() + Int64(row) * columns + lane % 4 * 16)
-        return addresses
+        wait_barrier(full + stages * 8, (block // stages & 1) ^ 1)
+        expect_bytes_if(is_first, full, Int32(self.stage_bytes))
+        for half in range(HALVES):
+            target, source = (part[(None, at * HALVES + half)] for part, at in zip(token_parts, (stage, block)))
+            if cluster > 1:
+                mask = cutlass.Int16((1 << cluster) - 1)
+                cute.copy(copy, source, target, tma_bar_ptr=barriers + stage, mcast_mask=mask)
+            else:
+                cute.copy(copy, source, target, tma_bar_ptr=barriers + stage)
+        if weight_parts is not None:
+            target, source = weight_parts[0][(None, stage)], weight_parts[1][(None, block)]
+            cute.copy(weight_copy, source, target, tma_bar_ptr=barriers + stage)
+        else:
+            source = Int64(block) * factors.layout.stride[0] + token_block * self.tokens
+            target = factor_area + stage * (self.tokens * 4)
+            bulk_copy_if(is_first, target, factors.iterator.toint() + source * 4, Int32(self.tokens * 4), full)
 
     def first_scale(self, w, warp):
         """Return the index of the scale of a warpgroup's rows and the first block of columns."""
@@ -243,46 +254,53 @@ class Fp8Tiles:
     def operands(self, mma, shared_tokens, tid):
         """Return token fragments, accumulators by group, and two sets of weight registers by group."""
         fragments = mma.make_fragment_B(mma.get_slice(tid % 128).partition_B(shared_tokens))
-        columns = CHUNK // 2 if self.config.folded else CHUNK
+        columns = PART_STEPS * 16 if self.config.folded else CHUNK
         shape_c, shape_a = mma.partition_shape_C((64, self.tokens)), mma.partition_shape_A((64, columns))
         sums = [cute.make_rmem_tensor(shape_c, Float32) for _ in range(self.groups)]
         weights = [[cute.make_rmem_tensor(shape_a, self.values) for _ in range(self.groups)] for _ in range(2)]
         return fragments, sums, weights
 
     @cute.jit
-    def consume_folded(self, mma: cute.TiledMma, shared_tokens: cute.Tensor, shared_out: Int32, weight, out, thread):
+    def consume_folded(
+        self, mma: cute.TiledMma, shared_tokens: cute.Tensor, shared_out: Int32, weight, out, thread, area: Int32
+    ):
         """Multiply the tile and store it; the scales are in the operands."""
         tid, warp, full, empty = thread
         w, scales, scale_size = weight
-        lane, blocks = tid % 32, w.shape[1] // BLOCK
+        lane, blocks, stages = tid % 32, w.shape[1] // BLOCK, self.stages
         fragments, sums, weights = self.operands(mma, shared_tokens, tid)
         for group in cutlass.range_constexpr(self.groups):
             sums[group].fill(0.0)
-        addresses, below = self.rows(w, warp, lane), Int64(8 * w.shape[1])
+        # Row g of this warp's first group, and the first of its pieces of 16 bytes: swizzled, so that banks differ.
+        row = warp // 4 * (64 * self.groups) + warp % 4 * 16 + lane // 4
+        area = area + row * BLOCK + (lane % 4 * 2 ^ lane // 4) * 16
         first_scale = self.first_scale(w, warp)
-        raw = [cute.make_rmem_tensor(cute.make_layout((8, self.groups)), Uint32) for _ in range(HALVES)]
+        raw = cute.make_rmem_tensor(cute.make_layout((8, self.groups)), Uint32)
         nan = cute.make_rmem_tensor(cute.make_layout((2, self.groups)), Uint32)
         nan.fill(0)
-        for half in cutlass.range_constexpr(HALVES):
-            self.load_all(raw[half], addresses, below, Int32(half * CHUNK))
         byte = load_global_if(Int32(1), scales + first_scale, 8)
+        wait_barrier(full, Int32(0))
+        self.load_pieces(raw, area)
         for block in cutlass.range(blocks, unroll=1):
-            stage = block % self.stages
+            stage = block % stages
             factor = folding_factor(byte)
             following = cutlass.min(block + 1, blocks - 1)  # past the last block, the last again
             byte = load_global_if(Int32(1), scales + first_scale + following, 8)
-            for part in cutlass.range_constexpr(2 * HALVES):  # one set of registers is read, the other is written
-                half, pair = part // 2, part % 2
+            for part in cutlass.range_constexpr(PARTS):
+                half, first = part * PART_STEPS // 4, part * PART_STEPS % 4
+                chosen = weights[part % 2]
                 for group in cutlass.range_constexpr(self.groups):
-                    self.fold(raw[half], weights[pair][group], factor, nan, group, pair)
-                if cutlass.const_expr(pair == 1):
-                    self.load_all(raw[half], addresses, below, following * BLOCK + half * CHUNK)
-                if cutlass.const_expr(part == 0):
-                    wait_barrier(full + stage * 8, block // self.stages & 1)
-                self.multiply(mma, sums, weights[pair], fragments, stage * HALVES + half, 2 * pair)
+                    self.fold(raw, chosen[group], factor, nan, group, first)
+                if cutlass.const_expr(first + PART_STEPS == 4 and half == 0):
+                    self.load_pieces(raw, (area + stage * (self.config.block_rows * BLOCK)) ^ 16)
+                if cutlass.const_expr(part == PARTS - 1):
+                    after = following % stages
+                    wait_barrier(full + after * 8, following // stages & 1)
+                    self.load_pieces(raw, area + after * (self.config.block_rows * BLOCK))
+                self.multiply(mma, sums, chosen, fragments, stage * HALVES + half, first)
                 warpgroup.wait_group(1)
                 if cutlass.const_expr(part == 0):
-                    self.release((lane == 0) & (block > 0), empty + (block + (self.stages - 1)) % self.stages * 8)
+                    self.release((lane == 0) & (block > 0), empty + (block + (stages - 1)) % stages * 8)
         warpgroup.wait_group(0)
         for group in cutlass.range_constexpr(self.groups):
             bias = [nan_of_row(nan[row, group]) for row in range(2)]
@@ -291,23 +309,22 @@ class Fp8Tiles:
                 flat[position] = fma(flat[position], Float32(UNDO), bias[position // 2 % 2])
         self.store(sums, shared_out, out, tid, warp)
 
-    def load_all(self, raw, addresses, below, offset):
-        """Start loading this lane's pieces of two rows of every group."""
+    def load_pieces(self, raw, address):
+        """Load half a block of columns of rows g and g + 8 of every group."""
         for group in range(self.groups):
-            address = addresses[group] + offset
-            words = [*load_global_vector(address, 4), *load_global_vector(address + below, 4)]
-            for index, word in enumerate(words):
-                raw[index, group] = word
+            for row in range(2):
+                for index, word in enumerate(load_shared(address + (group * 64 + row * 8) * BLOCK, 4)):
+                    raw[row * 4 + index, group] = word
 
-    def fold(self, raw, weights, factor, nan, group: int, pair: int):
-        """Expand two steps of half a block of columns to the A operand, scaled."""
+    def fold(self, raw, weights, factor, nan, group: int, first: int):
+        """Expand some steps of half a block of columns to the A operand, scaled."""
         registers = cute.recast_tensor(weights, Uint32)
         flat = cute.make_tensor(registers.iterator, cute.make_layout(cute.size(registers)))
-        for step in range(2):
+        for step in range(PART_STEPS):
             for row in range(2):
-                word = raw[4 * row + 2 * pair + step, group]
-                first, second, nan[row, group] = folded_pairs(word, factor, nan[row, group])
-                flat[step * 4 + row], flat[step * 4 + 2 + row] = first, second
+                word = raw[4 * row + first + step, group]
+                pairs = folded_pairs(word, factor, nan[row, group])
+                flat[step * 4 + row], flat[step * 4 + 2 + row], nan[row, group] = pairs
 
     @cute.jit
     def consume_apart(
@@ -320,15 +337,18 @@ class Fp8Tiles:
         fragments, (products,), weights = self.operands(mma, shared_tokens, tid)
         sums = cute.make_rmem_tensor(mma.partition_shape_C((64, self.tokens)), Float32)
         sums.fill(0.0)
-        (source,), below = self.rows(w, warp, lane), Int64(8 * w.shape[1])
+        row_block, _, _ = cute.arch.block_idx()
+        row_tile = cutlass.min(row_block * (GROUP_ROWS // 16) + warp, w.shape[0] // 16 - 1)  # past the end, the last
+        source = w.iterator.toint() + Int64(row_tile * 16 + lane // 4) * w.shape[1] + lane % 4 * 16
+        below = Int64(8 * w.shape[1])
         first_scale = self.first_scale(w, warp)
-        raw = [cute.make_rmem_tensor(cute.make_layout((8, 1)), Uint32) for _ in range(HALVES)]
+        raw = [cute.make_rmem_tensor(cute.make_layout(8), Uint32) for _ in range(HALVES)]
 
-        self.load_all(raw[0], [source], below, Int32(0))
-        self.load_all(raw[1], [source], below, Int32(CHUNK))
+        self.load(raw[0], source, below)
+        self.load(raw[1], source + CHUNK, below)
         scale = load_scale_if(Int32(1), scales, first_scale, scale_size)
         self.decode(raw[0], weights[0][0])
-        self.load_all(raw[0], [source], below, cutlass.min(1, blocks - 1) * BLOCK)
+        self.load(raw[0], source + cutlass.min(1, blocks - 1) * BLOCK, below)
         flat_sums = cute.make_tensor(sums.iterator, cute.make_layout(cute.size(sums)))
         flat_products = cute.make_tensor(products.iterator, cute.make_layout(cute.size(products)))
         for block in cutlass.range(blocks, unroll=1):
@@ -337,11 +357,11 @@ class Fp8Tiles:
             self.multiply(mma, [products], weights[0], fragments, stage * HALVES, 0, fresh=True)
             self.decode(raw[1], weights[1][0])
             following = cutlass.min(block + 1, blocks - 1)  # past the last block, the last again
-            self.load_all(raw[1], [source], below, following * BLOCK + CHUNK)
+            self.load(raw[1], source + following * BLOCK + CHUNK, below)
             self.multiply(mma, [products], weights[1], fragments, stage * HALVES + 1, 0)
             warpgroup.wait_group(1)  # the first half has read its registers
             self.decode(raw[0], weights[0][0])
-            self.load_all(raw[0], [source], below, cutlass.min(block + 2, blocks - 1) * BLOCK)
+            self.load(raw[0], source + cutlass.min(block + 2, blocks - 1) * BLOCK, below)
             factors = []
             for group in cutlass.range_constexpr(self.tokens // 8):
                 address = factor_area + (stage * self.tokens + group * 8 + lane % 4 * 2) * 4
@@ -354,12 +374,17 @@ class Fp8Tiles:
                 flat_sums[position] = flat_sums[position] + flat_products[position] * factor
         self.store([sums], shared_out, out, tid, warp)
 
+    def load(self, raw, address, below):
+        """Start loading this lane's 16 bytes of rows g and g + 8."""
+        for index, word in enumerate([*load_global_vector(address, 4), *load_global_vector(address + below, 4)]):
+            raw[index] = word
+
     def decode(self, raw, weights):
         """Expand half a block of columns to the A operand."""
         registers = cute.recast_tensor(weights, Uint32)
         flat = cute.make_tensor(registers.iterator, cute.make_layout(cute.size(registers)))
         for step in range(4):
-            above, below = e4m3_pairs(raw[step, 0]), e4m3_pairs(raw[4 + step, 0])
+            above, below = e4m3_pairs(raw[step]), e4m3_pairs(raw[4 + step])
             for index, pair in enumerate((above[0], below[0], above[1], below[1])):
                 flat[step * 4 + index] = pair
 
@@ -392,6 +417,7 @@ class Fp8Tiles:
         block_rows, stride = self.config.block_rows, self.out_stride
         first_row, first_token = warp // 4 * (64 * self.groups) + warp % 4 * 16, token_block * self.tokens
         if cutlass.const_expr(self.config.out == "bf16"):
+            cute.arch.barrier(barrier_id=1, number_of_threads=CONSUMERS)  # nobody reads tokens any more
             for group in cutlass.range_constexpr(self.groups):
                 flat = cute.make_tensor(sums[group].iterator, cute.make_layout(cute.size(sums[group])))
                 for blocks in cutlass.range_constexpr(self.tokens // 16):  # two blocks of 8 tokens, two of 8 rows
