@@ -61,7 +61,7 @@ def weight_positions(folded: bool) -> list[int]:
 
 
 def token_places(folded: bool) -> list[int]:
-    """Return the column at each place of an expanded block of 128: threads of 16 places, as parts/fp8_expand.py has it."""
+    """Return the column at each place of an expanded block of 128, as the threads of fp8_expand write them."""
     order = (0, 2, 1, 3) if folded else (0, 1, 2, 3)
     columns = []
     for thread in range(8):

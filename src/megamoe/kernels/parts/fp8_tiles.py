@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host side of fp8_linear for many tokens: tiles of 128 or 256 weight rows by 64 or 128 tokens on wgmma.
 
-The weight is the M side of the instruction and comes from registers: two consumer warpgroups load codes straight from
-global memory, row-major as they are, and expand them while the tensor cores work. Tokens, expanded before
-(parts/fp8_expand.py), are the N side: a producer warp brings 128 columns of them a stage by TMA. Two blocks of
-neighboring rows form a cluster: each brings half of the tokens to both.
+The weight is the M side of the instruction and comes from registers: two consumer warpgroups expand the codes while the
+tensor cores work. Tokens, expanded before (parts/fp8_expand.py), are the N side: a producer warp brings 128 columns of
+them a stage by TMA. Two blocks of neighboring rows form a cluster: each brings half of the tokens to both.
 
-Scales are folded or applied. E8M0 scales are folded: code * 2^scale is a bf16 number on either side, and products are
-added in fp32 over all of K. Where a side has fp32 scales, codes alone are multiplied, in fp16: the products of 128
-columns are added from zero, then both scales multiply them in fp32 and they join the sums.
+E8M0 scales are folded: code * scale is a bf16 number on either side, and products are added in fp32 over all of K. Codes
+come by TMA, too. Where a side has fp32 scales, codes alone are multiplied, in fp16: the products of 128 columns are
+added from zero, then both scales multiply them in fp32 and they join the sums. There each lane loads its codes itself.
 
 Hopper's FP8 instructions would be twice as fast, but they add with some 14 bits: not this operation (docs/kernels.md).
 """

@@ -222,7 +222,7 @@ class Fp8Tiles:
     def produce(
         self, block, copy, token_parts, weight_copy, weight_parts, barriers, factors, factor_area, token_block
     ):
-        """Fill a stage: this block's share of the tokens, to all blocks of the cluster; weights, or scales of tokens."""
+        """Fill a stage: this block's share of the tokens, to all of the cluster, and weights, or scales of tokens."""
         stages, cluster = self.stages, self.config.cluster
         stage = block % stages
         full = barriers.toint() + stage * 8
@@ -230,7 +230,8 @@ class Fp8Tiles:
         wait_barrier(full + stages * 8, (block // stages & 1) ^ 1)
         expect_bytes_if(is_first, full, Int32(self.stage_bytes))
         for half in range(HALVES):
-            target, source = (part[(None, at * HALVES + half)] for part, at in zip(token_parts, (stage, block)))
+            target = token_parts[0][(None, stage * HALVES + half)]
+            source = token_parts[1][(None, block * HALVES + half)]
             if cluster > 1:
                 mask = cutlass.Int16((1 << cluster) - 1)
                 cute.copy(copy, source, target, tma_bar_ptr=barriers + stage, mcast_mask=mask)
