@@ -9,8 +9,6 @@ and bytes 4 s to 4 s + 3 are its fragment of step s, on both operands alike.
 from cutlass import Float32, Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
-from megamoe.kernels.parts.memory_device import arrive_if
-
 
 def e4m3_pairs(word):
     """Return the four E4M3 numbers of a word as two pairs of fp16 numbers, exact; NaN stays NaN."""
@@ -64,12 +62,11 @@ def team_barrier(barrier, num_threads: int):
     inline_ptx(f"bar.sync {{$r0}}, {num_threads};", read_only_args=[barrier])
 
 
-def load_shared_floats(address, num_floats: int):
-    """Return 2 or 4 floats of shared memory."""
-    targets = ", ".join(f"{{$w{index}}}" for index in range(num_floats))
+def load_two_floats(space: str, address):
+    """Return two floats of memory: "global" or "shared"."""
     return inline_ptx(
-        f"ld.shared.v{num_floats}.f32 {{{targets}}}, [{{$r0}}];",
-        write_only_types=[Float32] * num_floats,
+        "ld." + space + ".v2.f32 {{$w0}, {$w1}}, [{$r0}];",
+        write_only_types=[Float32, Float32],
         read_only_args=[address],
     )
 
@@ -119,19 +116,6 @@ def broadcast(value, lane):
         "mov.b32 {$w0}, bits; }",
         write_only_types=[Float32],
         read_only_args=[value, lane],
-    )
-
-
-def arrive_in_cluster_if(wanted, address, rank, cluster: int):
-    """Arrive at the mbarrier at this shared address of a block of the cluster, if `wanted`."""
-    if cluster == 1:
-        arrive_if(wanted, address)
-        return
-    inline_ptx(
-        "{ .reg .pred wanted; .reg .b32 flag, remote; mov.b32 flag, {$r0}; setp.ne.b32 wanted, flag, 0; "
-        "mapa.shared::cluster.u32 remote, {$r1}, {$r2}; "
-        "@wanted mbarrier.arrive.shared::cluster.b64 _, [remote]; }",
-        read_only_args=[Int32(wanted), address, rank],
     )
 
 

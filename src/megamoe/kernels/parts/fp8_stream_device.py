@@ -13,7 +13,7 @@ from megamoe.kernels.parts.fp8_device import (
     copy_async_or_zero,
     e4m3_pairs,
     load_scale_if,
-    load_shared_floats,
+    load_two_floats,
     mma_fp16,
     store_shared_floats,
     team_barrier,
@@ -147,7 +147,7 @@ class Fp8Stream:
                 weight_scale = broadcast(scale_now, index)
                 for tile in cutlass.range_constexpr(config.num_tiles):
                     position = column_block * self.tokens_held + tile * TOKENS_PER_TILE + column * 2
-                    factors = load_shared_floats(shared + config.scale_offset + position * 4, 2)
+                    factors = load_two_floats("shared", shared + config.scale_offset + position * 4)
                     for item in cutlass.range_constexpr(4):
                         factor = weight_scale * factors[item % 2]
                         sums[item, tile] = sums[item, tile] + products[tile][item] * factor

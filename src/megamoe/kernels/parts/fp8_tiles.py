@@ -2,12 +2,12 @@
 """Host side of fp8_linear for many tokens: tiles of 128 or 256 weight rows by 64 or 128 tokens on wgmma.
 
 The weight is the M side of the instruction and comes from registers: two consumer warpgroups expand the codes while the
-tensor cores work. Tokens, expanded before (parts/fp8_expand.py), are the N side: a producer warp brings 128 columns of
-them a stage by TMA. Two blocks of neighboring rows form a cluster: each brings half of the tokens to both.
+tensor cores work. Tokens, expanded before (parts/fp8_expand.py), are the N side. A producer warp brings 128 columns a
+stage by TMA. One block a multiprocessor takes one tile after another, and while it stores one, the next is on its way.
 
-E8M0 scales are folded: code * scale is a bf16 number on either side, and products are added in fp32 over all of K. Codes
-come by TMA, too. Where a side has fp32 scales, codes alone are multiplied, in fp16: the products of 128 columns are
-added from zero, then both scales multiply them in fp32 and they join the sums. There each lane loads its codes itself.
+E8M0 scales are folded: code * scale is a bf16 number on either side, and products are added in fp32 over all of K.
+Codes come by TMA, too. Where a side has fp32 scales, codes alone are multiplied, in fp16: the products of 128 columns
+are added from zero, then both scales multiply them in fp32 and they join the sums; a lane loads its codes itself.
 
 Hopper's FP8 instructions would be twice as fast, but they add with some 14 bits: not this operation (docs/kernels.md).
 """
@@ -19,15 +19,15 @@ import dataclasses
 import torch
 
 from megamoe.kernels.parts.fp8_expand import expand_fp8
-from megamoe.kernels.parts.fp8_stream import BLOCK, DTYPE_NAMES, scale_bytes
+from megamoe.kernels.parts.fp8_stream import BLOCK, DTYPE_NAMES, num_multiprocessors, scale_bytes
 from megamoe.kernels.store import kernel
 
 CONSUMERS = 256
 THREADS = CONSUMERS + 128
-SHARED_BYTES = 220 * 1024  # for stages
+SHARED_BYTES = 208 * 1024  # for stages
+MAX_STAGES = 6
 GROUP_ROWS = 128  # rows of one wgmma of both consumer warpgroups
 SMALL_BLOCK, LARGE_BLOCK = 64, 128
-OUT_PADDING = 8  # values between the tokens of the output tile in shared memory: rows start in other banks
 UNDO = 2.0**7  # folded weights are held times 2^-7, so that the factor of their bytes stays in bf16's range
 
 
@@ -40,20 +40,22 @@ class Config:
         block_tokens: tokens of a tile, 64 or 128.
         folded: scales are part of the bf16 operands.
         out: "bf16" or "f32".
-        cluster: blocks that share the loads of tokens: 1 or 2.
     """
 
     block_rows: int
     block_tokens: int
     folded: bool
     out: str
-    cluster: int = 2
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of 128 columns of a tile's operands."""
+        return BLOCK * (2 * self.block_tokens + (self.block_rows if self.folded else 0))
 
     @property
     def stages(self) -> int:
-        """Stages of 128 columns of tokens in shared memory."""
-        num_bytes = BLOCK * (2 * self.block_tokens + (self.block_rows if self.folded else 0))
-        return min(6, SHARED_BYTES // num_bytes)
+        """Stages in shared memory."""
+        return min(MAX_STAGES, SHARED_BYTES // self.stage_bytes)
 
 
 def tile_linear(
@@ -67,7 +69,8 @@ def tile_linear(
     rows, tokens = tile_shape(num_rows, num_tokens, folded)
     config = Config(rows, tokens, folded, DTYPE_NAMES[out_dtype])
     scales = (*(() if folded else (factors,)), *scale_bytes(w_scales))
-    kernel(__name__, config, w.device)(values, w, *scales, out)
+    blocks = min(num_multiprocessors(w.device), -(-num_rows // rows) * -(-num_tokens // tokens))
+    kernel(__name__, config, w.device)(values, w, *scales, out, blocks)
     return out
 
 
