@@ -88,7 +88,7 @@ SASS_WANTED = {
     "parts.sum_slots": ["LDG.E.128", "STG.E.128"],
     "parts.expand_nvfp4": ["STG.E.128"],
     "parts.fp8_stream": ["LDGSTS.E.BYPASS.LTC128B.128", "LDS.128", "F2FP.F16.E4M3.UNPACK_B", "HMMA.16816.F32"],
-    "parts.fp8_tiles": ["UTMALDG.2D.MULTICAST", "LDG.E.NA.128", "HGMMA.64x", "STSM.16.MT88.4", "STG.E.128"],
+    "parts.fp8_tiles": ["UTMALDG.2D", "HGMMA.64x", "STSM.16.MT88.4", "STG.E.128"],
     "parts.fp8_expand": ["STG.E.128"],
 }
 """Module → prefixes of instructions that its SASS must hold."""

@@ -219,8 +219,8 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
 
 
 def _fp8_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
-    x = _finite_squares(activations(generator, num_tokens, dims["K"]))
-    return {"x": fp8.quantize_rows(x), "w": _fp8_weight(generator, dims["N"], dims["K"])}
+    w = _fp8_weight(generator, dims["N"], dims["K"])
+    return {"x": fp8.quantize_rows(_finite_squares(activations(generator, num_tokens, dims["K"]))), "w": w}
 
 
 def _fp8_weight(generator: torch.Generator, num_rows: int, width: int) -> Fp8BlockTensor:

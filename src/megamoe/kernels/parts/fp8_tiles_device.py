@@ -136,9 +136,7 @@ class Fp8Tiles:
         for index in cutlass.range_constexpr(len(copies)):
             layout = copies[index][2]
             dtype = self.values if index == 0 else Uint8
-            areas.append(
-                allocator.allocate_tensor(dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
-            )
+            areas.append(allocator.allocate_tensor(dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner))
         stored = allocator.allocate_array(Uint8, WARPS * STORED_TOKENS * STORED_STRIDE, byte_alignment=16)
         full = barriers.toint()
         empty = full + stages * 8
@@ -186,7 +184,10 @@ class Fp8Tiles:
                 wait_barrier(full + self.stages * 8, parity)
                 expect_bytes_if(is_first, full, Int32(self.config.stage_bytes))
                 for half in cutlass.range_constexpr(HALVES):
-                    target, source = parts[0][0][(None, slot * HALVES + half)], parts[0][1][(None, block * HALVES + half)]
+                    target, source = (
+                        parts[0][0][(None, slot * HALVES + half)],
+                        parts[0][1][(None, block * HALVES + half)],
+                    )
                     cute.copy(copies[0][0], source, target, tma_bar_ptr=barriers + slot)
                 if cutlass.const_expr(self.config.folded):
                     target, source = parts[1][0][(None, slot)], parts[1][1][(None, block)]
