@@ -143,7 +143,7 @@ def test_compile_keys_cover_every_number_of_tokens(dims: dict[str, int]) -> None
         assert set(stream_configs(dims["K"], num_tokens, "bf16")) <= keys
     for folded in (True, False):
         for num_tokens in (stream_limit(dims["N"]) + 1, 64, 65, 128, 1000, 4096):
-            rows, tokens = fp8_tiles.tile_shape(dims["N"], num_tokens, folded)
+            rows, tokens = fp8_tiles.tile_shape(dims["N"], num_tokens, folded, 132)
             assert fp8_tiles.Config(rows, tokens, folded, "bf16") in keys
 
 

@@ -27,7 +27,8 @@ THREADS = CONSUMERS + 128
 SHARED_BYTES = 208 * 1024  # for stages
 MAX_STAGES = 6
 GROUP_ROWS = 128  # rows of one wgmma of both consumer warpgroups
-SMALL_BLOCK, LARGE_BLOCK = 64, 128
+TILE_TIMES = {(2 * GROUP_ROWS, 128): 2.0, (GROUP_ROWS, 128): 1.03, (GROUP_ROWS, 64): 0.75}
+"""Rows and tokens of a tile → how long one takes, as measured with many columns: small tiles wait more."""
 UNDO = 2.0**7  # folded weights are held times 2^-7, so that the factor of their bytes stays in bf16's range
 
 
@@ -66,16 +67,20 @@ def tile_linear(
     folded = x_scales.dtype == w_scales.dtype == torch.float8_e8m0fnu
     values, factors = expand_fp8(x, x_scales, folded)
     out = torch.empty(num_tokens, num_rows, dtype=out_dtype, device=w.device)
-    rows, tokens = tile_shape(num_rows, num_tokens, folded)
+    multiprocessors = num_multiprocessors(w.device)
+    rows, tokens = tile_shape(num_rows, num_tokens, folded, multiprocessors)
     config = Config(rows, tokens, folded, DTYPE_NAMES[out_dtype])
     scales = (*(() if folded else (factors,)), *scale_bytes(w_scales))
-    blocks = min(num_multiprocessors(w.device), -(-num_rows // rows) * -(-num_tokens // tokens))
+    blocks = min(multiprocessors, -(-num_rows // rows) * -(-num_tokens // tokens))
     kernel(__name__, config, w.device)(values, w, *scales, out, blocks)
     return out
 
 
-def tile_shape(num_rows: int, num_tokens: int, folded: bool) -> tuple[int, int]:
-    """Return rows and tokens of a tile. Sums have the same order in all of them."""
-    tokens = SMALL_BLOCK if num_tokens <= SMALL_BLOCK else LARGE_BLOCK
-    tall = folded and tokens == LARGE_BLOCK and num_rows * num_tokens > 2 * GROUP_ROWS * LARGE_BLOCK * 100
-    return (2 * GROUP_ROWS if tall else GROUP_ROWS), tokens
+def tile_shape(num_rows: int, num_tokens: int, folded: bool, multiprocessors: int) -> tuple[int, int]:
+    """Return rows and tokens of the tiles that should end first. Sums have the same order in all of them."""
+
+    def time(shape: tuple[int, int]) -> float:
+        tiles = -(-num_rows // shape[0]) * -(-num_tokens // shape[1])
+        return -(-tiles // multiprocessors) * TILE_TIMES[shape]
+
+    return min((shape for shape in TILE_TIMES if folded or shape[0] == GROUP_ROWS), key=time)

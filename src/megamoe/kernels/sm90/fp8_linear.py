@@ -35,7 +35,7 @@ OP = "fp8_linear"
 
 def stream_limit(num_rows: int) -> int:
     """Return up to how many tokens a weight of N rows is streamed; more of them are multiplied in tiles."""
-    return 2 * PASS_TOKENS if num_rows < 8192 else PASS_TOKENS
+    return 2 * PASS_TOKENS if num_rows < 4096 else PASS_TOKENS
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
@@ -44,9 +44,9 @@ def configs(dims: Mapping[str, int]) -> Iterator[Any]:
         yield from stream_configs(dims["K"], count * TOKENS_PER_TILE, "bf16")
     for folded in (True, False):
         yield fp8_expand.Config(folded)
-        shapes = {fp8_tiles.tile_shape(dims["N"], num_tokens, folded) for num_tokens in (1, 65, 1 << 20)}
-        for rows, tokens in sorted(shapes):
-            yield fp8_tiles.Config(rows, tokens, folded, "bf16")
+        for rows, tokens in fp8_tiles.TILE_TIMES:
+            if folded or rows == fp8_tiles.GROUP_ROWS:
+                yield fp8_tiles.Config(rows, tokens, folded, "bf16")
 
 
 def run(x: Fp8RowTensor, w: Fp8BlockTensor, out_dtype: torch.dtype) -> torch.Tensor:
