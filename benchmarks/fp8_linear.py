@@ -28,8 +28,8 @@ from megamoe.ops.quantize import quantize_fp8_rows
 from megamoe.verify.inputs import rows_of
 from megamoe.verify.tolerance import assert_within
 
-SHAPES = ((8192, 8192), (32768, 1024), (65536, 1536), (4096, 8192), (7168, 16384), (512, 4096), (1536, 7168))
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+SHAPES = ((8192, 8192), (32768, 1024), (4096, 8192), (65536, 1536), (7168, 16384), (512, 4096), (1536, 7168))
+TOKENS = (1, 8, 16, 32, 64, 256, 1024, 4096)
 SAMPLE = 8
 
 
@@ -100,7 +100,7 @@ if __name__ == "__main__":
     for shape in SHAPES:
         table += measure(*shape, measured)
         torch.cuda.empty_cache()
-    with pathlib.Path(sys.argv[1]).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+        with pathlib.Path(sys.argv[1]).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
