@@ -63,6 +63,15 @@ PTX_WANTED = {
     "parts.sort_pairs": ["match.any.sync.b32", "griddepcontrol.wait"],
     "parts.sum_slots": ["griddepcontrol.wait"],
     "parts.expand_nvfp4": ["mul.rn.bf16x2"],
+    "parts.fp8_stream": [
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+        "cvt.rn.f16x2.e4m3x2",
+        "cp.async.cg.shared.global.L2::128B",
+        "griddepcontrol.wait",
+        "griddepcontrol.launch_dependents",
+    ],
+    "parts.fp8_tiles": ["wgmma.mma_async.sync.aligned.m64n", "setmaxnreg.inc"],
+    "parts.fp8_expand": ["cvt.rn.f16x2.e4m3x2"],
 }
 """Module → instructions that its PTX must hold."""
 
@@ -88,6 +97,9 @@ SASS_WANTED = {
     "parts.weight_tiles": ["UTMALDG.2D", "LDG.E.NA.128", "HGMMA.64x128x16.F32.BF16", "STSM.16.MT88.4", "STG.E.128"],
     "parts.sum_slots": ["LDG.E.128", "STG.E.128"],
     "parts.expand_nvfp4": ["STG.E.128"],
+    "parts.fp8_stream": ["LDGSTS.E.BYPASS.LTC128B.128", "LDS.128", "F2FP.F16.E4M3.UNPACK_B", "HMMA.16816.F32"],
+    "parts.fp8_tiles": ["UTMALDG.2D", "HGMMA.64x", "STSM.16.MT88.4", "STG.E.128"],
+    "parts.fp8_expand": ["STG.E.128"],
 }
 """Module → prefixes of instructions that its SASS must hold."""
 

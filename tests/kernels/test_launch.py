@@ -120,6 +120,7 @@ def test_current_stream_no_synchronization_nothing_hidden(call: OpCall, inputs: 
 WORKSPACES = {
     "route_experts": 1,
     "nvfp4_linear": 1,  # tokens expanded to bf16, where there are many
+    "fp8_linear": 2,  # tokens expanded to fp16 and their scales, where there are many
     "nvfp4_weight_only_experts": 5,  # order, passes, their number, hidden values, outputs of the pairs
 }
 """Operations that need scratch memory, and in how many tensors; `run` allocates it in the open."""

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from megamoe.bench import report, timing
 from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
-from megamoe.formats import nvfp4
+from megamoe.formats import fp8, nvfp4
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
@@ -172,6 +173,20 @@ def _cublas_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor) -> torch.Tensor:
     return nvfp4.dequantize(x, torch.bfloat16) @ _bf16(w).T
 
 
+@functools.lru_cache(maxsize=4)
+def _bf16_of_fp8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return fp8.dequantize(Fp8BlockTensor(codes, scales), torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=4)
+def _bf16_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return fp8.dequantize(Fp8RowTensor(codes, scales), torch.bfloat16)
+
+
+def _cublas_fp8(x: Fp8RowTensor, w: Fp8BlockTensor) -> torch.Tensor:
+    return _bf16_rows(x.codes, x.scales) @ _bf16_of_fp8(w.codes, w.scales).T
+
+
 def _eager_experts(
     x: torch.Tensor,
     route_weights: torch.Tensor,
@@ -201,6 +216,7 @@ BASELINES: dict[str, Baseline] = {
     "route_experts": Baseline("torch eager, bf16 logits", _eager_route),
     "nvfp4_linear": Baseline("cuBLAS bf16 after dequantizing x", _cublas_nvfp4),
     "nvfp4_weight_only_linear": Baseline("cuBLAS bf16", _cublas),
+    "fp8_linear": Baseline("cuBLAS bf16, x and w dequantized before", _cublas_fp8),
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
@@ -218,6 +234,7 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "route_experts": lambda dims, tokens: 2 * tokens * dims["E"] * dims["D"],
     "nvfp4_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "nvfp4_weight_only_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
+    "fp8_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
 }
 """Operation → products and sums that run on the matrix units; absent where memory alone counts."""

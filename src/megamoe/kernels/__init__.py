@@ -25,6 +25,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "nvfp4_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_linear"},
     "nvfp4_weight_only_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_linear"},
     "nvfp4_weight_only_experts": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_experts"},
+    "fp8_linear": {"sm90": "megamoe.kernels.sm90.fp8_linear"},
 }
 
 WEIGHT_LAYOUTS: dict[str, dict[str, CodeLayout]] = {

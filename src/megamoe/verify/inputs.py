@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from megamoe.formats import nvfp4
-from megamoe.formats.fp8 import Fp8RowTensor
+from megamoe.formats import fp8, nvfp4
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.kernels.parts.linear_stream import stream_limit
 from megamoe.kernels.parts.route_tiles import MANY_TOKENS
+from megamoe.kernels.sm90 import fp8_linear as sm90_fp8_linear
+from megamoe.ops.fp8_linear import fp8_linear
 from megamoe.ops.hyper_connection import (
     hyper_connection_head,
     hyper_connection_post,
@@ -227,6 +229,34 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
     return {**arguments, "x": nvfp4.quantize(arguments["x"], scale_per="row")}
 
 
+def _fp8_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    w = _fp8_weight(generator, dims["N"], dims["K"])
+    return {"x": fp8.quantize_rows(_finite_squares(activations(generator, num_tokens, dims["K"]))), "w": w}
+
+
+def _fp8_weight(generator: torch.Generator, num_rows: int, width: int) -> Fp8BlockTensor:
+    """Return a weight: 128 quantized rows, repeated with signs turned round and other block scales.
+
+    One weight in two has fp32 scales, some of them zero, the others E8M0 scales.
+    """
+    device = generator.device
+    base = fp8.quantize_blocks(scaled(generator, fp8.BLOCK, width, scale=width**-0.5))
+    flips = torch.randint(0, 2, (num_rows, 1), generator=generator, device=device) * 0x80
+    codes = base.codes.view(torch.uint8)[torch.arange(num_rows, device=device) % fp8.BLOCK] ^ flips.to(torch.uint8)
+    blocks = -(-num_rows // fp8.BLOCK), base.scales.shape[1]
+    if int(torch.randint(0, 2, (), generator=generator, device=device)):
+        scales = base.scales.float() * (torch.rand(blocks, generator=generator, device=device) + 0.5)
+        scales[torch.rand(blocks, generator=generator, device=device) > 0.9] = 0.0
+    else:
+        moves = torch.randint(-3, 4, blocks, generator=generator, device=device)
+        scales = (base.scales.view(torch.uint8) + moves).to(torch.uint8).view(torch.float8_e8m0fnu)
+    return Fp8BlockTensor(codes.view(torch.float8_e4m3fn), scales)
+
+
+def _fp8_streamed(dims: Mapping[str, int]) -> int:
+    return sm90_fp8_linear.stream_limit(dims["N"])
+
+
 def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     """Return arguments with at most 8 experts: kernels know the number only as the end of a loop."""
     num_experts, width, inner_size, device = min(8, dims["E"]), dims["D"], dims["F"], generator.device
@@ -286,6 +316,7 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "nvfp4_weight_only_experts": (
         OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),
     ),
+    "fp8_linear": (OpInputs(fp8_linear, _fp8_linear, ("x",), order_until=_fp8_streamed),),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_pre_norm": (OpInputs(hyper_connection_pre_norm, _hyper_connection_pre_norm, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
@@ -331,6 +362,6 @@ def parts(value: Any, name: str = "y") -> dict[str, torch.Tensor]:
             f"{name}.scales": value.scales,
             f"{name}.tensor_scale": value.tensor_scale,
         }
-    if isinstance(value, Fp8RowTensor):
+    if isinstance(value, Fp8RowTensor | Fp8BlockTensor):
         return {f"{name}.codes": value.codes, f"{name}.scales": value.scales}
     return {name: value}
