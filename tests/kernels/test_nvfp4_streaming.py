@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -12,7 +15,8 @@ from megamoe.formats.e4m3 import lookup_e4m3
 from megamoe.formats.fragment_layout import codes_to_fragments
 from megamoe.kernels.parts import expert_stream, sort_pairs
 from megamoe.kernels.parts.fragment import SCALE_BITS, TWO_TO_112, TWO_TO_127, UNDO, code_pairs, plain_pair
-from megamoe.kernels.parts.linear_stream import column_parts, stream_configs, stream_keys, stream_limit
+from megamoe.kernels.parts import linear_stream
+from megamoe.kernels.parts.linear_stream import LinearPlan, column_parts, stream_configs, stream_keys, stream_limit
 from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, SHARED_BYTES, WARPS, StreamPlan, unit_range
 from megamoe.kernels.sm90 import nvfp4_linear, nvfp4_weight_only_experts, nvfp4_weight_only_linear
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
@@ -96,6 +100,75 @@ def test_units_are_dealt_out_once(num_blocks: int, num_units: int) -> None:
     assert [unit for first, last in ranges for unit in range(first, last)] == list(range(num_units))
     sizes = {last - first for first, last in ranges}
     assert max(sizes) - min(sizes) <= 1
+
+
+LINEAR_SIZES = sorted({64, 448, 1088, 4160, 6144, *(k for k in LINEARS if k <= MAX_COLUMNS)})
+
+
+@pytest.mark.parametrize("num_columns", LINEAR_SIZES)
+@pytest.mark.parametrize("num_tiles", [1, 2])
+def test_linear_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int) -> None:
+    plan = LinearPlan(num_columns, num_tiles)
+    added = []
+    for rank in range(plan.ranks):
+        for warp in range(plan.used_warps):
+            first = plan.first_chunk(rank, warp)
+            assert 0 <= first and first + plan.segment_chunks <= plan.chunks
+            chunks = range(first, first + plan.segment_chunks)
+            added += [chunk for chunk in chunks if chunk >= plan.first_own_chunk(rank, warp)]
+    assert added == list(range(plan.chunks)) and plan.cluster * plan.ranks_per_block == plan.ranks
+    assert 8 * plan.slice_chunks * num_tiles <= 64, "registers of a thread for tokens"
+    assert plan.num_slots >= 3 and plan.shared_bytes <= linear_stream.SHARED_BYTES and plan.threads <= 256
+    assert plan.ring_offset % 128 == plan.exchange_offset % 16 == plan.slot_bytes % 64 == 0, "copies need alignment"
+
+
+@pytest.mark.parametrize("num_columns", LINEAR_SIZES)
+def test_the_order_of_sums_of_a_linear_does_not_depend_on_the_number_of_tokens(num_columns: int) -> None:
+    few, more = (LinearPlan(num_columns, num_tiles) for num_tiles in (1, 2))
+    assert (few.ranks, few.used_warps, few.segment_chunks) == (more.ranks, more.used_warps, more.segment_chunks)
+
+
+def test_no_more_clusters_than_finish_sooner() -> None:
+    plan = LinearPlan(8192, 2)
+    assert (plan.num_clusters(512, 33), plan.num_clusters(512, 66), plan.num_clusters(3, 33)) == (32, 64, 3)
+
+
+@pytest.mark.parametrize("cluster", [2, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11, 16])
+def test_sums_of_a_cluster_are_read_before_they_are_overwritten(cluster: int, count: int) -> None:
+    """`exchange` and `finish_turn` of linear_stream_device, blocks interleaved at random."""
+    for seed in range(40):
+        slots: dict[tuple[int, int, int], tuple[int, int]] = {}  # (block, turn & 1, sender) → (turn, sender)
+        arrived = dict.fromkeys(((block, turn) for block in range(cluster) for turn in range(count)), 0)
+        finished: list[int] = []
+
+        def finish(rank: int, turn: int) -> Iterator[None]:
+            unit = turn * cluster + rank
+            if unit < count:
+                while arrived[rank, turn] < cluster:
+                    yield
+                assert [slots.pop((rank, turn & 1, sender)) for sender in range(cluster)] == [
+                    (turn, sender) for sender in range(cluster)
+                ]
+                finished.append(unit)
+
+        def block(rank: int) -> Iterator[None]:
+            for step in range(count):
+                turn, target = divmod(step, cluster)
+                yield
+                if target == 0 and step > 0:
+                    yield from finish(rank, turn - 1)
+                assert (target, turn & 1, rank) not in slots, "not read yet"
+                slots[target, turn & 1, rank] = (turn, rank)
+                arrived[target, turn] += 1
+            yield from finish(rank, (count - 1) // cluster)
+
+        order, running = random.Random(seed), [block(rank) for rank in range(cluster)]
+        while running:
+            one = order.choice(running)
+            if next(one, "ended") == "ended":
+                running.remove(one)
+        assert sorted(finished) == list(range(count))
 
 
 def test_wide_matrices_are_cut_into_parts() -> None:

@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of y = x w^T for few tokens, shared by the two NVFP4 linears: compile key, launches.
+"""Host side of y = x w^T for few tokens, shared by the two NVFP4 linears: how work is shared out, compile key, launches.
 
-A matrix wider than 8192 columns is multiplied in parts of columns, one launch each, the later ones adding to the sums
-of the earlier ones in fp32.
+Columns are cut into up to 4 ranks, a rank into up to 8 segments of at most 4 chunks (of 64 columns). A warp has the
+tokens of its segments in registers: one segment for 16 tokens, two for 8. So a block of 8 warps has 1 or 2 ranks, and
+1, 2 or 4 blocks form a cluster that goes through row tiles together. A block adds its warps' sums and sends
+them to the block of the cluster whose turn it is to finish the row tile.
+
+A block takes half of a multiprocessor: half of the shared memory, 256 threads, 128 registers. The launch behind it
+has the other half, and fills its rings with weights while this one is still working.
+
+The order of additions: columns of a segment ascending (even and odd steps apart), segments of a rank ascending, then
+(rank 0 + rank 1) + (rank 2 + rank 3). It depends on K alone. A matrix wider than 8192 columns is multiplied in parts of
+columns, one launch each, the later ones adding to the sums of the earlier ones in fp32.
 """
 
 from __future__ import annotations
@@ -12,14 +21,186 @@ import functools
 
 import torch
 
-from megamoe.formats.fragment_layout import TILE_COLUMNS, CodeLayout
+from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES
+from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, TOKENS_PER_TILE, StreamPlan
+from megamoe.kernels.parts.weight_stream import MAX_SLOTS, PARTIAL_STRIDE, TOKENS_PER_TILE
 from megamoe.kernels.store import kernel
 
 MAX_TILES = 2
 PASS_TOKENS = MAX_TILES * TOKENS_PER_TILE
+MAX_RANKS = 4
+MAX_WARPS = 8
+MAX_SEGMENT_CHUNKS = 4
+MAX_COLUMNS = MAX_RANKS * MAX_WARPS * MAX_SEGMENT_CHUNKS * TILE_COLUMNS
+BLOCKS_PER_MULTIPROCESSOR = 2  # one of this launch and one of the next
+SHARED_BYTES = 228 * 1024 // BLOCKS_PER_MULTIPROCESSOR - 1024  # the system keeps 1 kB a block
+RING_BARRIER_BYTES = MAX_WARPS * MAX_SLOTS * 8
+BARRIER_BYTES = RING_BARRIER_BYTES + 128  # two more for sums from the cluster
+UNIT_CHUNKS = 6  # chunks that a warp should have between two barriers of its block
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPlan:
+    """How one product is shared out. It has what StreamThread (parts/weight_stream_device.py) asks of a plan.
+
+    Attributes:
+        num_columns: K, or the columns of a part.
+        num_tiles: token tiles of 8 that one pass over the weight serves.
+    """
+
+    num_columns: int
+    num_tiles: int
+
+    @property
+    def chunks(self) -> int:
+        """Tiles of 64 columns in a row."""
+        return self.num_columns // TILE_COLUMNS
+
+    @property
+    def ranks(self) -> int:
+        """Parts of the columns that have sums of their own."""
+        per_rank = MAX_WARPS * MAX_SEGMENT_CHUNKS
+        return next(ranks for ranks in (1, 2, MAX_RANKS) if self.chunks <= ranks * per_rank)
+
+    @property
+    def segment_chunks(self) -> int:
+        """Chunks of a segment; the last segments may start inside their neighbours'."""
+        return -(-self.chunks // (self.ranks * MAX_WARPS))
+
+    @property
+    def used_warps(self) -> int:
+        """Warps of a block, and segments of a rank."""
+        return -(-self.chunks // (self.segment_chunks * self.ranks))
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.used_warps * 32
+
+    @property
+    def ranks_per_block(self) -> int:
+        """Ranks of a block: 8 tokens leave registers for two."""
+        return 2 if self.num_tiles == 1 and self.ranks > 1 else 1
+
+    @property
+    def cluster(self) -> int:
+        """Blocks that share a row tile."""
+        return self.ranks // self.ranks_per_block
+
+    @property
+    def tiles_per_unit(self) -> int:
+        """Row tiles between two barriers of a block: more where a warp has few chunks of each."""
+        if self.cluster > 1:
+            return 1
+        return max(1, min(UNIT_CHUNKS // self.slice_chunks, 4 // self.num_tiles))
+
+    @property
+    def streams(self) -> int:
+        """Segments that a warp streams for one unit."""
+        return self.tiles_per_unit * self.ranks_per_block
+
+    @property
+    def tile_outputs(self) -> int:
+        """Outputs of a row tile."""
+        return self.num_tiles * TOKENS_PER_TILE * 16
+
+    @property
+    def outputs_per_unit(self) -> int:
+        """Outputs of a unit."""
+        return self.tiles_per_unit * self.tile_outputs
+
+    def num_units(self, num_row_tiles: int) -> int:
+        """Units of a matrix; the last one repeats the last row tile where it has no others."""
+        return -(-num_row_tiles // self.tiles_per_unit)
+
+    def first_chunk(self, rank: int, warp: int) -> int:
+        """First chunk of a segment; it counts from `first_own_chunk` on."""
+        return min(self.first_own_chunk(rank, warp), self.chunks - self.segment_chunks)
+
+    def first_own_chunk(self, rank: int, warp: int) -> int:
+        """First chunk that a segment adds; its tokens are taken as zero in the chunks before."""
+        return (rank * self.used_warps + warp) * self.segment_chunks
+
+    # What StreamThread asks for.
+
+    @property
+    def slice_chunks(self) -> int:
+        """Chunks whose tokens a warp holds."""
+        return self.segment_chunks * self.ranks_per_block
+
+    @property
+    def stage_chunks(self) -> tuple[int, ...]:
+        """Chunks of each ring stage of a row tile: one stage for each segment."""
+        return (self.segment_chunks,) * self.ranks_per_block
+
+    @property
+    def register_tiles(self) -> int:
+        """Token tiles kept in registers: all."""
+        return self.num_tiles
+
+    @property
+    def shared_tiles(self) -> int:
+        """Token tiles kept in shared memory."""
+        return 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a ring slot: a segment, scales behind codes."""
+        return self.segment_chunks * (TILE_CODE_BYTES + TILE_SCALE_BYTES)
+
+    @property
+    def partial_buffers(self) -> int:
+        """Two, so that warps go on while others add."""
+        return 2
+
+    @property
+    def partial_bytes(self) -> int:
+        """Shared memory for the partial sums of one unit."""
+        return self.used_warps * self.streams * self.num_tiles * TOKENS_PER_TILE * PARTIAL_STRIDE * 4
+
+    # Shared memory, in this order: barriers, partial sums, sums from the cluster, ring.
+
+    @property
+    def partial_offset(self) -> int:
+        """Where partial sums start."""
+        return BARRIER_BYTES
+
+    @property
+    def exchange_offset(self) -> int:
+        """Where sums from the cluster's blocks start."""
+        return self.partial_offset + self.partial_buffers * self.partial_bytes
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Shared memory for sums from the cluster: two row tiles, in turn."""
+        return 2 * self.cluster * self.tile_outputs * 4 if self.cluster > 1 else 0
+
+    @property
+    def token_offset(self) -> int:
+        """Where tokens would start."""
+        return self.ring_offset
+
+    @property
+    def ring_offset(self) -> int:
+        """Where the rings start."""
+        return self.exchange_offset + self.exchange_bytes
+
+    @property
+    def num_slots(self) -> int:
+        """Ring slots of a warp."""
+        return min(MAX_SLOTS, (SHARED_BYTES - self.ring_offset) // (self.used_warps * self.slot_bytes))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.ring_offset + self.used_warps * self.num_slots * self.slot_bytes
+
+    def num_clusters(self, num_units: int, most: int) -> int:
+        """Return how many clusters share that many units: no more than finish sooner than fewer would."""
+        rounds = -(-num_units // most)
+        return -(-num_units // rounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +225,13 @@ class Config:
     x: str
     out: str
     overlaps: bool = True
+    early_slots: int = 8
+    late_trigger: bool = True
 
     @property
-    def plan(self) -> StreamPlan:
+    def plan(self) -> LinearPlan:
         """How the product is shared out."""
-        return StreamPlan(self.last_column - self.first_column, 1, self.num_tiles)
+        return LinearPlan(self.last_column - self.first_column, self.num_tiles)
 
     @property
     def shared_bytes(self) -> int:
@@ -149,10 +332,15 @@ def stream_linear(x: tuple[torch.Tensor, ...], x_name: str, w: NvFp4Tensor, out_
     if len(configs) > 1 and out_dtype != torch.float32:
         sums = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=w.device)
     weight = (w.codes, w.scales.view(torch.uint8), w.tensor_scale.view(1))
-    num_units = configs[0].plan.num_units(num_rows // 16) * -(-num_tokens // configs[0].tokens_per_pass)
-    blocks = min(num_multiprocessors(w.device), num_units)
+    num_passes = -(-num_tokens // configs[0].tokens_per_pass)
     for config in configs:
         target = out if config is configs[-1] else sums
         earlier = (sums,) if config.adds else ()
-        kernel(__name__, config, w.device)(*x, *weight, *earlier, target, blocks)
+        plan = config.plan
+        # Passes stand side by side on different multiprocessors, in step: one reads a weight from memory, all others
+        # find it in L2.
+        most = num_multiprocessors(w.device) // plan.cluster
+        each = plan.num_clusters(plan.num_units(num_rows // 16), max(1, most // num_passes))
+        blocks = each * num_passes * plan.cluster
+        kernel(__name__, config, w.device)(*x, *weight, *earlier, target, blocks, num_passes)
     return out

@@ -167,3 +167,21 @@ def store_matrices_transposed(address, a, b, c, d):
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
         read_only_args=[address, a, b, c, d],
     )
+
+
+def address_in_block(address, rank):
+    """Return the cluster address of a place in the shared memory of another block of the cluster."""
+    return inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, rank]
+    )
+
+
+def send_float(address, value, barrier):
+    """Store a float to the shared memory of a block of the cluster; its 4 bytes count on an mbarrier there.
+
+    Both addresses are those of `address_in_block`.
+    """
+    inline_ptx(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [{$r0}], {$r1}, [{$r2}];",
+        read_only_args=[address, value, barrier],
+    )
