@@ -15,7 +15,6 @@ from megamoe.formats.e4m3 import lookup_e4m3
 from megamoe.formats.fragment_layout import codes_to_fragments
 from megamoe.kernels.parts import expert_stream, sort_pairs
 from megamoe.kernels.parts.fragment import SCALE_BITS, TWO_TO_112, TWO_TO_127, UNDO, code_pairs, plain_pair
-from megamoe.kernels.parts import linear_stream
 from megamoe.kernels.parts.linear_stream import LinearPlan, column_parts, stream_configs, stream_keys, stream_limit
 from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, SHARED_BYTES, WARPS, StreamPlan, unit_range
 from megamoe.kernels.sm90 import nvfp4_linear, nvfp4_weight_only_experts, nvfp4_weight_only_linear
@@ -106,26 +105,49 @@ LINEAR_SIZES = sorted({64, 448, 1088, 4160, 6144, *(k for k in LINEARS if k <= M
 
 
 @pytest.mark.parametrize("num_columns", LINEAR_SIZES)
-@pytest.mark.parametrize("num_tiles", [1, 2])
-def test_linear_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int) -> None:
-    plan = LinearPlan(num_columns, num_tiles)
+@pytest.mark.parametrize(("num_tiles", "wide"), [(1, False), (2, False), (2, True)])
+def test_linear_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int, wide: bool) -> None:
+    plan = LinearPlan(num_columns, num_tiles, wide)
     added = []
     for rank in range(plan.ranks):
-        for warp in range(plan.used_warps):
+        for warp in range(plan.rank_warps):
             first = plan.first_chunk(rank, warp)
             assert 0 <= first and first + plan.segment_chunks <= plan.chunks
             chunks = range(first, first + plan.segment_chunks)
             added += [chunk for chunk in chunks if chunk >= plan.first_own_chunk(rank, warp)]
-    assert added == list(range(plan.chunks)) and plan.cluster * plan.ranks_per_block == plan.ranks
+    assert added == list(range(plan.chunks)) and plan.cluster * plan.groups * plan.segments == plan.ranks
     assert 8 * plan.slice_chunks * num_tiles <= 64, "registers of a thread for tokens"
-    assert plan.num_slots >= 3 and plan.shared_bytes <= linear_stream.SHARED_BYTES and plan.threads <= 256
+    assert plan.blocks_per_multiprocessor * (plan.shared_bytes + 1024) <= 228 * 1024 and plan.num_slots >= 3
+    assert plan.blocks_per_multiprocessor * plan.threads <= 512, "128 registers a thread"
     assert plan.ring_offset % 128 == plan.exchange_offset % 16 == plan.slot_bytes % 64 == 0, "copies need alignment"
 
 
 @pytest.mark.parametrize("num_columns", LINEAR_SIZES)
 def test_the_order_of_sums_of_a_linear_does_not_depend_on_the_number_of_tokens(num_columns: int) -> None:
-    few, more = (LinearPlan(num_columns, num_tiles) for num_tiles in (1, 2))
-    assert (few.ranks, few.used_warps, few.segment_chunks) == (more.ranks, more.used_warps, more.segment_chunks)
+    plans = [LinearPlan(num_columns, *kind) for kind in ((1, False), (2, False), (2, True))]
+    assert len({(plan.ranks, plan.rank_warps, plan.segment_chunks) for plan in plans}) == 1
+
+
+def test_places_of_sums_hit_every_bank_once() -> None:
+    """`store_sums` and `rank_sum` of linear_stream_device: 16 bytes a lane written, 4 read, for 16 rows and 8 tokens."""
+    written = {}
+    for lane in range(32):
+        row, column = divmod(lane, 4)
+        for index in range(4):
+            place = (column * 8 + (row + column * 2 & 7)) * 16 + index * 4
+            written[row + index // 2 * 8, column * 2 + index % 2] = place
+    assert sorted(written.values()) == list(range(0, 512, 4))
+    for first in range(0, 32, 8):  # a quarter of a warp stores at once
+        groups = {written[lane // 4, lane % 4 * 2] // 16 % 8 for lane in range(first, first + 8)}
+        assert len(groups) == 8
+    for token in range(0, 8, 2):
+        read = {written[row, one] for row in range(16) for one in (token, token + 1)}
+        assert len({place // 4 % 32 for place in read}) == 32
+    for token in range(8):
+        for row in range(16):
+            column = token % 8 // 2
+            place = (column * 8 + (row + column * 2 & 7)) * 16 + (row // 8 * 2 + token % 2) * 4
+            assert place == written[row, token]
 
 
 def test_no_more_clusters_than_finish_sooner() -> None:

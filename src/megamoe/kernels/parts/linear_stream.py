@@ -24,19 +24,21 @@ import torch
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES
 from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.parts.weight_stream import MAX_SLOTS, PARTIAL_STRIDE, TOKENS_PER_TILE
+from megamoe.kernels.parts.weight_stream import MAX_SLOTS, TOKENS_PER_TILE
 from megamoe.kernels.store import kernel
 
+FEW_TOKENS = 2
 MAX_TILES = 2
 PASS_TOKENS = MAX_TILES * TOKENS_PER_TILE
 MAX_RANKS = 4
 MAX_WARPS = 8
 MAX_SEGMENT_CHUNKS = 4
 MAX_COLUMNS = MAX_RANKS * MAX_WARPS * MAX_SEGMENT_CHUNKS * TILE_COLUMNS
-BLOCKS_PER_MULTIPROCESSOR = 2  # one of this launch and one of the next
-SHARED_BYTES = 228 * 1024 // BLOCKS_PER_MULTIPROCESSOR - 1024  # the system keeps 1 kB a block
-RING_BARRIER_BYTES = MAX_WARPS * MAX_SLOTS * 8
+MULTIPROCESSOR_BYTES = 228 * 1024
+SYSTEM_BYTES = 1024  # of a block's shared memory
+RING_BARRIER_BYTES = 2 * MAX_WARPS * MAX_SLOTS * 8
 BARRIER_BYTES = RING_BARRIER_BYTES + 128  # two more for sums from the cluster
+FRAGMENT_BYTES = 512  # a warp's sums of 16 rows and 8 tokens
 UNIT_CHUNKS = 6  # chunks that a warp should have between two barriers of its block
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
@@ -48,10 +50,12 @@ class LinearPlan:
     Attributes:
         num_columns: K, or the columns of a part.
         num_tiles: token tiles of 8 that one pass over the weight serves.
+        wide: a block has a multiprocessor for itself, and twice the warps: a group for each of its ranks.
     """
 
     num_columns: int
     num_tiles: int
+    wide: bool = False
 
     @property
     def chunks(self) -> int:
@@ -70,9 +74,29 @@ class LinearPlan:
         return -(-self.chunks // (self.ranks * MAX_WARPS))
 
     @property
-    def used_warps(self) -> int:
-        """Warps of a block, and segments of a rank."""
+    def rank_warps(self) -> int:
+        """Segments of a rank, a warp for each."""
         return -(-self.chunks // (self.segment_chunks * self.ranks))
+
+    @property
+    def ranks_per_block(self) -> int:
+        """Ranks of a block: 8 tokens leave a warp registers for two, a wide block has warps for two."""
+        return 2 if (self.num_tiles == 1 or self.wide) and self.ranks > 1 else 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of warps, each with ranks of its own."""
+        return self.ranks_per_block if self.wide else 1
+
+    @property
+    def segments(self) -> int:
+        """Segments of a warp, of as many ranks."""
+        return self.ranks_per_block // self.groups
+
+    @property
+    def used_warps(self) -> int:
+        """Warps of a block."""
+        return self.rank_warps * self.groups
 
     @property
     def threads(self) -> int:
@@ -80,14 +104,14 @@ class LinearPlan:
         return self.used_warps * 32
 
     @property
-    def ranks_per_block(self) -> int:
-        """Ranks of a block: 8 tokens leave registers for two."""
-        return 2 if self.num_tiles == 1 and self.ranks > 1 else 1
-
-    @property
     def cluster(self) -> int:
         """Blocks that share a row tile."""
         return self.ranks // self.ranks_per_block
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        """Blocks that fit: one of this launch and one of the next, or one wide one."""
+        return 1 if self.wide else 2
 
     @property
     def tiles_per_unit(self) -> int:
@@ -99,7 +123,7 @@ class LinearPlan:
     @property
     def streams(self) -> int:
         """Segments that a warp streams for one unit."""
-        return self.tiles_per_unit * self.ranks_per_block
+        return self.tiles_per_unit * self.segments
 
     @property
     def tile_outputs(self) -> int:
@@ -121,19 +145,19 @@ class LinearPlan:
 
     def first_own_chunk(self, rank: int, warp: int) -> int:
         """First chunk that a segment adds; its tokens are taken as zero in the chunks before."""
-        return (rank * self.used_warps + warp) * self.segment_chunks
+        return (rank * self.rank_warps + warp) * self.segment_chunks
 
     # What StreamThread asks for.
 
     @property
     def slice_chunks(self) -> int:
         """Chunks whose tokens a warp holds."""
-        return self.segment_chunks * self.ranks_per_block
+        return self.segment_chunks * self.segments
 
     @property
     def stage_chunks(self) -> tuple[int, ...]:
         """Chunks of each ring stage of a row tile: one stage for each segment."""
-        return (self.segment_chunks,) * self.ranks_per_block
+        return (self.segment_chunks,) * self.segments
 
     @property
     def register_tiles(self) -> int:
@@ -158,7 +182,7 @@ class LinearPlan:
     @property
     def partial_bytes(self) -> int:
         """Shared memory for the partial sums of one unit."""
-        return self.used_warps * self.streams * self.num_tiles * TOKENS_PER_TILE * PARTIAL_STRIDE * 4
+        return self.used_warps * self.streams * self.num_tiles * FRAGMENT_BYTES
 
     # Shared memory, in this order: barriers, partial sums, sums from the cluster, ring.
 
@@ -175,7 +199,7 @@ class LinearPlan:
     @property
     def exchange_bytes(self) -> int:
         """Shared memory for sums from the cluster: two row tiles, in turn."""
-        return 2 * self.cluster * self.tile_outputs * 4 if self.cluster > 1 else 0
+        return 2 * self.ranks * self.tile_outputs * 4 if self.cluster > 1 else 0
 
     @property
     def token_offset(self) -> int:
@@ -190,7 +214,8 @@ class LinearPlan:
     @property
     def num_slots(self) -> int:
         """Ring slots of a warp."""
-        return min(MAX_SLOTS, (SHARED_BYTES - self.ring_offset) // (self.used_warps * self.slot_bytes))
+        left = MULTIPROCESSOR_BYTES // self.blocks_per_multiprocessor - SYSTEM_BYTES - self.ring_offset
+        return min(MAX_SLOTS, left // (self.used_warps * self.slot_bytes))
 
     @property
     def shared_bytes(self) -> int:
@@ -225,13 +250,15 @@ class Config:
     x: str
     out: str
     overlaps: bool = True
+    few: bool = False
+    wide: bool = False
+    trigger: int = 4
     early_slots: int = 8
-    late_trigger: bool = True
 
     @property
     def plan(self) -> LinearPlan:
         """How the product is shared out."""
-        return LinearPlan(self.last_column - self.first_column, self.num_tiles)
+        return LinearPlan(self.last_column - self.first_column, self.num_tiles, self.wide)
 
     @property
     def shared_bytes(self) -> int:
@@ -262,7 +289,7 @@ def stream_limit(num_rows: int) -> int:
 
 def stream_keys(num_rows: int, num_columns: int, x: str, out: str) -> list[Config]:
     """Return the compile keys of every number of tokens that is streamed."""
-    counts = sorted({TOKENS_PER_TILE, PASS_TOKENS, stream_limit(num_rows)})
+    counts = sorted({FEW_TOKENS, TOKENS_PER_TILE, PASS_TOKENS, stream_limit(num_rows)})
     return [config for count in counts for config in stream_configs(num_columns, count, x, out)]
 
 
@@ -287,6 +314,7 @@ def stream_configs(num_columns: int, num_tokens: int, x: str, out: str) -> list[
             num_tokens <= num_tiles * TOKENS_PER_TILE,
             x,
             out if last == num_columns else "f32",
+            few=num_tokens <= FEW_TOKENS and x == "bf16",
         )
         for first, last in parts
     ]

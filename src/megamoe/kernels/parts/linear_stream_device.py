@@ -8,15 +8,25 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_SCALE_BYTES
 from megamoe.kernels.parts.fragment import UNDO
-from megamoe.kernels.parts.linear_stream import BLOCKS_PER_MULTIPROCESSOR, RING_BARRIER_BYTES, Config, LinearPlan
+from megamoe.kernels.parts.linear_stream import (
+    FEW_TOKENS,
+    FRAGMENT_BYTES,
+    RING_BARRIER_BYTES,
+    Config,
+    LinearPlan,
+)
 from megamoe.kernels.parts.memory_device import (
     address_in_block,
-    bulk_copy_if,
     expect_bytes_if,
+    fill_slot,
     init_barrier,
     load_global_float,
+    load_global_vector_if,
     load_shared_float,
+    load_shared_vector_if,
     send_float,
+    store_shared_floats,
+    store_shared_if,
     wait_barrier,
 )
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE
@@ -61,22 +71,28 @@ def rows_of(dtype, num_rows, num_columns):
 
 
 class SegmentThread(StreamThread):
-    """A thread of a block of a cluster: its warp has one segment of every rank of the block.
+    """A thread of a block of a cluster: its warp has a segment of some or all ranks of the block.
 
     Attributes:
-        rank: the block's place in the cluster.
-        first_ranks: the block's ranks.
+        block: the block's place in the cluster.
+        rank_warp: the warp's place in its ranks.
+        ranks: of the warp's segments, counted from the block's first.
+        own_chunks, first_chunks: of the warp's segments.
     """
 
-    def __init__(self, plan: LinearPlan, rank):
+    def __init__(self, plan: LinearPlan, block):
         super().__init__(plan)
-        self.rank = rank
-        self.ranks = [rank * plan.ranks_per_block + index for index in range(plan.ranks_per_block)]
+        self.block = block
+        self.ranks, self.rank_warp = list(range(plan.segments)), self.warp
+        if plan.groups > 1:
+            group = self.warp // plan.rank_warps
+            self.ranks, self.rank_warp = [group], self.warp - group * plan.rank_warps
         self.own_chunks = [
-            (one * plan.used_warps + self.warp) * plan.segment_chunks for one in self.ranks
+            ((block * plan.ranks_per_block + rank) * plan.rank_warps + self.rank_warp) * plan.segment_chunks
+            for rank in self.ranks
         ]
         self.first_chunks = self.own_chunks
-        self.overlapping = plan.ranks * plan.used_warps * plan.segment_chunks > plan.chunks
+        self.overlapping = plan.ranks * plan.rank_warps * plan.segment_chunks > plan.chunks
         if self.overlapping:
             last = plan.chunks - plan.segment_chunks
             self.first_chunks = [cutlass.min(own, last) for own in self.own_chunks]
@@ -85,12 +101,10 @@ class SegmentThread(StreamThread):
         """Fill a slot with a segment of the row tile that starts at a chunk."""
         plan = self.plan
         code_bytes, scale_bytes = plan.segment_chunks * TILE_CODE_BYTES, plan.segment_chunks * TILE_SCALE_BYTES
-        wanted = wanted & self.is_issuer
         chunk = row_chunk + self.first_chunks[index]
         barrier, target = self.barriers + slot * 8, self.ring + slot * plan.slot_bytes
-        expect_bytes_if(wanted, barrier, Int32(code_bytes + scale_bytes))
-        bulk_copy_if(wanted, target, codes + chunk * TILE_CODE_BYTES, Int32(code_bytes), barrier)
-        bulk_copy_if(wanted, target + code_bytes, scales + chunk * TILE_SCALE_BYTES, Int32(scale_bytes), barrier)
+        code_address, scale_address = codes + chunk * TILE_CODE_BYTES, scales + chunk * TILE_SCALE_BYTES
+        fill_slot(wanted, barrier, target, code_address, code_bytes, scale_address, scale_bytes)
 
     def _raw_tokens(self, load_raw, num_tokens, tile: int, chunk: int):
         index, place = divmod(chunk, self.plan.segment_chunks)
@@ -100,56 +114,127 @@ class SegmentThread(StreamThread):
             wanted = wanted & (chunk >= self.own_chunks[index])
         return load_raw(tile, Int32(wanted), chunk)
 
+    def request_few(self, x, num_columns: int, first_chunk: int, num_tokens):
+        """Start loading the warp's segments of up to FEW_TOKENS bf16 tokens, 16 bytes a lane; return what comes.
+
+        Args:
+            x: address of [rows, K] bf16.
+            num_columns, first_chunk: K, and where the columns that are multiplied start.
+            num_tokens: how many there are.
+        """
+        raw, chunk = [], self.lane // 8
+        for index in range(self.plan.segments):
+            wanted = self.lane < self.plan.segment_chunks * 8
+            if self.overlapping:
+                wanted = wanted & (self.first_chunks[index] + chunk >= self.own_chunks[index])
+            first = Int64(first_chunk + self.first_chunks[index]) * 128 + self.lane * 16
+            for token in range(FEW_TOKENS):
+                address = x + token * (num_columns * 2) + first
+                raw.append(load_global_vector_if(Int32(wanted & (token < num_tokens)), address, 4))
+        return raw
+
+    def arrange_few(self, raw):
+        """Have the tokens in place: through shared memory, with a tenth of the work of a transposition in registers.
+
+        What the lane holds are words 4 p .. 4 p + 3 of a chunk's 32; lane t wants words t, t + 4, ... The room is
+        the warp's own for partial sums.
+        """
+        plan = self.plan
+        chunk, half, piece = self.lane // 8, self.lane // 4 & 1, self.lane & 3
+
+        def room(index, token):
+            return self.shared + plan.partial_offset + token * plan.partial_bytes + self._fragment(0, self.ranks[index], self.rank_warp)
+
+        for index in range(plan.segments):
+            for token in range(FEW_TOKENS):
+                base = room(index, token) + chunk * 128 + half * 16 + piece * 4
+                for word in range(4):  # turned by the chunk, so that four chunks hit different banks
+                    wanted = self.lane < plan.segment_chunks * 8
+                    store_shared_if(wanted, base + (word + chunk & 3) * 32, raw[index * FEW_TOKENS + token][word])
+        cute.arch.sync_warp()
+        for index in range(plan.segments):
+            base = room(index, 0) + self.row * plan.partial_bytes
+            for place in range(plan.segment_chunks):
+                address = base + place * 128 + (self.column + place & 3) * 32
+                for half in range(2):
+                    words = load_shared_vector_if(self.row < FEW_TOKENS, address + half * 16)
+                    for word in range(4):
+                        self.tokens[half * 4 + word, index * plan.segment_chunks + place, 0] = words[word]
+        cute.arch.sync_warp()
+
+    def outputs(self, count: int):
+        """Return which of `count` sums this thread has to make, some of them perhaps past the last one."""
+        return [self.tid + offset for offset in range(0, count, self.plan.threads)]
+
+    def _fragment(self, tile, rank, warp):
+        """Return where a warp's sums of a rank of one of a unit's row tiles are, from the start of the buffer."""
+        plan = self.plan
+        return ((tile * plan.ranks_per_block + rank) * plan.rank_warps + warp) * (plan.num_tiles * FRAGMENT_BYTES)
+
+    def store_sums(self, unit, tile: int, index: int, accumulators):
+        """Store the warp's sums of a segment as they are: four floats a lane, turned so that banks differ.
+
+        The lane's floats are rows g, g + 8 of tokens 2 t, 2 t + 1. Reading one token goes over g, writing over t too.
+        """
+        place = self.column * 8 + (self.row + self.column * 2 & 7)
+        base = self._partials(unit) + self._fragment(tile, self.ranks[index], self.rank_warp) + place * 16
+        for token_tile in range(len(accumulators)):
+            even, odd = accumulators[token_tile]
+            store_shared_floats(base + token_tile * FRAGMENT_BYTES, *[one + two for one, two in zip(even, odd, strict=True)])
+
+    def rank_sum(self, unit, tile, rank, token, row):
+        """Return the sum over a rank's warps, in their order, for one token and row of one of a unit's row tiles."""
+        column = token % 8 // 2
+        place = (column * 8 + (row + column * 2 & 7)) * 16 + (row // 8 * 2 + token % 2) * 4
+        address = self._partials(unit) + self._fragment(tile, rank, 0) + token // 8 * FRAGMENT_BYTES + place
+        total = Float32(0.0)
+        for warp in range(self.plan.rank_warps):
+            total = total + load_shared_float(address + warp * (self.plan.num_tiles * FRAGMENT_BYTES))
+        return total
+
     @cute.jit
-    def init_exchange(self):
+    def init_exchange(self, num_tokens):
         """Make the mbarriers of sums from the cluster ready: each waits for the sums of one turn (see `send`)."""
         if self.tid == 0:
             for turn in cutlass.range_constexpr(2):
                 init_barrier(self._exchange_barrier(Int32(turn)), Int32(1))
         for turn in cutlass.range_constexpr(2):
-            self.expect_sums(Int32(turn))
+            self.expect_sums(Int32(turn), num_tokens)
 
-    def outputs(self, count: int):
-        """Return which of `count` outputs this thread has to add, some of them perhaps past the last one."""
-        return [self.tid + offset for offset in range(0, count, self.plan.threads)]
-
-    def block_sum(self, unit, tile, token, row):
-        """Return the block's sum for one token and row of one of a unit's row tiles."""
-        first = tile * self.plan.ranks_per_block
-        total = self.sum_partials(unit, first, token, row)
-        if self.plan.ranks_per_block == 2:
-            total = total + self.sum_partials(unit, first + 1, token, row)
-        return total
-
-    def _exchange(self, turn, rank, output):
-        """Return where the sum of a block of the cluster goes, in the block that finishes a row tile."""
+    def _exchange(self, turn, rank, place):
+        """Return where a rank's sum for a place of a row tile goes, in the block that finishes the row tile."""
         plan = self.plan
-        place = ((turn & 1) * plan.cluster + rank) * plan.tile_outputs + output
-        return self.shared + plan.exchange_offset + place * 4
+        position = ((turn & 1) * plan.ranks + rank) * plan.tile_outputs + place
+        return self.shared + plan.exchange_offset + position * 4
 
     def _exchange_barrier(self, turn):
         return self.shared + RING_BARRIER_BYTES + (turn & 1) * 8
 
-    def expect_sums(self, turn):
+    def expect_sums(self, turn, num_tokens):
         """Announce the sums of a turn."""
-        num_bytes = self.plan.cluster * self.plan.tile_outputs * 4
-        expect_bytes_if(self.tid == 0, self._exchange_barrier(turn), Int32(num_bytes))
+        num_bytes = num_tokens * (self.plan.ranks * 16 * 4)
+        expect_bytes_if(self.tid == 0, self._exchange_barrier(turn), num_bytes)
 
     def wait_sums(self, turn):
         """Wait until the sums of a turn are there."""
         wait_barrier(self._exchange_barrier(turn), (turn >> 1) & 1)
 
-    def send(self, turn, target, output, value):
-        """Send the block's sum to the block that finishes the row tile."""
-        address = address_in_block(self._exchange(turn, self.rank, output), target)
+    def send(self, turn, target, rank, place, value):
+        """Send the sum of a rank of this block to the block that finishes the row tile."""
+        rank = self.block * self.plan.ranks_per_block + rank
+        address = address_in_block(self._exchange(turn, rank, place), target)
         send_float(address, value, address_in_block(self._exchange_barrier(turn), target))
 
-    def cluster_sum(self, turn, output):
-        """Return the sum over the cluster's blocks."""
-        sums = [load_shared_float(self._exchange(turn, rank, output)) for rank in range(self.plan.cluster)]
-        while len(sums) > 1:
-            sums = [first + second for first, second in zip(sums[::2], sums[1::2], strict=True)]
-        return sums[0]
+    def cluster_sum(self, turn, place):
+        """Return the sum over all ranks."""
+        return in_pairs([load_shared_float(self._exchange(turn, rank, place)) for rank in range(self.plan.ranks)])
+
+
+def in_pairs(values):
+    """Return the sum of 1, 2 or 4 values: the first two plus the last two."""
+    while len(values) > 1:
+        values = [first + second for first, second in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 class LinearStream:
@@ -189,7 +274,7 @@ class LinearStream:
             smem=self.plan.shared_bytes,
             stream=stream,
             use_pdl=self.config.overlaps,
-            min_blocks_per_mp=BLOCKS_PER_MULTIPROCESSOR,
+            min_blocks_per_mp=self.plan.blocks_per_multiprocessor,
             preferred_smem_carveout=100,
         )
 
@@ -206,12 +291,13 @@ class LinearStream:
             of_pass = cluster % num_passes
             self.first_token = of_pass * config.tokens_per_pass
             cluster, num_clusters = cluster // num_passes, num_clusters // num_passes
+        self.live_tokens = cutlass.min(self.num_tokens - self.first_token, config.tokens_per_pass)
         begin, end = cluster * num_units // num_clusters, (cluster + 1) * num_units // num_clusters
 
         self.thread = SegmentThread(plan, block % plan.cluster)
         self.codes, self.scales = codes.iterator.toint(), scales.iterator.toint()
         if cutlass.const_expr(plan.cluster > 1):
-            self.thread.init_exchange()
+            self.thread.init_exchange(self.live_tokens)
         self.thread.init_ring()
         if cutlass.const_expr(plan.cluster > 1):
             cute.arch.cluster_arrive_relaxed()  # this block is there: others may write to its shared memory
@@ -219,18 +305,23 @@ class LinearStream:
         early = min(config.early_slots, plan.num_slots)
         self.fill(begin, end, 0, early)
         cute.arch.griddepcontrol_wait()
-        if cutlass.const_expr(not config.late_trigger):
-            cute.arch.griddepcontrol_launch_dependents()
-        self.request_tokens(x)
+        if cutlass.const_expr(config.few):
+            place = (config.num_columns, config.first_column // 64, self.num_tokens)
+            raw = self.thread.request_few(x[0].iterator.toint(), *place)
+        else:
+            self.request_tokens(x)
         self.fill(begin, end, early, plan.num_slots)
-        self.arrange_tokens(x)
+        if cutlass.const_expr(config.few):
+            self.thread.arrange_few(raw)
+        else:
+            self.arrange_tokens(x)
         scale = load_global_float(tensor_scale.iterator.toint())
-        # From here on the next launch fills its rings; before, its weights would delay these tokens.
-        if cutlass.const_expr(config.late_trigger):
-            cute.arch.griddepcontrol_launch_dependents()
 
         ring_slot, ring_parity = Int32(0), Int32(0)
         for unit in cutlass.range(begin, end, unroll=1):
+            # The next launch fills its rings behind this one's last weights, not before: they would wait for each other.
+            if unit == cutlass.max(begin, end - config.trigger):
+                cute.arch.griddepcontrol_launch_dependents()
             ring_slot, ring_parity = self.stream_unit(ring_slot, ring_parity, unit, end)
             self.thread.after_partials()
             if cutlass.const_expr(plan.cluster > 1):
@@ -254,7 +345,7 @@ class LinearStream:
 
     def issue(self, unit, end, slot, position: int):
         """Fill a ring slot with a segment of a unit, if the block has that unit."""
-        tile, index = divmod(position, self.plan.ranks_per_block)
+        tile, index = divmod(position, self.plan.segments)
         chunk = Int64(self.row_tile(unit, tile)) * (self.config.num_columns // 64) + self.config.first_column // 64
         self.thread.issue_segment(unit < end, slot, self.codes, self.scales, chunk, index)
 
@@ -283,12 +374,13 @@ class LinearStream:
         ring = Ring(plan, slot, parity)
         for position in range(plan.streams):
             accumulators = self.thread.zero_accumulators(plan.num_tiles)
-            accumulators = self.thread.consume(ring, accumulators, position % plan.ranks_per_block)
+            tile, index = divmod(position, plan.segments)
+            accumulators = self.thread.consume(ring, accumulators, index)
             cute.arch.sync_warp()
             ahead = position + plan.num_slots
             self.issue(unit + ahead // plan.streams, end, ring.slot, ahead % plan.streams)
             ring.advance()
-            self.thread.store_partials(unit, position, accumulators)
+            self.thread.store_sums(unit, tile, index, accumulators)
         return ring.slot, ring.parity
 
     @cute.jit
@@ -296,10 +388,10 @@ class LinearStream:
         """Add up the warps' sums and store the outputs of a unit."""
         plan = self.plan
         for output in self.thread.outputs(plan.outputs_per_unit):
-            if output < plan.outputs_per_unit:
-                tile, place = output // plan.tile_outputs, output % plan.tile_outputs
-                value = self.thread.block_sum(unit, tile, place // 16, place % 16)
-                self.store(x, scale, earlier, out, self.row_tile(unit, tile), place, value)
+            tile, place = output // plan.tile_outputs, output % plan.tile_outputs
+            if (output < plan.outputs_per_unit) & (place // 16 < self.live_tokens):
+                sums = [self.thread.rank_sum(unit, tile, rank, place // 16, place % 16) for rank in range(plan.ranks)]
+                self.store(x, scale, earlier, out, self.row_tile(unit, tile), place, in_pairs(sums))
 
     @cute.jit
     def exchange(self, x, scale: Float32, earlier, out: cute.Tensor, unit: Int32, begin: Int32, end: Int32):
@@ -316,10 +408,12 @@ class LinearStream:
             cute.arch.cluster_wait()  # all blocks are there
         if (target == 0) & (step > 0):
             self.finish_turn(x, scale, earlier, out, turn - 1, begin, end)
-            self.thread.expect_sums(turn + 1)
-        for output in self.thread.outputs(plan.tile_outputs):
-            if output < plan.tile_outputs:
-                self.thread.send(turn, target, output, self.thread.block_sum(unit, 0, output // 16, output % 16))
+            self.thread.expect_sums(turn + 1, self.live_tokens)
+        for output in self.thread.outputs(plan.ranks_per_block * plan.tile_outputs):
+            rank, place = output // plan.tile_outputs, output % plan.tile_outputs
+            if (rank < plan.ranks_per_block) & (place // 16 < self.live_tokens):
+                value = self.thread.rank_sum(unit, 0, rank, place // 16, place % 16)
+                self.thread.send(turn, target, rank, place, value)
 
     @cute.jit
     def finish_turn(
@@ -327,12 +421,12 @@ class LinearStream:
     ):
         """Add up the blocks' sums for the block's row tile of a turn and store its outputs."""
         plan = self.plan
-        unit = begin + turn * plan.cluster + self.thread.rank
+        unit = begin + turn * plan.cluster + self.thread.block
         if unit < end:
             self.thread.wait_sums(turn)
-            for output in self.thread.outputs(plan.tile_outputs):
-                if output < plan.tile_outputs:
-                    self.store(x, scale, earlier, out, unit, output, self.thread.cluster_sum(turn, output))
+            for place in self.thread.outputs(plan.tile_outputs):
+                if place // 16 < self.live_tokens:
+                    self.store(x, scale, earlier, out, unit, place, self.thread.cluster_sum(turn, place))
 
     @cute.jit
     def store(
@@ -340,10 +434,9 @@ class LinearStream:
     ):
         """Store an output of a row tile."""
         token, row = self.first_token + place // 16, row_tile * 16 + place % 16
-        if token < self.num_tokens:
-            value = value * UNDO * scale
-            if cutlass.const_expr(self.config.x == "nvfp4"):
-                value = value * UNDO * x[2][token]
-            if cutlass.const_expr(self.config.adds):
-                value = earlier[token, row] + value
-            out[token, row] = value.to(out.element_type)
+        value = value * UNDO * scale
+        if cutlass.const_expr(self.config.x == "nvfp4"):
+            value = value * UNDO * x[2][token]
+        if cutlass.const_expr(self.config.adds):
+            value = earlier[token, row] + value
+        out[token, row] = value.to(out.element_type)
