@@ -108,14 +108,15 @@ LINEAR_SIZES = sorted({64, 448, 1088, 4160, 6144, *(k for k in LINEARS if k <= M
 @pytest.mark.parametrize(("num_tiles", "wide"), [(1, False), (2, False), (2, True)])
 def test_linear_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int, wide: bool) -> None:
     plan = LinearPlan(num_columns, num_tiles, wide)
-    added = []
-    for rank in range(plan.ranks):
-        for warp in range(plan.rank_warps):
-            first = plan.first_chunk(rank, warp)
-            assert 0 <= first and first + plan.segment_chunks <= plan.chunks
-            chunks = range(first, first + plan.segment_chunks)
-            added += [chunk for chunk in chunks if chunk >= plan.first_own_chunk(rank, warp)]
-    assert added == list(range(plan.chunks)) and plan.cluster * plan.groups * plan.segments == plan.ranks
+    added = [chunk for rank in range(plan.ranks) for warp in range(plan.rank_warps) for chunk in plan.own_chunks(rank, warp)]
+    assert [chunk for chunk in added if chunk < plan.chunks] == list(range(plan.chunks))
+    assert plan.cluster * plan.groups * plan.segments == plan.ranks and len(plan.stage_chunks) == plan.segments
+    if plan.uneven and plan.segments == 2:  # the device's order: the long segment first
+        for rank in range(0, plan.ranks, 2):
+            for warp in range(plan.rank_warps):
+                later = (warp + warp // 4) % 2
+                sizes = [len(plan.own_chunks(rank + one, warp)) for one in (later, 1 - later)]
+                assert tuple(sizes) == plan.stage_chunks
     assert 8 * plan.slice_chunks * num_tiles <= 64, "registers of a thread for tokens"
     assert plan.blocks_per_multiprocessor * (plan.shared_bytes + 1024) <= 228 * 1024 and plan.num_slots >= 3
     assert plan.blocks_per_multiprocessor * plan.threads <= 512, "128 registers a thread"

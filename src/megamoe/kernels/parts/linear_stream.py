@@ -70,13 +70,18 @@ class LinearPlan:
 
     @property
     def segment_chunks(self) -> int:
-        """Chunks of a segment; the last segments may start inside their neighbours'."""
+        """Chunks of a segment, of the longer ones where they differ. The last ones may start inside their neighbors'."""
         return -(-self.chunks // (self.ranks * MAX_WARPS))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether half of a rank's segments are one chunk shorter: K = 7168 has 28 chunks a rank."""
+        return self.ranks > 1 and self.chunks == self.ranks * (MAX_WARPS * self.segment_chunks - MAX_WARPS // 2)
 
     @property
     def rank_warps(self) -> int:
         """Segments of a rank, a warp for each."""
-        return -(-self.chunks // (self.segment_chunks * self.ranks))
+        return MAX_WARPS if self.uneven else -(-self.chunks // (self.segment_chunks * self.ranks))
 
     @property
     def ranks_per_block(self) -> int:
@@ -139,24 +144,31 @@ class LinearPlan:
         """Units of a matrix; the last one repeats the last row tile where it has no others."""
         return -(-num_row_tiles // self.tiles_per_unit)
 
-    def first_chunk(self, rank: int, warp: int) -> int:
-        """First chunk of a segment; it counts from `first_own_chunk` on."""
-        return min(self.first_own_chunk(rank, warp), self.chunks - self.segment_chunks)
+    def own_chunks(self, rank: int, warp: int) -> range:
+        """Chunks that a segment adds.
 
-    def first_own_chunk(self, rank: int, warp: int) -> int:
-        """First chunk that a segment adds; its tokens are taken as zero in the chunks before."""
-        return (rank * self.rank_warps + warp) * self.segment_chunks
+        Where they are uneven, warps w and w + 4, which share a scheduler, have one long and one short segment, and a
+        warp has a long one in every second rank.
+        """
+        if not self.uneven:
+            first = (rank * self.rank_warps + warp) * self.segment_chunks
+            return range(first, first + self.segment_chunks)
+        first = rank * (self.chunks // self.ranks) + warp * (self.segment_chunks - 1)
+        first += sum(is_long(rank, before) for before in range(warp))
+        return range(first, first + self.segment_chunks - 1 + is_long(rank, warp))
 
     # What StreamThread asks for.
 
     @property
     def slice_chunks(self) -> int:
         """Chunks whose tokens a warp holds."""
-        return self.segment_chunks * self.segments
+        return sum(self.stage_chunks)
 
     @property
     def stage_chunks(self) -> tuple[int, ...]:
-        """Chunks of each ring stage of a row tile: one stage for each segment."""
+        """Chunks of each ring stage of a row tile: one stage for each segment, the long one first."""
+        if self.uneven and self.segments == 2:
+            return (self.segment_chunks, self.segment_chunks - 1)
         return (self.segment_chunks,) * self.segments
 
     @property
@@ -226,6 +238,11 @@ class LinearPlan:
         """Return how many clusters share that many units: no more than finish sooner than fewer would."""
         rounds = -(-num_units // most)
         return -(-num_units // rounds)
+
+
+def is_long(rank: int, warp: int) -> int:
+    """Return 1 where an uneven segment is one of the longer ones."""
+    return 1 - (rank + warp + warp // 4) % 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_SCALE_BYTES
@@ -14,6 +14,7 @@ from megamoe.kernels.parts.linear_stream import (
     RING_BARRIER_BYTES,
     Config,
     LinearPlan,
+    is_long,
 )
 from megamoe.kernels.parts.memory_device import (
     address_in_block,
@@ -77,7 +78,8 @@ class SegmentThread(StreamThread):
         block: the block's place in the cluster.
         rank_warp: the warp's place in its ranks.
         ranks: of the warp's segments, counted from the block's first.
-        own_chunks, first_chunks: of the warp's segments.
+        own: first chunk and the one after the last of each segment.
+        first_chunks: what is streamed for each segment starts here.
     """
 
     def __init__(self, plan: LinearPlan, block):
@@ -87,31 +89,57 @@ class SegmentThread(StreamThread):
         if plan.groups > 1:
             group = self.warp // plan.rank_warps
             self.ranks, self.rank_warp = [group], self.warp - group * plan.rank_warps
-        self.own_chunks = [
-            ((block * plan.ranks_per_block + rank) * plan.rank_warps + self.rank_warp) * plan.segment_chunks
-            for rank in self.ranks
-        ]
-        self.first_chunks = self.own_chunks
-        self.overlapping = plan.ranks * plan.rank_warps * plan.segment_chunks > plan.chunks
+        if plan.uneven and plan.segments == 2:  # the long one first
+            later = self.warp + self.warp // 4 & 1
+            self.ranks = [later, 1 - later]
+        self.own = [self._own_chunks(block * plan.ranks_per_block + rank) for rank in self.ranks]
+        self.first_chunks = [first for first, _ in self.own]
+        # Segments that may reach over their end: their tokens are zero there.
+        self.overlapping = plan.uneven and plan.segments == 1
+        if plan.ranks * plan.rank_warps * plan.segment_chunks > plan.chunks and not plan.uneven:
+            self.overlapping = True
         if self.overlapping:
             last = plan.chunks - plan.segment_chunks
-            self.first_chunks = [cutlass.min(own, last) for own in self.own_chunks]
+            self.first_chunks = [cutlass.min(first, last) for first, _ in self.own]
+
+    def _own_chunks(self, rank):
+        """Return the first chunk of a segment of a rank and the one after its last (LinearPlan.own_chunks)."""
+        plan = self.plan
+        if not plan.uneven:
+            first = (rank * plan.rank_warps + self.rank_warp) * plan.segment_chunks
+            return first, first + plan.segment_chunks
+        counts = [
+            sum(sum(is_long(parity, before) for before in range(warp)) << 4 * warp for warp in range(plan.rank_warps))
+            for parity in range(2)
+        ]
+        odd = rank & 1
+        table = Uint32(counts[0]) + Uint32(odd) * Uint32((counts[1] - counts[0]) & 0xFFFFFFFF)
+        first = rank * (plan.chunks // plan.ranks) + self.rank_warp * (plan.segment_chunks - 1)
+        first = first + (Int32(table >> (self.rank_warp * 4)) & 15)
+        is_short = odd + self.rank_warp + self.rank_warp // 4 & 1
+        return first, first + plan.segment_chunks - is_short
+
+    def _wanted(self, index: int, chunk):
+        """Return whether a chunk is the segment's own."""
+        first, end = self.own[index]
+        return (chunk >= first) & (chunk < end)
 
     def issue_segment(self, wanted, slot, codes, scales, row_chunk, index: int):
         """Fill a slot with a segment of the row tile that starts at a chunk."""
         plan = self.plan
-        code_bytes, scale_bytes = plan.segment_chunks * TILE_CODE_BYTES, plan.segment_chunks * TILE_SCALE_BYTES
+        num_chunks = plan.stage_chunks[index]
+        code_bytes, scale_bytes = num_chunks * TILE_CODE_BYTES, num_chunks * TILE_SCALE_BYTES
         chunk = row_chunk + self.first_chunks[index]
         barrier, target = self.barriers + slot * 8, self.ring + slot * plan.slot_bytes
         code_address, scale_address = codes + chunk * TILE_CODE_BYTES, scales + chunk * TILE_SCALE_BYTES
         fill_slot(wanted, barrier, target, code_address, code_bytes, scale_address, scale_bytes)
 
     def _raw_tokens(self, load_raw, num_tokens, tile: int, chunk: int):
-        index, place = divmod(chunk, self.plan.segment_chunks)
+        index, place = divmod(chunk, self.plan.segment_chunks)  # the long one is first
         wanted = tile * TOKENS_PER_TILE + self.row < num_tokens
         chunk = self.first_chunks[index] + place
         if self.overlapping:
-            wanted = wanted & (chunk >= self.own_chunks[index])
+            wanted = wanted & self._wanted(index, chunk)
         return load_raw(tile, Int32(wanted), chunk)
 
     def request_few(self, x, num_columns: int, first_chunk: int, num_tokens):
@@ -124,9 +152,9 @@ class SegmentThread(StreamThread):
         """
         raw, chunk = [], self.lane // 8
         for index in range(self.plan.segments):
-            wanted = self.lane < self.plan.segment_chunks * 8
+            wanted = self.lane < self.plan.stage_chunks[index] * 8
             if self.overlapping:
-                wanted = wanted & (self.first_chunks[index] + chunk >= self.own_chunks[index])
+                wanted = wanted & self._wanted(index, self.first_chunks[index] + chunk)
             first = Int64(first_chunk + self.first_chunks[index]) * 128 + self.lane * 16
             for token in range(FEW_TOKENS):
                 address = x + token * (num_columns * 2) + first
@@ -149,12 +177,12 @@ class SegmentThread(StreamThread):
             for token in range(FEW_TOKENS):
                 base = room(index, token) + chunk * 128 + half * 16 + piece * 4
                 for word in range(4):  # turned by the chunk, so that four chunks hit different banks
-                    wanted = self.lane < plan.segment_chunks * 8
+                    wanted = self.lane < plan.stage_chunks[index] * 8
                     store_shared_if(wanted, base + (word + chunk & 3) * 32, raw[index * FEW_TOKENS + token][word])
         cute.arch.sync_warp()
         for index in range(plan.segments):
             base = room(index, 0) + self.row * plan.partial_bytes
-            for place in range(plan.segment_chunks):
+            for place in range(plan.stage_chunks[index]):
                 address = base + place * 128 + (self.column + place & 3) * 32
                 for half in range(2):
                     words = load_shared_vector_if(self.row < FEW_TOKENS, address + half * 16)
