@@ -18,6 +18,7 @@ from megamoe.kernels.parts.linear_stream import (
 )
 from megamoe.kernels.parts.memory_device import (
     address_in_block,
+    arrive_if,
     expect_bytes_if,
     fill_slot,
     init_barrier,
@@ -199,22 +200,46 @@ class SegmentThread(StreamThread):
         plan = self.plan
         return ((tile * plan.ranks_per_block + rank) * plan.rank_warps + warp) * (plan.num_tiles * FRAGMENT_BYTES)
 
-    def store_sums(self, unit, tile: int, index: int, accumulators):
+    def store_sums(self, step, tile: int, index: int, sums):
         """Store the warp's sums of a segment as they are: four floats a lane, turned so that banks differ.
 
         The lane's floats are rows g, g + 8 of tokens 2 t, 2 t + 1. Reading one token goes over g, writing over t too.
         """
         place = self.column * 8 + (self.row + self.column * 2 & 7)
-        base = self._partials(unit) + self._fragment(tile, self.ranks[index], self.rank_warp) + place * 16
-        for token_tile in range(len(accumulators)):
-            even, odd = accumulators[token_tile]
-            store_shared_floats(base + token_tile * FRAGMENT_BYTES, *[one + two for one, two in zip(even, odd, strict=True)])
+        base = self._partials(step) + self._fragment(tile, self.ranks[index], self.rank_warp) + place * 16
+        for token_tile, values in enumerate(sums):
+            store_shared_floats(base + token_tile * FRAGMENT_BYTES, *values)
 
-    def rank_sum(self, unit, tile, rank, token, row):
+    @cute.jit
+    def init_sums(self):
+        """Make the mbarriers ready by which a block's warps say that their sums of a unit are there."""
+        if self.tid == 0:
+            for step in cutlass.range_constexpr(2):
+                init_barrier(self._sums_barrier(Int32(step)), Int32(self.plan.used_warps))
+
+    def _sums_barrier(self, step):
+        return self.shared + RING_BARRIER_BYTES + 16 + (step & 1) * 8
+
+    def publish_sums(self, step, sums):
+        """Store the warp's sums of a unit and say that they are there."""
+        for position in range(self.plan.streams):
+            self.store_sums(step, *divmod(position, self.plan.segments), sums[position])
+        cute.arch.sync_warp()
+        arrive_if(self.lane == 0, self._sums_barrier(step))
+
+    def wait_sums(self, step):
+        """Wait until all warps' sums of a unit are there.
+
+        Warps add the sums of a unit before they publish those of the next. So this also says that nobody needs the
+        sums of the unit before, and theirs is the room for those of the next.
+        """
+        wait_barrier(self._sums_barrier(step), (step >> 1) & 1)
+
+    def rank_sum(self, step, tile, rank, token, row):
         """Return the sum over a rank's warps, in their order, for one token and row of one of a unit's row tiles."""
         column = token % 8 // 2
         place = (column * 8 + (row + column * 2 & 7)) * 16 + (row // 8 * 2 + token % 2) * 4
-        address = self._partials(unit) + self._fragment(tile, rank, 0) + token // 8 * FRAGMENT_BYTES + place
+        address = self._partials(step) + self._fragment(tile, rank, 0) + token // 8 * FRAGMENT_BYTES + place
         total = Float32(0.0)
         for warp in range(self.plan.rank_warps):
             total = total + load_shared_float(address + warp * (self.plan.num_tiles * FRAGMENT_BYTES))
@@ -227,7 +252,7 @@ class SegmentThread(StreamThread):
             for turn in cutlass.range_constexpr(2):
                 init_barrier(self._exchange_barrier(Int32(turn)), Int32(1))
         for turn in cutlass.range_constexpr(2):
-            self.expect_sums(Int32(turn), num_tokens)
+            self.expect_turn(Int32(turn), num_tokens)
 
     def _exchange(self, turn, rank, place):
         """Return where a rank's sum for a place of a row tile goes, in the block that finishes the row tile."""
@@ -238,12 +263,12 @@ class SegmentThread(StreamThread):
     def _exchange_barrier(self, turn):
         return self.shared + RING_BARRIER_BYTES + (turn & 1) * 8
 
-    def expect_sums(self, turn, num_tokens):
+    def expect_turn(self, turn, num_tokens):
         """Announce the sums of a turn."""
         num_bytes = num_tokens * (self.plan.ranks * 16 * 4)
         expect_bytes_if(self.tid == 0, self._exchange_barrier(turn), num_bytes)
 
-    def wait_sums(self, turn):
+    def wait_turn(self, turn):
         """Wait until the sums of a turn are there."""
         wait_barrier(self._exchange_barrier(turn), (turn >> 1) & 1)
 
@@ -326,6 +351,7 @@ class LinearStream:
         self.codes, self.scales = codes.iterator.toint(), scales.iterator.toint()
         if cutlass.const_expr(plan.cluster > 1):
             self.thread.init_exchange(self.live_tokens)
+        self.thread.init_sums()
         self.thread.init_ring()
         if cutlass.const_expr(plan.cluster > 1):
             cute.arch.cluster_arrive_relaxed()  # this block is there: others may write to its shared memory
@@ -350,12 +376,13 @@ class LinearStream:
             # The next launch fills its rings behind this one's last weights, not before: they would wait for each other.
             if unit == cutlass.max(begin, end - config.trigger):
                 cute.arch.griddepcontrol_launch_dependents()
-            ring_slot, ring_parity = self.stream_unit(ring_slot, ring_parity, unit, end)
-            self.thread.after_partials()
-            if cutlass.const_expr(plan.cluster > 1):
-                self.exchange(x, scale, earlier, out, unit, begin, end)
-            else:
-                self.finish(x, scale, earlier, out, unit)
+            ring_slot, ring_parity, sums = self.stream_unit(ring_slot, ring_parity, unit, end)
+            # A unit's sums are added up after the warp has streamed the next unit: nobody waits for a slower warp.
+            step = unit - begin
+            if step > 0:
+                self.finish_unit(x, scale, earlier, out, step - 1, begin, end)
+            self.thread.publish_sums(step, sums)
+        self.finish_unit(x, scale, earlier, out, end - begin - 1, begin, end)
         if cutlass.const_expr(plan.cluster > 1):
             self.finish_turn(x, scale, earlier, out, (end - begin - 1) // plan.cluster, begin, end)
 
@@ -397,32 +424,40 @@ class LinearStream:
         self.thread.arrange_tokens(load_raw, arrange, self.num_tokens - self.first_token)
 
     def stream_unit(self, slot, parity, unit, end):
-        """Stream a unit, keep the ring full, leave the partial sums; return the ring's new place."""
+        """Stream a unit and keep the ring full; return the ring's new place and the warp's sums of each segment."""
         plan = self.plan
-        ring = Ring(plan, slot, parity)
+        ring, sums = Ring(plan, slot, parity), []
         for position in range(plan.streams):
             accumulators = self.thread.zero_accumulators(plan.num_tiles)
-            tile, index = divmod(position, plan.segments)
-            accumulators = self.thread.consume(ring, accumulators, index)
+            accumulators = self.thread.consume(ring, accumulators, position % plan.segments)
             cute.arch.sync_warp()
             ahead = position + plan.num_slots
             self.issue(unit + ahead // plan.streams, end, ring.slot, ahead % plan.streams)
             ring.advance()
-            self.thread.store_sums(unit, tile, index, accumulators)
-        return ring.slot, ring.parity
+            sums.append([[one + two for one, two in zip(*tile, strict=True)] for tile in accumulators])
+        return ring.slot, ring.parity, sums
 
     @cute.jit
-    def finish(self, x, scale: Float32, earlier, out: cute.Tensor, unit: Int32):
+    def finish_unit(self, x, scale: Float32, earlier, out: cute.Tensor, step: Int32, begin: Int32, end: Int32):
+        """Add up the warps' sums of a unit; store the outputs, or send the sums to the block that does."""
+        self.thread.wait_sums(step)
+        if cutlass.const_expr(self.plan.cluster > 1):
+            self.exchange(x, scale, earlier, out, step, begin, end)
+        else:
+            self.finish(x, scale, earlier, out, step, begin)
+
+    @cute.jit
+    def finish(self, x, scale: Float32, earlier, out: cute.Tensor, step: Int32, begin: Int32):
         """Add up the warps' sums and store the outputs of a unit."""
         plan = self.plan
         for output in self.thread.outputs(plan.outputs_per_unit):
             tile, place = output // plan.tile_outputs, output % plan.tile_outputs
             if (output < plan.outputs_per_unit) & (place // 16 < self.live_tokens):
-                sums = [self.thread.rank_sum(unit, tile, rank, place // 16, place % 16) for rank in range(plan.ranks)]
-                self.store(x, scale, earlier, out, self.row_tile(unit, tile), place, in_pairs(sums))
+                sums = [self.thread.rank_sum(step, tile, rank, place // 16, place % 16) for rank in range(plan.ranks)]
+                self.store(x, scale, earlier, out, self.row_tile(begin + step, tile), place, in_pairs(sums))
 
     @cute.jit
-    def exchange(self, x, scale: Float32, earlier, out: cute.Tensor, unit: Int32, begin: Int32, end: Int32):
+    def exchange(self, x, scale: Float32, earlier, out: cute.Tensor, step: Int32, begin: Int32, end: Int32):
         """Send the block's sums of a row tile to the block whose turn it is, and finish the row tile before.
 
         A turn is as many row tiles as the cluster has blocks, one for each block to finish. There is room for the sums
@@ -430,17 +465,16 @@ class LinearStream:
         of a turn knows that the ones of the turn before have been read everywhere and may be overwritten.
         """
         plan = self.plan
-        step = unit - begin
         turn, target = step // plan.cluster, step % plan.cluster
         if step == 0:
             cute.arch.cluster_wait()  # all blocks are there
         if (target == 0) & (step > 0):
             self.finish_turn(x, scale, earlier, out, turn - 1, begin, end)
-            self.thread.expect_sums(turn + 1, self.live_tokens)
+            self.thread.expect_turn(turn + 1, self.live_tokens)
         for output in self.thread.outputs(plan.ranks_per_block * plan.tile_outputs):
             rank, place = output // plan.tile_outputs, output % plan.tile_outputs
             if (rank < plan.ranks_per_block) & (place // 16 < self.live_tokens):
-                value = self.thread.rank_sum(unit, 0, rank, place // 16, place % 16)
+                value = self.thread.rank_sum(step, 0, rank, place // 16, place % 16)
                 self.thread.send(turn, target, rank, place, value)
 
     @cute.jit
@@ -451,7 +485,7 @@ class LinearStream:
         plan = self.plan
         unit = begin + turn * plan.cluster + self.thread.block
         if unit < end:
-            self.thread.wait_sums(turn)
+            self.thread.wait_turn(turn)
             for place in self.thread.outputs(plan.tile_outputs):
                 if place // 16 < self.live_tokens:
                     self.store(x, scale, earlier, out, unit, place, self.thread.cluster_sum(turn, place))
