@@ -108,7 +108,9 @@ LINEAR_SIZES = sorted({64, 448, 1088, 4160, 6144, *(k for k in LINEARS if k <= M
 @pytest.mark.parametrize(("num_tiles", "wide"), [(1, False), (2, False), (2, True)])
 def test_linear_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int, wide: bool) -> None:
     plan = LinearPlan(num_columns, num_tiles, wide)
-    added = [chunk for rank in range(plan.ranks) for warp in range(plan.rank_warps) for chunk in plan.own_chunks(rank, warp)]
+    added = [
+        chunk for rank in range(plan.ranks) for warp in range(plan.rank_warps) for chunk in plan.own_chunks(rank, warp)
+    ]
     assert [chunk for chunk in added if chunk < plan.chunks] == list(range(plan.chunks))
     assert plan.cluster * plan.groups * plan.segments == plan.ranks and len(plan.stage_chunks) == plan.segments
     if plan.uneven and plan.segments == 2:  # the device's order: the long segment first
@@ -130,7 +132,7 @@ def test_the_order_of_sums_of_a_linear_does_not_depend_on_the_number_of_tokens(n
 
 
 def test_places_of_sums_hit_every_bank_once() -> None:
-    """`store_sums` and `rank_sum` of linear_stream_device: 16 bytes a lane written, 4 read, for 16 rows and 8 tokens."""
+    """`store_sums` and `rank_sum` of linear_stream_device: a lane writes 16 bytes and reads 4."""
     written = {}
     for lane in range(32):
         row, column = divmod(lane, 4)
@@ -151,47 +153,93 @@ def test_places_of_sums_hit_every_bank_once() -> None:
             assert place == written[row, token]
 
 
-def test_no_more_clusters_than_finish_sooner() -> None:
-    plan = LinearPlan(8192, 2)
-    assert (plan.num_clusters(512, 33), plan.num_clusters(512, 66), plan.num_clusters(3, 33)) == (32, 64, 3)
+def test_blocks_fill_the_multiprocessors() -> None:
+    assert LinearPlan(8192, 1).num_clusters(512, 132, 1) == 66
+    assert LinearPlan(8192, 2).num_clusters(512, 132, 1) == 30, "clusters of 4 leave some"
+    assert LinearPlan(8192, 2, True).num_clusters(512, 132, 4) == 16
+    assert LinearPlan(1536, 2).num_clusters(2048, 132, 2) == 132, "two of a launch on each"
+    assert LinearPlan(1536, 1).num_clusters(3, 132, 1) == 3 and LinearPlan(8192, 2).num_clusters(512, 8, 1) == 1
+
+
+class ClusterSums:
+    """`exchange` and `finish_turn` of linear_stream_device: where the sums of a cluster's blocks go, and when."""
+
+    def __init__(self, cluster: int, count: int) -> None:
+        self.cluster, self.count = cluster, count
+        self.slots: dict[tuple[int, int, int], int] = {}  # (block, turn & 1, sender) → turn
+        self.arrived = {(block, turn): 0 for block in range(cluster) for turn in range(count)}
+        self.finished: list[int] = []
+
+    def finish(self, rank: int, turn: int) -> Iterator[None]:
+        unit = turn * self.cluster + rank
+        if unit < self.count:
+            while self.arrived[rank, turn] < self.cluster:
+                yield
+            assert {self.slots.pop((rank, turn & 1, sender)) for sender in range(self.cluster)} == {turn}
+            self.finished.append(unit)
+
+    def block(self, rank: int) -> Iterator[None]:
+        for step in range(self.count):
+            turn, target = divmod(step, self.cluster)
+            yield
+            if target == 0 and step > 0:
+                yield from self.finish(rank, turn - 1)
+            assert (target, turn & 1, rank) not in self.slots, "not read yet"
+            self.slots[target, turn & 1, rank] = turn
+            self.arrived[target, turn] += 1
+        yield from self.finish(rank, (self.count - 1) // self.cluster)
+
+
+class BlockSums:
+    """The loop of linear_stream_device: warps store the sums of a unit after adding those of the one before."""
+
+    def __init__(self, warps: int, count: int) -> None:
+        self.warps, self.count = warps, count
+        self.rooms: dict[tuple[int, int], int] = {}  # (step & 1, warp) → step
+        self.published = dict.fromkeys(range(count), 0)
+        self.added: list[int] = []
+
+    def add(self, step: int) -> Iterator[None]:
+        while self.published[step] < self.warps:
+            yield
+        for warp in range(self.warps):  # one after the other: another warp may be faster
+            assert self.rooms[step & 1, warp] == step
+            yield
+        self.added.append(step)
+
+    def warp(self, warp: int) -> Iterator[None]:
+        for step in range(self.count):
+            yield
+            if step > 0:
+                yield from self.add(step - 1)
+            self.rooms[step & 1, warp] = step
+            self.published[step] += 1
+        yield from self.add(self.count - 1)
+
+
+def run_at_random(running: list[Iterator[None]], seed: int) -> None:
+    order = random.Random(seed)
+    while running:
+        one = order.choice(running)
+        if next(one, "ended") == "ended":
+            running.remove(one)
 
 
 @pytest.mark.parametrize("cluster", [2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11, 16])
 def test_sums_of_a_cluster_are_read_before_they_are_overwritten(cluster: int, count: int) -> None:
-    """`exchange` and `finish_turn` of linear_stream_device, blocks interleaved at random."""
     for seed in range(40):
-        slots: dict[tuple[int, int, int], tuple[int, int]] = {}  # (block, turn & 1, sender) → (turn, sender)
-        arrived = dict.fromkeys(((block, turn) for block in range(cluster) for turn in range(count)), 0)
-        finished: list[int] = []
+        sums = ClusterSums(cluster, count)
+        run_at_random([sums.block(rank) for rank in range(cluster)], seed)
+        assert sorted(sums.finished) == list(range(count))
 
-        def finish(rank: int, turn: int) -> Iterator[None]:
-            unit = turn * cluster + rank
-            if unit < count:
-                while arrived[rank, turn] < cluster:
-                    yield
-                assert [slots.pop((rank, turn & 1, sender)) for sender in range(cluster)] == [
-                    (turn, sender) for sender in range(cluster)
-                ]
-                finished.append(unit)
 
-        def block(rank: int) -> Iterator[None]:
-            for step in range(count):
-                turn, target = divmod(step, cluster)
-                yield
-                if target == 0 and step > 0:
-                    yield from finish(rank, turn - 1)
-                assert (target, turn & 1, rank) not in slots, "not read yet"
-                slots[target, turn & 1, rank] = (turn, rank)
-                arrived[target, turn] += 1
-            yield from finish(rank, (count - 1) // cluster)
-
-        order, running = random.Random(seed), [block(rank) for rank in range(cluster)]
-        while running:
-            one = order.choice(running)
-            if next(one, "ended") == "ended":
-                running.remove(one)
-        assert sorted(finished) == list(range(count))
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_sums_of_a_block_are_read_before_they_are_overwritten(count: int) -> None:
+    for seed in range(40):
+        sums = BlockSums(4, count)
+        run_at_random([sums.warp(warp) for warp in range(4)], seed)
+        assert sorted(sums.added) == sorted(4 * list(range(count)))
 
 
 def test_wide_matrices_are_cut_into_parts() -> None:

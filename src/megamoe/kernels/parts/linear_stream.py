@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of y = x w^T for few tokens, shared by the two NVFP4 linears: how work is shared out, compile key, launches.
+"""Host side of y = x w^T for few tokens, shared by the two NVFP4 linears: how work is shared out, key, launches.
 
 Columns are cut into up to 4 ranks, a rank into up to 8 segments of at most 4 chunks (of 64 columns). A warp has the
 tokens of its segments in registers: one segment for 16 tokens, two for 8. So a block of 8 warps has 1 or 2 ranks, and
@@ -21,8 +21,7 @@ import functools
 
 import torch
 
-from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES
-from megamoe.formats.fragment_layout import CodeLayout
+from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES, CodeLayout
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels.parts.weight_stream import MAX_SLOTS, TOKENS_PER_TILE
 from megamoe.kernels.store import kernel
@@ -39,6 +38,7 @@ SYSTEM_BYTES = 1024  # of a block's shared memory
 RING_BARRIER_BYTES = 2 * MAX_WARPS * MAX_SLOTS * 8
 BARRIER_BYTES = RING_BARRIER_BYTES + 128  # two for sums from the cluster, two for sums of the block's warps
 FRAGMENT_BYTES = 512  # a warp's sums of 16 rows and 8 tokens
+LEFT_BY_CLUSTERS_OF_4 = 12  # of an H100's 132; with one cluster more, two would share multiprocessors
 UNIT_CHUNKS = 6  # chunks that a warp should have between two barriers of its block
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
@@ -70,7 +70,7 @@ class LinearPlan:
 
     @property
     def segment_chunks(self) -> int:
-        """Chunks of a segment, of the longer ones where they differ. The last ones may start inside their neighbors'."""
+        """Chunks of a segment, the longer one where they differ; the last may start inside their neighbors'."""
         return -(-self.chunks // (self.ranks * MAX_WARPS))
 
     @property
@@ -234,10 +234,35 @@ class LinearPlan:
         """Shared memory of a block."""
         return self.ring_offset + self.used_warps * self.num_slots * self.slot_bytes
 
-    def num_clusters(self, num_units: int, most: int) -> int:
-        """Return how many clusters share that many units: no more than finish sooner than fewer would."""
-        rounds = -(-num_units // most)
-        return -(-num_units // rounds)
+    @property
+    def early_slots(self) -> int:
+        """Ring slots filled before the kernel ahead of this one is waited for.
+
+        All of them where that kernel is still running then. A wide block starts when it has ended, and its tokens
+        would come behind a full ring.
+        """
+        return min(2, self.num_slots) if self.wide else self.num_slots
+
+    @property
+    def trigger_units(self) -> int:
+        """Units before the end at which the next launch may start: when the last weights have been asked for.
+
+        The last copies are issued a ring before the end, and a launch takes about a unit's time.
+        """
+        return -(-self.num_slots // self.streams) + 1
+
+    def num_clusters(self, num_units: int, multiprocessors: int, num_passes: int) -> int:
+        """Return how many clusters share the units of a pass.
+
+        As many blocks as there are multiprocessors. With fewer, two blocks of the next launch would share one that is
+        idle, and both would be late. Clusters of 4 do not fit on all: groups of multiprocessors are not multiples of 4.
+        """
+        blocks = multiprocessors
+        if num_passes > 1 and not self.wide:
+            blocks *= self.blocks_per_multiprocessor
+        if self.cluster == MAX_RANKS:
+            blocks -= LEFT_BY_CLUSTERS_OF_4
+        return min(num_units, max(1, blocks // self.cluster // num_passes))
 
 
 def is_long(rank: int, warp: int) -> int:
@@ -257,6 +282,8 @@ class Config:
         x: "bf16" or "nvfp4".
         out: "bf16" or "f32".
         overlaps: the launch may start, and load weights, while the kernel ahead of it is still running.
+        few: there are at most FEW_TOKENS bf16 tokens, which come through shared memory.
+        wide: see LinearPlan.
     """
 
     num_columns: int
@@ -269,8 +296,6 @@ class Config:
     overlaps: bool = True
     few: bool = False
     wide: bool = False
-    trigger: int = 4
-    early_slots: int = 8
 
     @property
     def plan(self) -> LinearPlan:
@@ -296,12 +321,10 @@ class Config:
 def stream_limit(num_rows: int) -> int:
     """Return up to how many tokens a weight of N rows is streamed; more of them are multiplied in tiles.
 
-    From the measured crossover (benchmarks/h100/linears.csv). Both paths have the operation's meaning, with sums in
-    another order, so this number is where the last bits may change: a function of N alone.
+    From the measured crossover (benchmarks/h100/matrix_kernels.csv). Both paths have the operation's meaning, with sums
+    in another order, so this number is where the last bits may change: a function of N alone.
     """
-    if num_rows < 8192:
-        return 4 * PASS_TOKENS
-    return 2 * PASS_TOKENS if num_rows <= 16384 else PASS_TOKENS
+    return 4 * PASS_TOKENS if num_rows <= 8192 else 2 * PASS_TOKENS
 
 
 def stream_keys(num_rows: int, num_columns: int, x: str, out: str) -> list[Config]:
@@ -332,6 +355,7 @@ def stream_configs(num_columns: int, num_tokens: int, x: str, out: str) -> list[
             x,
             out if last == num_columns else "f32",
             few=num_tokens <= FEW_TOKENS and x == "bf16",
+            wide=num_tokens > PASS_TOKENS and LinearPlan(last - first, MAX_TILES).ranks > 1,
         )
         for first, last in parts
     ]
@@ -384,8 +408,7 @@ def stream_linear(x: tuple[torch.Tensor, ...], x_name: str, w: NvFp4Tensor, out_
         plan = config.plan
         # Passes stand side by side on different multiprocessors, in step: one reads a weight from memory, all others
         # find it in L2.
-        most = num_multiprocessors(w.device) // plan.cluster
-        each = plan.num_clusters(plan.num_units(num_rows // 16), max(1, most // num_passes))
-        blocks = each * num_passes * plan.cluster
+        clusters = plan.num_clusters(plan.num_units(num_rows // 16), num_multiprocessors(w.device), num_passes)
+        blocks = clusters * num_passes * plan.cluster
         kernel(__name__, config, w.device)(*x, *weight, *earlier, target, blocks, num_passes)
     return out

@@ -172,7 +172,12 @@ class SegmentThread(StreamThread):
         chunk, half, piece = self.lane // 8, self.lane // 4 & 1, self.lane & 3
 
         def room(index, token):
-            return self.shared + plan.partial_offset + token * plan.partial_bytes + self._fragment(0, self.ranks[index], self.rank_warp)
+            return (
+                self.shared
+                + plan.partial_offset
+                + token * plan.partial_bytes
+                + self._fragment(0, self.ranks[index], self.rank_warp)
+            )
 
         for index in range(plan.segments):
             for token in range(FEW_TOKENS):
@@ -301,19 +306,42 @@ class LinearStream:
         self.launch((x,), codes, scales, tensor_scale, None, out, num_blocks, num_passes, stream)
 
     @cute.jit
-    def weight_only_more(self, x, codes, scales, tensor_scale, earlier, out, num_blocks: Int32, num_passes: Int32, stream):
+    def weight_only_more(
+        self, x, codes, scales, tensor_scale, earlier, out, num_blocks: Int32, num_passes: Int32, stream
+    ):
         self.launch((x,), codes, scales, tensor_scale, earlier, out, num_blocks, num_passes, stream)
 
     @cute.jit
     def both_nvfp4(
-        self, x_codes, x_scales, x_tensor_scale, codes, scales, tensor_scale, out, num_blocks: Int32, num_passes: Int32, stream
+        self,
+        x_codes,
+        x_scales,
+        x_tensor_scale,
+        codes,
+        scales,
+        tensor_scale,
+        out,
+        num_blocks: Int32,
+        num_passes: Int32,
+        stream,
     ):
         x = (x_codes, x_scales, x_tensor_scale)
         self.launch(x, codes, scales, tensor_scale, None, out, num_blocks, num_passes, stream)
 
     @cute.jit
     def both_nvfp4_more(
-        self, x_codes, x_scales, x_tensor_scale, codes, scales, tensor_scale, earlier, out, num_blocks: Int32, num_passes: Int32, stream
+        self,
+        x_codes,
+        x_scales,
+        x_tensor_scale,
+        codes,
+        scales,
+        tensor_scale,
+        earlier,
+        out,
+        num_blocks: Int32,
+        num_passes: Int32,
+        stream,
     ):
         x = (x_codes, x_scales, x_tensor_scale)
         self.launch(x, codes, scales, tensor_scale, earlier, out, num_blocks, num_passes, stream)
@@ -353,18 +381,18 @@ class LinearStream:
             self.thread.init_exchange(self.live_tokens)
         self.thread.init_sums()
         self.thread.init_ring()
+        cute.arch.sync_threads()  # every warp arrives at the mbarriers that one has made
         if cutlass.const_expr(plan.cluster > 1):
             cute.arch.cluster_arrive_relaxed()  # this block is there: others may write to its shared memory
         # The weights do not depend on the kernel before this one, the tokens do.
-        early = min(config.early_slots, plan.num_slots)
-        self.fill(begin, end, 0, early)
+        self.fill(begin, end, 0, plan.early_slots)
         cute.arch.griddepcontrol_wait()
         if cutlass.const_expr(config.few):
             place = (config.num_columns, config.first_column // 64, self.num_tokens)
             raw = self.thread.request_few(x[0].iterator.toint(), *place)
         else:
             self.request_tokens(x)
-        self.fill(begin, end, early, plan.num_slots)
+        self.fill(begin, end, plan.early_slots, plan.num_slots)
         if cutlass.const_expr(config.few):
             self.thread.arrange_few(raw)
         else:
@@ -373,8 +401,8 @@ class LinearStream:
 
         ring_slot, ring_parity = Int32(0), Int32(0)
         for unit in cutlass.range(begin, end, unroll=1):
-            # The next launch fills its rings behind this one's last weights, not before: they would wait for each other.
-            if unit == cutlass.max(begin, end - config.trigger):
+            # The next launch fills its rings behind this one's last weights: before, it would take their turn.
+            if unit == cutlass.max(begin, end - plan.trigger_units):
                 cute.arch.griddepcontrol_launch_dependents()
             ring_slot, ring_parity, sums = self.stream_unit(ring_slot, ring_parity, unit, end)
             # A unit's sums are added up after the warp has streamed the next unit: nobody waits for a slower warp.
@@ -478,9 +506,7 @@ class LinearStream:
                 self.thread.send(turn, target, rank, place, value)
 
     @cute.jit
-    def finish_turn(
-        self, x, scale: Float32, earlier, out: cute.Tensor, turn: Int32, begin: Int32, end: Int32
-    ):
+    def finish_turn(self, x, scale: Float32, earlier, out: cute.Tensor, turn: Int32, begin: Int32, end: Int32):
         """Add up the blocks' sums for the block's row tile of a turn and store its outputs."""
         plan = self.plan
         unit = begin + turn * plan.cluster + self.thread.block
@@ -491,9 +517,7 @@ class LinearStream:
                     self.store(x, scale, earlier, out, unit, place, self.thread.cluster_sum(turn, place))
 
     @cute.jit
-    def store(
-        self, x, scale: Float32, earlier, out: cute.Tensor, row_tile: Int32, place: Int32, value: Float32
-    ):
+    def store(self, x, scale: Float32, earlier, out: cute.Tensor, row_tile: Int32, place: Int32, value: Float32):
         """Store an output of a row tile."""
         token, row = self.first_token + place // 16, row_tile * 16 + place % 16
         value = value * UNDO * scale

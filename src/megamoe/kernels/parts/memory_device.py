@@ -189,9 +189,11 @@ def send_float(address, value, barrier):
 
 def load_shared_vector_if(wanted, address):
     """Return 4 words of shared memory, or zeros if `wanted` is 0."""
+    zeros = " ".join(f"mov.b32 {{$w{index}}}, 0;" for index in range(4))
     return inline_ptx(
-        "{ .reg .pred p; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 p, flag, 0; mov.b32 {$w0}, 0; "
-        "mov.b32 {$w1}, 0; mov.b32 {$w2}, 0; mov.b32 {$w3}, 0; @p ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r1}]; }",
+        "{ .reg .pred p; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 p, flag, 0; "
+        + zeros
+        + " @p ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r1}]; }",
         write_only_types=[Uint32] * 4,
         read_only_args=[Int32(wanted), address],
     )
