@@ -122,7 +122,7 @@ class LinearPlan:
     def tiles_per_unit(self) -> int:
         """Row tiles between two barriers of a block: more where a warp has few chunks of each."""
         if self.cluster > 1:
-            return 1
+            return 2 if self.segments == 1 and not self.wide else 1
         return max(1, min(UNIT_CHUNKS // self.slice_chunks, 4 // self.num_tiles))
 
     @property
@@ -210,8 +210,8 @@ class LinearPlan:
 
     @property
     def exchange_bytes(self) -> int:
-        """Shared memory for sums from the cluster: two row tiles, in turn."""
-        return 2 * self.ranks * self.tile_outputs * 4 if self.cluster > 1 else 0
+        """Shared memory for sums from the cluster: two units, in turn."""
+        return 2 * self.ranks * self.outputs_per_unit * 4 if self.cluster > 1 else 0
 
     @property
     def token_offset(self) -> int:
