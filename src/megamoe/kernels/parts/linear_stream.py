@@ -122,7 +122,7 @@ class LinearPlan:
     def tiles_per_unit(self) -> int:
         """Row tiles between two barriers of a block: more where a warp has few chunks of each."""
         if self.cluster > 1:
-            return 2 if self.segments == 1 and not self.wide else 1
+            return 1
         return max(1, min(UNIT_CHUNKS // self.slice_chunks, 4 // self.num_tiles))
 
     @property
@@ -172,6 +172,16 @@ class LinearPlan:
         return (self.segment_chunks,) * self.segments
 
     @property
+    def row_groups(self) -> int:
+        """All warps stream the same row tiles."""
+        return 1
+
+    @property
+    def slices(self) -> int:
+        """A warp for each slice."""
+        return self.used_warps
+
+    @property
     def register_tiles(self) -> int:
         """Token tiles kept in registers: all."""
         return self.num_tiles
@@ -210,8 +220,8 @@ class LinearPlan:
 
     @property
     def exchange_bytes(self) -> int:
-        """Shared memory for sums from the cluster: two units, in turn."""
-        return 2 * self.ranks * self.outputs_per_unit * 4 if self.cluster > 1 else 0
+        """Shared memory for sums from the cluster: two row tiles, in turn."""
+        return 2 * self.ranks * self.tile_outputs * 4 if self.cluster > 1 else 0
 
     @property
     def token_offset(self) -> int:
@@ -247,22 +257,23 @@ class LinearPlan:
     def trigger_units(self) -> int:
         """Units before the end at which the next launch may start: when the last weights have been asked for.
 
-        The last copies are issued a ring before the end, and a launch takes about a unit's time.
+        The last copies are issued a ring before the end, and a launch takes about a unit's time. After a wide block
+        there is no room for another one before it ends: it lets the next launch start at once.
         """
-        return -(-self.num_slots // self.streams) + 1
+        return 1 << 20 if self.wide else -(-self.num_slots // self.streams) + 1
 
     def num_clusters(self, num_units: int, multiprocessors: int, num_passes: int) -> int:
-        """Return how many clusters share the units of a pass.
+        """Return how many clusters share the units of a pass: no more than finish sooner than fewer would.
 
-        As many blocks as there are multiprocessors. With fewer, two blocks of the next launch would share one that is
-        idle, and both would be late. Clusters of 4 do not fit on all: groups of multiprocessors are not multiples of 4.
+        Clusters of 4 do not fit on all multiprocessors, whose groups are not multiples of 4.
         """
         blocks = multiprocessors
         if num_passes > 1 and not self.wide:
             blocks *= self.blocks_per_multiprocessor
         if self.cluster == MAX_RANKS:
             blocks -= LEFT_BY_CLUSTERS_OF_4
-        return min(num_units, max(1, blocks // self.cluster // num_passes))
+        rounds = -(-num_units // max(1, blocks // self.cluster // num_passes))
+        return -(-num_units // rounds)
 
 
 def is_long(rank: int, warp: int) -> int:

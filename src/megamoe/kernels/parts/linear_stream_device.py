@@ -225,8 +225,10 @@ class SegmentThread(StreamThread):
     def _sums_barrier(self, step):
         return self.shared + RING_BARRIER_BYTES + 16 + (step & 1) * 8
 
-    def publish_sums(self, step):
-        """Say that the warp's sums of a unit are there."""
+    def publish_sums(self, step, sums):
+        """Store the warp's sums of a unit and say that they are there."""
+        for position in range(self.plan.streams):
+            self.store_sums(step, *divmod(position, self.plan.segments), sums[position])
         cute.arch.sync_warp()
         arrive_if(self.lane == 0, self._sums_barrier(step))
 
@@ -258,9 +260,9 @@ class SegmentThread(StreamThread):
             self.expect_turn(Int32(turn), num_tokens)
 
     def _exchange(self, turn, rank, place):
-        """Return where a rank's sum for a place of a unit goes, in the block that finishes the unit."""
+        """Return where a rank's sum for a place of a row tile goes, in the block that finishes the row tile."""
         plan = self.plan
-        position = ((turn & 1) * plan.ranks + rank) * plan.outputs_per_unit + place
+        position = ((turn & 1) * plan.ranks + rank) * plan.tile_outputs + place
         return self.shared + plan.exchange_offset + position * 4
 
     def _exchange_barrier(self, turn):
@@ -268,7 +270,7 @@ class SegmentThread(StreamThread):
 
     def expect_turn(self, turn, num_tokens):
         """Announce the sums of a turn."""
-        num_bytes = num_tokens * (self.plan.tiles_per_unit * self.plan.ranks * 16 * 4)
+        num_bytes = num_tokens * (self.plan.ranks * 16 * 4)
         expect_bytes_if(self.tid == 0, self._exchange_barrier(turn), num_bytes)
 
     def wait_turn(self, turn):
@@ -276,7 +278,7 @@ class SegmentThread(StreamThread):
         wait_barrier(self._exchange_barrier(turn), (turn >> 1) & 1)
 
     def send(self, turn, target, rank, place, value):
-        """Send the sum of a rank of this block to the block that finishes the unit."""
+        """Send the sum of a rank of this block to the block that finishes the row tile."""
         rank = self.block * self.plan.ranks_per_block + rank
         address = address_in_block(self._exchange(turn, rank, place), target)
         send_float(address, value, address_in_block(self._exchange_barrier(turn), target))
@@ -402,8 +404,12 @@ class LinearStream:
             # The next launch fills its rings behind this one's last weights: before, it would take their turn.
             if unit == cutlass.max(begin, end - plan.trigger_units):
                 cute.arch.griddepcontrol_launch_dependents()
-            finish = (x, scale, earlier, out, unit - begin, begin, end)
-            ring_slot, ring_parity = self.stream_unit(ring_slot, ring_parity, unit, finish)
+            ring_slot, ring_parity, sums = self.stream_unit(ring_slot, ring_parity, unit, end)
+            # A unit's sums are added up after the warp has streamed the next unit: nobody waits for a slower warp.
+            step = unit - begin
+            if step > 0:
+                self.finish_unit(x, scale, earlier, out, step - 1, begin, end)
+            self.thread.publish_sums(step, sums)
         self.finish_unit(x, scale, earlier, out, end - begin - 1, begin, end)
         if cutlass.const_expr(plan.cluster > 1):
             self.finish_turn(x, scale, earlier, out, (end - begin - 1) // plan.cluster, begin, end)
@@ -445,34 +451,19 @@ class LinearStream:
         load_raw, arrange = self.token_access(x)
         self.thread.arrange_tokens(load_raw, arrange, self.num_tokens - self.first_token)
 
-    def stream_unit(self, slot, parity, unit, finish):
-        """Stream a unit and keep the ring full; return the ring's new place.
-
-        The sums of the unit before are added up in the midst of this one: nobody waits for a slower warp.
-        """
+    def stream_unit(self, slot, parity, unit, end):
+        """Stream a unit and keep the ring full; return the ring's new place and the warp's sums of each segment."""
         plan = self.plan
-        *_, step, _, end = finish
-        ring = Ring(plan, slot, parity)
+        ring, sums = Ring(plan, slot, parity), []
         for position in range(plan.streams):
-            tile, index = divmod(position, plan.segments)
             accumulators = self.thread.zero_accumulators(plan.num_tiles)
-            accumulators = self.thread.consume(ring, accumulators, index)
+            accumulators = self.thread.consume(ring, accumulators, position % plan.segments)
             cute.arch.sync_warp()
             ahead = position + plan.num_slots
             self.issue(unit + ahead // plan.streams, end, ring.slot, ahead % plan.streams)
             ring.advance()
-            sums = [[one + two for one, two in zip(*both, strict=True)] for both in accumulators]
-            if position == 0:
-                self.finish_before(*finish)
-            self.thread.store_sums(step, tile, index, sums)
-        self.thread.publish_sums(step)
-        return ring.slot, ring.parity
-
-    @cute.jit
-    def finish_before(self, x, scale: Float32, earlier, out: cute.Tensor, step: Int32, begin: Int32, end: Int32):
-        """Finish the unit before, if there is one."""
-        if step > 0:
-            self.finish_unit(x, scale, earlier, out, step - 1, begin, end)
+            sums.append([[one + two for one, two in zip(*tile, strict=True)] for tile in accumulators])
+        return ring.slot, ring.parity, sums
 
     @cute.jit
     def finish_unit(self, x, scale: Float32, earlier, out: cute.Tensor, step: Int32, begin: Int32, end: Int32):
@@ -495,10 +486,10 @@ class LinearStream:
 
     @cute.jit
     def exchange(self, x, scale: Float32, earlier, out: cute.Tensor, step: Int32, begin: Int32, end: Int32):
-        """Send the block's sums of a unit to the block whose turn it is, and finish the one before.
+        """Send the block's sums of a row tile to the block whose turn it is, and finish the row tile before.
 
-        A turn is as many units as the cluster has blocks, one for each block to finish. There is room for the sums
-        of two turns. A block finishes its unit of a turn before it sends sums of the next one, so who has all sums
+        A turn is as many row tiles as the cluster has blocks, one for each block to finish. There is room for the sums
+        of two turns. A block finishes its row tile of a turn before it sends sums of the next one, so who has all sums
         of a turn knows that the ones of the turn before have been read everywhere and may be overwritten.
         """
         plan = self.plan
@@ -508,25 +499,22 @@ class LinearStream:
         if (target == 0) & (step > 0):
             self.finish_turn(x, scale, earlier, out, turn - 1, begin, end)
             self.thread.expect_turn(turn + 1, self.live_tokens)
-        for output in self.thread.outputs(plan.ranks_per_block * plan.outputs_per_unit):
-            rank, place = output // plan.outputs_per_unit, output % plan.outputs_per_unit
-            tile, token, row = place // plan.tile_outputs, place % plan.tile_outputs // 16, place % 16
-            if (rank < plan.ranks_per_block) & (token < self.live_tokens):
-                value = self.thread.rank_sum(step, tile, rank, token, row)
+        for output in self.thread.outputs(plan.ranks_per_block * plan.tile_outputs):
+            rank, place = output // plan.tile_outputs, output % plan.tile_outputs
+            if (rank < plan.ranks_per_block) & (place // 16 < self.live_tokens):
+                value = self.thread.rank_sum(step, 0, rank, place // 16, place % 16)
                 self.thread.send(turn, target, rank, place, value)
 
     @cute.jit
     def finish_turn(self, x, scale: Float32, earlier, out: cute.Tensor, turn: Int32, begin: Int32, end: Int32):
-        """Add up the blocks' sums for the block's unit of a turn and store its outputs."""
+        """Add up the blocks' sums for the block's row tile of a turn and store its outputs."""
         plan = self.plan
         unit = begin + turn * plan.cluster + self.thread.block
         if unit < end:
             self.thread.wait_turn(turn)
-            for output in self.thread.outputs(plan.outputs_per_unit):
-                tile, place = output // plan.tile_outputs, output % plan.tile_outputs
-                if (output < plan.outputs_per_unit) & (place // 16 < self.live_tokens):
-                    value = self.thread.cluster_sum(turn, output)
-                    self.store(x, scale, earlier, out, self.row_tile(unit, tile), place, value)
+            for place in self.thread.outputs(plan.tile_outputs):
+                if place // 16 < self.live_tokens:
+                    self.store(x, scale, earlier, out, unit, place, self.thread.cluster_sum(turn, place))
 
     @cute.jit
     def store(self, x, scale: Float32, earlier, out: cute.Tensor, row_tile: Int32, place: Int32, value: Float32):
