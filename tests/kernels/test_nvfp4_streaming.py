@@ -153,11 +153,11 @@ def test_places_of_sums_hit_every_bank_once() -> None:
             assert place == written[row, token]
 
 
-def test_no_more_blocks_than_finish_sooner() -> None:
-    assert LinearPlan(8192, 1).num_clusters(512, 132, 1) == 64
-    assert LinearPlan(8192, 2).num_clusters(512, 132, 1) == 29, "clusters of 4 leave some"
+def test_blocks_fill_the_multiprocessors() -> None:
+    assert LinearPlan(8192, 1).num_clusters(512, 132, 1) == 66
+    assert LinearPlan(8192, 2).num_clusters(512, 132, 1) == 30, "clusters of 4 leave some"
     assert LinearPlan(8192, 2, True).num_clusters(512, 132, 4) == 16
-    assert LinearPlan(1536, 2).num_clusters(2048, 132, 2) == 128, "two of a launch on each"
+    assert LinearPlan(1536, 2).num_clusters(2048, 132, 2) == 132, "two of a launch on each"
     assert LinearPlan(1536, 1).num_clusters(3, 132, 1) == 3 and LinearPlan(8192, 2).num_clusters(512, 8, 1) == 1
 
 

@@ -263,17 +263,17 @@ class LinearPlan:
         return 1 << 20 if self.wide else -(-self.num_slots // self.streams) + 1
 
     def num_clusters(self, num_units: int, multiprocessors: int, num_passes: int) -> int:
-        """Return how many clusters share the units of a pass: no more than finish sooner than fewer would.
+        """Return how many clusters share the units of a pass.
 
-        Clusters of 4 do not fit on all multiprocessors, whose groups are not multiples of 4.
+        As many blocks as there are multiprocessors. With fewer, two blocks of the next launch would share one that is
+        idle, and both would be late. Clusters of 4 do not fit on all: groups of multiprocessors are not multiples of 4.
         """
         blocks = multiprocessors
         if num_passes > 1 and not self.wide:
             blocks *= self.blocks_per_multiprocessor
         if self.cluster == MAX_RANKS:
             blocks -= LEFT_BY_CLUSTERS_OF_4
-        rounds = -(-num_units // max(1, blocks // self.cluster // num_passes))
-        return -(-num_units // rounds)
+        return min(num_units, max(1, blocks // self.cluster // num_passes))
 
 
 def is_long(rank: int, warp: int) -> int:
