@@ -195,3 +195,59 @@ def load_matrices(address):
         write_only_types=[Uint32] * 4,
         read_only_args=[address],
     )
+
+
+def address_in_block(address, rank):
+    """Return the cluster address of a place in the shared memory of another block of the cluster."""
+    return inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, rank]
+    )
+
+
+def send_float(address, value, barrier):
+    """Store a float to the shared memory of a block of the cluster; its 4 bytes count on an mbarrier there.
+
+    Both addresses are those of `address_in_block`.
+    """
+    inline_ptx(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [{$r0}], {$r1}, [{$r2}];",
+        read_only_args=[address, value, barrier],
+    )
+
+
+def load_shared_vector_if(wanted, address):
+    """Return 4 words of shared memory, or zeros if `wanted` is 0."""
+    zeros = " ".join(f"mov.b32 {{$w{index}}}, 0;" for index in range(4))
+    return inline_ptx(
+        "{ .reg .pred p; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 p, flag, 0; "
+        + zeros
+        + " @p ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r1}]; }",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[Int32(wanted), address],
+    )
+
+
+def store_shared_if(wanted, address, word):
+    """Store a word to shared memory."""
+    predicated(wanted, "st.shared.b32 [{$r1}], {$r2};", address, word)
+
+
+def fill_slot(wanted, barrier, target, codes, code_bytes: int, scales, scale_bytes: int):
+    """Start the two copies of a ring slot and announce their bytes; one lane of the warp does it, if `wanted`.
+
+    The instruction that elects the lane tells the assembler that there is only one: it loops over lanes otherwise.
+    """
+    copy = "@one cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    inline_ptx(
+        "{ .reg .pred one, wanted; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 wanted, flag, 0; "
+        "elect.sync _|one, 0xffffffff; and.pred one, one, wanted; "
+        f"@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [{{$r1}}], {code_bytes + scale_bytes}; "
+        f"{copy} [{{$r2}}], [{{$r3}}], {code_bytes}, [{{$r1}}]; "
+        f"{copy} [{{$r4}}], [{{$r5}}], {scale_bytes}, [{{$r1}}]; }}",
+        read_only_args=[Int32(wanted), barrier, target, codes, target + code_bytes, scales],
+    )
+
+
+def store_shared_floats(address, a, b, c, d):
+    """Store four floats to shared memory."""
+    inline_ptx("st.shared.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, a, b, c, d])
