@@ -217,20 +217,46 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
     return {**arguments, "x": nvfp4.quantize(arguments["x"], scale_per="row")}
 
 
+EXPERT_TILE = 8  # tokens that share an instruction
+
+
+def routing(num_tokens: int, num_slots: int, num_experts: int, generator: torch.Generator) -> torch.Tensor:
+    """Return expert ids [T, A]: random, half of the tokens alike; but the extremes next to a tile.
+
+    One below a multiple of 8 tokens, all pairs belong to one expert and the others are empty. At it and one above, the
+    first A experts have all tokens each: exactly full tiles, and one more.
+    """
+    device = generator.device
+    order = torch.rand(num_tokens, num_experts, generator=generator, device=device).argsort(-1)
+    order[: num_tokens // 2] = order[: num_tokens // 2].sort(-1).values  # half of the tokens agree: crowded experts
+    ids = order[:, :num_slots].contiguous()
+    if num_tokens % EXPERT_TILE == EXPERT_TILE - 1:
+        return torch.full_like(ids, num_experts // 2)
+    if num_tokens >= EXPERT_TILE and num_tokens % EXPERT_TILE <= 1:
+        return torch.arange(num_slots, device=device).expand(num_tokens, -1).contiguous()
+    return ids
+
+
 def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     """Return arguments with at most 8 experts: kernels know the number only as the end of a loop."""
     num_experts, width, inner_size, device = min(8, dims["E"]), dims["D"], dims["F"], generator.device
-    order = torch.rand(num_tokens, num_experts, generator=generator, device=device).argsort(-1)
-    order[: num_tokens // 2] = order[: num_tokens // 2].sort(-1).values  # half of the tokens agree: crowded experts
     return {
         "x": scaled(generator, num_tokens, width).bfloat16(),
         "route_weights": torch.rand(num_tokens, dims["A"], generator=generator, device=device) + 0.1,
-        "expert_ids": order[:, : dims["A"]].contiguous(),
+        "expert_ids": routing(num_tokens, dims["A"], num_experts, generator),
         "w1": _quantized_weight(generator, num_experts, inner_size, width),
         "w3": _quantized_weight(generator, num_experts, inner_size, width),
         "w2": _quantized_weight(generator, num_experts, width, inner_size),
         "swiglu_limit": 1.5,
     }
+
+
+def _experts_shared(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """The same with few routed experts and the weights of a shared one."""
+    few = {**dims, "E": min(dims["A"] + 1, dims["E"])}
+    sizes = ((dims["F"], dims["D"]), (dims["F"], dims["D"]), (dims["D"], dims["F"]))
+    shared = tuple(_quantized_weight(generator, *shape) for shape in sizes)
+    return {**_experts(few, num_tokens, generator), "shared_weights": shared}
 
 
 def _streamed(dims: Mapping[str, int]) -> int:
@@ -269,9 +295,13 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "nvfp4_weight_only_linear": (
         OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
     ),
-    "nvfp4_experts": (OpInputs(nvfp4_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),),
+    "nvfp4_experts": (
+        OpInputs(nvfp4_experts, _experts, ("x", "route_weights", "expert_ids"), tile=EXPERT_TILE),
+        OpInputs(nvfp4_experts, _experts_shared, ("x", "route_weights", "expert_ids"), tile=EXPERT_TILE),
+    ),
     "nvfp4_weight_only_experts": (
-        OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),
+        OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=EXPERT_TILE),
+        OpInputs(nvfp4_weight_only_experts, _experts_shared, ("x", "route_weights", "expert_ids"), tile=EXPERT_TILE),
     ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
