@@ -252,11 +252,10 @@ def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generato
 
 
 def _experts_shared(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
-    """The same with few routed experts and the weights of a shared one."""
-    few = {**dims, "E": min(dims["A"] + 1, dims["E"])}
+    """The same with the weights of a shared expert."""
     sizes = ((dims["F"], dims["D"]), (dims["F"], dims["D"]), (dims["D"], dims["F"]))
     shared = tuple(_quantized_weight(generator, *shape) for shape in sizes)
-    return {**_experts(few, num_tokens, generator), "shared_weights": shared}
+    return {**_experts(dims, num_tokens, generator), "shared_weights": shared}
 
 
 def _streamed(dims: Mapping[str, int]) -> int:
