@@ -18,6 +18,7 @@ from megamoe.formats import nvfp4
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
+from megamoe.kernels.parts.expert_stream import SHARED_TOKENS
 from megamoe.kernels.parts.linear_stream import stream_limit
 from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
 from megamoe.ops.nvfp4_experts import nvfp4_experts
@@ -218,6 +219,7 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
 
 
 EXPERT_TILE = 8  # tokens that share an instruction
+EXPERTS_PER_TOKEN = ("x", "route_weights", "expert_ids")
 
 
 def routing(num_tokens: int, num_slots: int, num_experts: int, generator: torch.Generator) -> torch.Tensor:
@@ -295,12 +297,20 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
     ),
     "nvfp4_experts": (
-        OpInputs(nvfp4_experts, _experts, ("x", "route_weights", "expert_ids"), tile=EXPERT_TILE),
-        OpInputs(nvfp4_experts, _experts_shared, ("x", "route_weights", "expert_ids"), tile=EXPERT_TILE),
+        OpInputs(nvfp4_experts, _experts, EXPERTS_PER_TOKEN, tile=EXPERT_TILE),
+        OpInputs(
+            nvfp4_experts, _experts_shared, EXPERTS_PER_TOKEN, tile=EXPERT_TILE, order_until=lambda _: SHARED_TOKENS
+        ),
     ),
     "nvfp4_weight_only_experts": (
-        OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=EXPERT_TILE),
-        OpInputs(nvfp4_weight_only_experts, _experts_shared, ("x", "route_weights", "expert_ids"), tile=EXPERT_TILE),
+        OpInputs(nvfp4_weight_only_experts, _experts, EXPERTS_PER_TOKEN, tile=EXPERT_TILE),
+        OpInputs(
+            nvfp4_weight_only_experts,
+            _experts_shared,
+            EXPERTS_PER_TOKEN,
+            tile=EXPERT_TILE,
+            order_until=lambda _: SHARED_TOKENS,
+        ),
     ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
