@@ -20,16 +20,19 @@ from typing import Any
 
 import torch
 
+from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_SCALE_BYTES
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels.parts import sort_pairs, sum_slots
 from megamoe.kernels.parts.linear_stream import num_multiprocessors
 from megamoe.kernels.parts.sort_pairs import SortedPairs
-from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE, StreamPlan
+from megamoe.kernels.parts.weight_stream import SHARED_BYTES, TOKENS_PER_TILE, StreamPlan
 from megamoe.kernels.store import kernel
 
-POOL_CHUNK = 4
-QUEUE_TURNS = 16
-QUEUE_OFFSET = 16
+POOL_CHUNK = 4  # units that a block takes from the pool at a time, one at the end
+QUEUE_TURNS = 16  # a power of 2, more than a ring holds units
+QUEUE_HEAD = 16
+QUEUE_BYTES = QUEUE_HEAD + 4 * QUEUE_TURNS
+BLOCK_UNITS = 2  # of a ring that the block fills; a power of 2
 SHARED_TOKENS = 64
 """Up to how many tokens the shared expert is one of the experts: beyond it would be streamed more than four times."""
 VARIANT: dict = {}
@@ -48,10 +51,7 @@ class Config:
         num_tiles: token tiles of 8 in a pass.
         x: "bf16" or "nvfp4".
         out: "bf16" or "f32".
-        skips: passes with few tokens leave out token tiles.
-        grouped: try
-        pool: percent
-        slots: most
+        pool: percent of the units that go to whichever block is free.
     """
 
     step: str
@@ -61,26 +61,64 @@ class Config:
     num_tiles: int
     x: str
     out: str
-    skips: bool = False
-    grouped: bool = True
-    pool: int = 25
-    slots: int = 8
+    pool: int = 10
+    block: bool = True
+    start: bool = True
 
     @property
     def plan(self) -> StreamPlan:
         """How a product is shared out."""
-        return _plan(self.step, self.num_columns, self.num_tiles, self.grouped, self.slots)
+        return _plan(self.step, self.num_columns, self.num_tiles)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the block fills one ring of two units, not every warp a ring of its own."""
+        plan = self.plan
+        ring_bytes = BLOCK_UNITS * plan.streams * block_stage_bytes(plan)
+        return (
+            self.block
+            and len(plan.stage_chunks) == 1
+            and self.num_rows // 16 % plan.tiles_per_unit == 0
+            and plan.ring_offset + ring_bytes + QUEUE_BYTES <= SHARED_BYTES
+        )
+
+    @property
+    def depth(self) -> int:
+        """How often the empty ring is filled: units, or slots of a warp."""
+        return BLOCK_UNITS if self.by_block else self.plan.num_slots
+
+    @property
+    def early(self) -> int:
+        """How much of the ring is filled before the first tokens are asked for; all of it where they come later."""
+        return 1 if self.step == "gate_up" and self.start else self.depth
+
+    @property
+    def ahead(self) -> int:
+        """Turns ahead of the present one whose units must be known."""
+        return BLOCK_UNITS if self.by_block else -(-self.plan.num_slots // self.plan.per_unit)
+
+    @property
+    def queue_offset(self) -> int:
+        """Where the queue of units is in shared memory."""
+        if not self.by_block:
+            return self.plan.shared_bytes
+        return self.plan.ring_offset + BLOCK_UNITS * self.plan.streams * block_stage_bytes(self.plan)
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory that a block asks for at launch."""
-        return self.plan.shared_bytes + QUEUE_OFFSET + 4 * QUEUE_TURNS
+        return self.queue_offset + QUEUE_BYTES
 
 
-def _plan(step: str, num_columns: int, num_tiles: int, grouped: bool = True, slots: int = 8) -> StreamPlan:
+def block_stage_bytes(plan: StreamPlan) -> int:
+    """Return the bytes of a stage of the block's ring: a row tile for every group of warps."""
+    return plan.row_groups * plan.chunks * (TILE_CODE_BYTES + TILE_SCALE_BYTES)
+
+
+def _plan(step: str, num_columns: int, num_tiles: int) -> StreamPlan:
     if step == "gate_up":
-        return StreamPlan(num_columns, 2, num_tiles, 1, slots)
-    return StreamPlan(num_columns, 1, num_tiles, 2 if grouped and num_columns <= 2048 else 1, slots)
+        return StreamPlan(num_columns, 2, num_tiles)
+    return StreamPlan(num_columns, 1, num_tiles, 2 if num_columns <= 2048 else 1)
 
 
 def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: int) -> int:

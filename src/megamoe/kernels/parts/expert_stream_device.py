@@ -9,9 +9,24 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8
 from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.parts.expert_stream import POOL_CHUNK, QUEUE_OFFSET, QUEUE_TURNS, Config
+from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_SCALE_BYTES
+from megamoe.kernels.parts.expert_stream import (
+    BLOCK_UNITS,
+    POOL_CHUNK,
+    QUEUE_HEAD,
+    QUEUE_TURNS,
+    Config,
+    block_stage_bytes,
+)
 from megamoe.kernels.parts.fragment import UNDO
-from megamoe.kernels.parts.memory_device import load_global_int
+from megamoe.kernels.parts.memory_device import (
+    bulk_copy_if,
+    expect_bytes_if,
+    init_barrier,
+    load_global_int,
+    publish_barriers,
+    wait_barrier,
+)
 from megamoe.kernels.parts.sort_pairs import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT
 from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
 from megamoe.kernels.parts.weight_stream_device import Ring, StreamThread, nvfp4_tokens, plain_tokens
@@ -97,6 +112,46 @@ def select_address(condition, a, b):
         write_only_types=[Int64],
         read_only_args=[Int32(condition), a, b],
     )
+
+
+class BlockThread(StreamThread):
+    """The same where the block has one ring for all warps, of two units: thread 0 asks for a unit with a few large
+    copies, when all warps have left the unit two turns before. Refilling a ring a warp takes a fifth of all
+    instructions, so this is used where the shared memory suffices.
+    """
+
+    def init_ring(self):
+        """Make the block's mbarriers ready, one for each stage of two units."""
+        self._init_block()
+        publish_barriers()
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def _init_block(self):
+        if self.tid == 0:
+            for slot in cutlass.range_constexpr(BLOCK_UNITS * self.plan.streams):
+                init_barrier(self.shared + slot * 8, Int32(1))
+
+    def issue_block(self, wanted, slot, codes, scales):
+        """Fill a slot with a stage: row_groups row tiles from an address on."""
+        num_chunks = self.plan.row_groups * self.plan.chunks
+        code_bytes, scale_bytes = num_chunks * TILE_CODE_BYTES, num_chunks * TILE_SCALE_BYTES
+        barrier, target = self.shared + slot * 8, self.stage_address(slot)
+        expect_bytes_if(wanted, barrier, Int32(code_bytes + scale_bytes))
+        bulk_copy_if(wanted, target, codes, Int32(code_bytes), barrier)
+        bulk_copy_if(wanted, target + code_bytes, scales, Int32(scale_bytes), barrier)
+
+    def stage_address(self, slot):
+        """Return where a slot is."""
+        return self.shared + self.plan.ring_offset + slot * block_stage_bytes(self.plan)
+
+    def arrived(self, ring: Ring, num_chunks: int):
+        """Wait for the stage that is to be read next; return where the warp's codes and scales are."""
+        wait_barrier(self.shared + ring.slot * 8, ring.parity)
+        codes = self.stage_address(ring.slot)
+        scales = codes + self.plan.row_groups * self.plan.chunks * TILE_CODE_BYTES
+        tile = self.row_group * self.plan.chunks + self.first_chunk
+        return codes + tile * TILE_CODE_BYTES, scales + tile * TILE_SCALE_BYTES
 
 
 class ExpertStream:
@@ -188,7 +243,7 @@ class ExpertStream:
     @cute.kernel
     def kernel(self, x, weights, shared, order, passes, num_passes, route, out, limit: Float32, num_blocks: Int32):
         plan, config = self.plan, self.config
-        self.thread = StreamThread(plan)
+        self.thread = BlockThread(plan) if config.by_block else StreamThread(plan)
         self.thread.init_ring()
         self.code_bases = [[weight[0].iterator.toint() for weight in group] for group in (weights, shared)]
         self.scale_bases = [[weight[1].iterator.toint() for weight in group] for group in (weights, shared)]
@@ -200,56 +255,97 @@ class ExpertStream:
         self.num_units = load_global_int(num_passes.iterator.toint()) * self.num_groups
         self.counter = num_passes.iterator.toint() + (4 if config.step == "gate_up" else 8)
         self.pool = Int32(Int64(self.num_units) * (100 - config.pool) // 100)  # units from here on go to whoever is free
-        self.queue = self.thread.shared + plan.shared_bytes
+        self.queue = self.thread.shared + config.queue_offset
         block, _, _ = cute.arch.block_idx()
         begin = Int32(Int64(block) * self.pool // num_blocks)
         end = Int32(Int64(block + 1) * self.pool // num_blocks)
 
-        per_unit = len(plan.stage_chunks) * plan.streams
-        ahead = -(-plan.num_slots // per_unit)
-        self.start_queue(begin, end, ahead)
+        self.start_queue(begin, end)
         cute.arch.sync_threads()
-        ahead_pass, ahead_expert = Int32(-1), Int32(0)
-        for index in cutlass.range_constexpr(plan.num_slots):
-            ahead_pass, ahead_expert = self.issue(
-                self.queued(Int32(index // per_unit)), Int32(index), index % per_unit, ahead_pass, ahead_expert
-            )
+        turn, unit, here = Int32(0), self.queued(Int32(0)), Int32(-1)
+        expert, first, count = Int32(0), Int32(0), Int32(0)
+        known_pass, known_expert = self.fill(0, config.early, Int32(-1), Int32(0))
+        if cutlass.const_expr(config.early < config.depth):
+            # Tokens are asked for before the ring is full: behind it they would come microseconds later.
+            here = cutlass.max(unit, 0) // self.num_groups
+            expert, first, count = self.load_pass(here)
+            load_raw, arrange = self.token_access(x, order, route, expert, first, count)
+            self.thread.request_tokens(load_raw, count)
+            known_pass, known_expert = self.fill(config.early, config.depth, known_pass, known_expert)
+            self.thread.arrange_tokens(load_raw, arrange, count)
         if cutlass.const_expr(config.step == "down"):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
 
-        ring_slot, ring_parity, turn, unit = Int32(0), Int32(0), Int32(0), self.queued(Int32(0))
-        here, expert, first, count = Int32(-1), Int32(0), Int32(0), Int32(0)
+        ring_slot, ring_parity = Int32(0), Int32(0)
         while unit >= 0:
             this_pass = unit // self.num_groups
             if this_pass != here:
                 here = this_pass
-                address = self.pass_base + Int64(this_pass) * (PASS_FIELDS * 4)
-                expert, first = load_global_int(address), load_global_int(address + 4)
-                count = load_global_int(address + 8)
+                expert, first, count = self.load_pass(here)
                 self.load_tokens(x, order, route, expert, first, count)
             if self.thread.warp < plan.used_warps:
-                ring_slot, ring_parity, ahead_pass, ahead_expert = self.stream_needed(
-                    count, ring_slot, ring_parity, turn, ahead_pass, ahead_expert
-                )
-            self.extend_queue(turn + (ahead + 1))
+                if cutlass.const_expr(config.by_block):
+                    self.stream_arrived(turn)
+                else:
+                    ring_slot, ring_parity, known_pass, known_expert = self.stream_unit(
+                        ring_slot, ring_parity, turn, known_pass, known_expert
+                    )
+            self.extend_queue(turn + (config.ahead + 1))
             self.thread.after_partials()
+            if cutlass.const_expr(config.by_block):
+                known_pass, known_expert = self.refill(turn + BLOCK_UNITS, known_pass, known_expert)
             group = unit - this_pass * self.num_groups
             self.finish(x, weights, shared, order, route, out, limit, expert, first, count, turn, group)
             turn = turn + 1
             unit = self.queued(turn)
+
+    def fill(self, first: int, last: int, known_pass, known_expert):
+        """Fill slots (or, where the block fills its ring, units) of the empty ring."""
+        for index in range(first, last):
+            if self.config.by_block:
+                known_pass, known_expert = self.refill(Int32(index), known_pass, known_expert)
+            else:
+                unit = self.queued(Int32(index // self.plan.per_unit))
+                known_pass, known_expert = self.issue(
+                    unit, Int32(index), index % self.plan.per_unit, known_pass, known_expert
+                )
+        return known_pass, known_expert
+
+    @cute.jit
+    def refill(self, turn: Int32, known_pass: Int32, known_expert: Int32):
+        """Ask for the unit of a turn, into the half of the ring that all warps have left."""
+        plan = self.plan
+        unit = self.queued(turn)
+        if self.thread.tid == 0:
+            known_pass, known_expert = self.expert_ahead(unit, known_pass, known_expert)
+            row_tile = cutlass.max(known_expert, 0) * (self.config.num_rows // 16)
+            row_tile = row_tile + (unit - known_pass * self.num_groups) * plan.tiles_per_unit
+            for stream in cutlass.range_constexpr(plan.streams):
+                weight, index = (stream, 0) if plan.num_weights == 2 else (0, stream * plan.row_groups)
+                chunk = Int64(row_tile + index) * plan.chunks
+                codes = self.base(self.code_bases, weight, known_expert) + chunk * TILE_CODE_BYTES
+                scales = self.base(self.scale_bases, weight, known_expert) + chunk * TILE_SCALE_BYTES
+                self.thread.issue_block(unit >= 0, (turn & (BLOCK_UNITS - 1)) * plan.streams + stream, codes, scales)
+        return known_pass, known_expert
+
+    @cute.jit
+    def load_pass(self, index: Int32):
+        """Return a pass's expert, first sorted position and number of pairs."""
+        address = self.pass_base + Int64(index) * (PASS_FIELDS * 4)
+        return load_global_int(address), load_global_int(address + 4), load_global_int(address + 8)
 
     # The queue: which units the block has in this and the coming turns, in shared memory; thread 0 extends it. First come
     # the units of a contiguous run of the block's own, then chunks from the pool, which all blocks take from as they
     # become free: multiprocessors do not get the same bandwidth. Who computes a unit changes no bit of it.
 
     @cute.jit
-    def start_queue(self, begin: Int32, end: Int32, ahead: cutlass.Constexpr):
+    def start_queue(self, begin: Int32, end: Int32):
         """Fill the queue for the first turns."""
         if self.thread.tid == 0:
             store_shared_int(self.queue, begin)
             store_shared_int(self.queue + 4, end)
-            for index in cutlass.range(ahead + 1, unroll=1):
+            for index in cutlass.range(self.config.ahead + 1, unroll=1):
                 self.enqueue(index)
 
     @cute.jit
@@ -277,12 +373,11 @@ class ExpertStream:
             unit = unit + 1
         store_shared_int(self.queue, unit)
         store_shared_int(self.queue + 4, end)
-        store_shared_int(self.queue + QUEUE_OFFSET + (turn & (QUEUE_TURNS - 1)) * 4, chosen)
+        store_shared_int(self.queue + QUEUE_HEAD + (turn & (QUEUE_TURNS - 1)) * 4, chosen)
 
     def queued(self, turn):
         """Return the unit of a turn, -1 for none."""
-        unit = load_shared_int(self.queue + QUEUE_OFFSET + (turn & (QUEUE_TURNS - 1)) * 4)
-        return cute.arch.make_warp_uniform(unit)
+        return load_shared_int(self.queue + QUEUE_HEAD + (turn & (QUEUE_TURNS - 1)) * 4)
 
     @cute.jit
     def expert_ahead(self, unit: Int32, known_pass: Int32, known_expert: Int32):
@@ -299,7 +394,7 @@ class ExpertStream:
         known_pass, known_expert = self.expert_ahead(unit, known_pass, known_expert)
         num_row_tiles = self.config.num_rows // 16
         weight, index = (position // stages, 0) if self.plan.num_weights == 2 else (0, position // stages)
-        index = self.thread.row_group * self.plan.tiles_per_warp + index
+        index = index * self.plan.row_groups + self.thread.row_group
         row_tile = self.row_tile(unit - known_pass * self.num_groups, index)
         chunk = (Int64(cutlass.max(known_expert, 0)) * num_row_tiles + row_tile) * self.plan.chunks
         code_address, scale_address = self.thread.slice_addresses(
@@ -318,8 +413,8 @@ class ExpertStream:
             return group
         return cutlass.min(group * self.plan.tiles_per_unit + index, self.config.num_rows // 16 - 1)
 
-    def load_tokens(self, x, order, route, expert, first, count):
-        """Load this thread's part of a pass's tokens."""
+    def token_access(self, x, order, route, expert, first, count):
+        """Return load_raw and arrange for a pass's tokens."""
         order_base = order.iterator.toint()
 
         def row_of(index):
@@ -331,9 +426,12 @@ class ExpertStream:
         rows = [row_of(tile * TOKENS_PER_TILE + self.thread.row) for tile in range(self.plan.num_tiles)]
         arguments = (self.config.num_columns, 0, self.thread.column, rows)
         if self.config.x == "bf16":
-            load_raw, arrange = plain_tokens(x[0].iterator.toint(), *arguments)
-        else:
-            load_raw, arrange = nvfp4_tokens(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
+            return plain_tokens(x[0].iterator.toint(), *arguments)
+        return nvfp4_tokens(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
+
+    def load_tokens(self, x, order, route, expert, first, count):
+        """Load this thread's part of a pass's tokens."""
+        load_raw, arrange = self.token_access(x, order, route, expert, first, count)
         self.thread.request_tokens(load_raw, count)
         self.thread.arrange_tokens(load_raw, arrange, count)
 
@@ -345,41 +443,38 @@ class ExpertStream:
             token = pair - route.shape[0]
         return token
 
-    @cute.jit
-    def stream_needed(self, count: Int32, slot: Int32, parity: Int32, turn: Int32, known: Int32, expert: Int32):
-        """Stream a unit past as many token tiles as the pass has."""
-        if cutlass.const_expr(self.plan.num_tiles == 1 or not self.config.skips):
-            slot, parity, known, expert = self.stream_unit(self.plan.num_tiles, slot, parity, turn, known, expert)
-        elif cutlass.const_expr(self.plan.num_tiles == 2):
-            if count <= TOKENS_PER_TILE:
-                slot, parity, known, expert = self.stream_unit(1, slot, parity, turn, known, expert)
-            else:
-                slot, parity, known, expert = self.stream_unit(2, slot, parity, turn, known, expert)
-        return slot, parity, known, expert
-
-    def stream_unit(self, num_tiles: int, slot, parity, turn, ahead_pass, ahead_expert):
-        """Stream a unit past `num_tiles` token tiles, keep the ring full, leave the partial sums."""
+    def stream_arrived(self, turn):
+        """Stream a unit that the block has asked for, leave the partial sums."""
         plan = self.plan
-        ring = Ring(plan, slot, parity)
-        stages = len(plan.stage_chunks)
-        per_unit = stages * plan.streams
-        units = {}
+        ring = Ring(plan, (turn & (BLOCK_UNITS - 1)) * plan.streams, (turn // BLOCK_UNITS) & 1)
         for stream in range(plan.streams):
-            accumulators = self.thread.zero_accumulators(num_tiles)
+            accumulators = self.thread.consume(ring, self.thread.zero_accumulators(plan.num_tiles), 0)
+            ring.slot = ring.slot + 1
+            if stream == 0:
+                self.thread.before_partials()
+            self.thread.store_partials(turn, stream, accumulators)
+
+    def stream_unit(self, slot, parity, turn, known_pass, known_expert):
+        """Stream a unit, keep the warp's ring full, leave the partial sums; return the ring's new place."""
+        plan = self.plan
+        ring, stages, units = Ring(plan, slot, parity), len(plan.stage_chunks), {}
+        for stream in range(plan.streams):
+            accumulators = self.thread.zero_accumulators(plan.num_tiles)
             for stage in range(stages):
                 accumulators = self.thread.consume(ring, accumulators, stage)
                 cute.arch.sync_warp()
-                ahead = stream * stages + stage + plan.num_slots
-                if ahead // per_unit not in units:
-                    units[ahead // per_unit] = self.queued(turn + ahead // per_unit)
-                ahead_pass, ahead_expert = self.issue(
-                    units[ahead // per_unit], ring.slot, ahead % per_unit, ahead_pass, ahead_expert
+                position = stream * stages + stage + plan.num_slots
+                ahead = position // plan.per_unit
+                if ahead not in units:
+                    units[ahead] = self.queued(turn + ahead)
+                known_pass, known_expert = self.issue(
+                    units[ahead], ring.slot, position % plan.per_unit, known_pass, known_expert
                 )
                 ring.advance()
             if stream == 0:
                 self.thread.before_partials()
             self.thread.store_partials(turn, stream, accumulators)
-        return ring.slot, ring.parity, ahead_pass, ahead_expert
+        return ring.slot, ring.parity, known_pass, known_expert
 
     @cute.jit
     def finish(

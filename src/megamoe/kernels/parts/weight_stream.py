@@ -44,7 +44,6 @@ class StreamPlan:
     num_weights: int
     num_tiles: int
     row_groups: int = 1
-    max_slots: int = 8
 
     @property
     def tiles_per_warp(self) -> int:
@@ -62,6 +61,11 @@ class StreamPlan:
     def streams(self) -> int:
         """Slices that a warp streams for one unit: row tiles times weights."""
         return self.num_weights * self.tiles_per_warp
+
+    @property
+    def per_unit(self) -> int:
+        """Stages of a warp for one unit."""
+        return self.streams * len(self.stage_chunks)
 
     @property
     def outputs_per_unit(self) -> int:
@@ -134,7 +138,7 @@ class StreamPlan:
 
     def _slots(self, buffers: int) -> int:
         left = SHARED_BYTES - WARPS * MAX_SLOTS * 8 - buffers * self.partial_bytes - self.token_bytes
-        return min(self.max_slots, left // (self.used_warps * self.slot_bytes))
+        return min(MAX_SLOTS, left // (self.used_warps * self.slot_bytes))
 
     @property
     def partial_buffers(self) -> int:

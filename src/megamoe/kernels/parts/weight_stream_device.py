@@ -163,6 +163,12 @@ class StreamThread:
         address = self._token_address(chunk, tile)
         return [*load_shared(address, 4), *load_shared(address + 512, 4)]
 
+    def arrived(self, ring: Ring, num_chunks: int):
+        """Wait for the stage that is to be read next; return where its codes and its scales are."""
+        wait_barrier(self.barriers + ring.slot * 8, ring.parity)
+        codes = self.ring + ring.slot * self.plan.slot_bytes
+        return codes, codes + num_chunks * TILE_CODE_BYTES
+
     def consume(self, ring: Ring, accumulators, stage: int):
         """Multiply a stage with the tokens.
 
@@ -177,10 +183,8 @@ class StreamThread:
         """
         plan = self.plan
         num_chunks, first = plan.stage_chunks[stage], sum(plan.stage_chunks[:stage])
-        wait_barrier(self.barriers + ring.slot * 8, ring.parity)
-        codes = self.ring + ring.slot * plan.slot_bytes
-        scales = codes + num_chunks * TILE_CODE_BYTES + self.row * 8
-        codes = codes + self.lane * 16
+        codes, scales = self.arrived(ring, num_chunks)
+        codes, scales = codes + self.lane * 16, scales + self.row * 8
 
         def load(chunk):
             return (
@@ -210,7 +214,7 @@ class StreamThread:
     def store_partials(self, unit, stream: int, accumulators):
         """Store the warp's sums of one of the unit's slices."""
         for tile in range(len(accumulators)):
-            column = self.row_group * self.plan.streams + stream
+            column = stream * self.plan.row_groups + self.row_group
             base = self._partials(unit) + self._partial(self.slice, column, tile * TOKENS_PER_TILE)
             base = base + (self.column * (2 * PARTIAL_STRIDE) + self.row) * 4
             even, odd = accumulators[tile]
