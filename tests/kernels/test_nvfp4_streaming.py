@@ -63,6 +63,20 @@ def test_a_word_in_fragment_order_gives_its_four_pairs(seed: int) -> None:
                 assert torch.equal(got, values[row, column : column + 2].double()), (lane, step, pair)
 
 
+def test_h_is_stored_in_the_order_of_fragments() -> None:
+    """A lane's 16 bytes of a row are what arrange() would make of it: pairs at 2t and 2t + 8 of two steps of 16."""
+    where = [expert_stream.fragment_column(column) for column in range(256)]
+    assert sorted(where) == list(range(256))
+    column_at = {place: column for column, place in enumerate(where)}
+    for chunk in range(4):
+        for lane in range(4):
+            for load in range(2):
+                place = chunk * 64 + load * 32 + lane * 8
+                got = [column_at[place + value] for value in range(8)]
+                steps = [chunk * 64 + 16 * (2 * load + index) for index in range(2)]
+                assert got == [step + 8 * half + 2 * lane + i for step in steps for half in range(2) for i in range(2)]
+
+
 # How work is shared out.
 
 

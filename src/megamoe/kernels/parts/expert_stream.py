@@ -62,8 +62,8 @@ class Config:
     x: str
     out: str
     pool: int = 10
-    block: bool = True
-    start: bool = True
+    chunk: int = 4
+    orderly: bool = True
 
     @property
     def plan(self) -> StreamPlan:
@@ -71,13 +71,22 @@ class Config:
         return _plan(self.step, self.num_columns, self.num_tiles)
 
     @property
+    def orders(self) -> bool:
+        """Whether this is the gate_up that stores h in the order of fragments: bf16 for down, not to be quantized."""
+        return self.orderly and self.step == "gate_up" and self.out == "bf16"
+
+    @property
+    def ordered(self) -> bool:
+        """Whether this is the down that reads it."""
+        return self.orderly and self.step == "down" and self.x == "bf16"
+
+    @property
     def by_block(self) -> bool:
         """Whether the block fills one ring of two units, not every warp a ring of its own."""
         plan = self.plan
         ring_bytes = BLOCK_UNITS * plan.streams * block_stage_bytes(plan)
         return (
-            self.block
-            and len(plan.stage_chunks) == 1
+            len(plan.stage_chunks) == 1
             and self.num_rows // 16 % plan.tiles_per_unit == 0
             and plan.ring_offset + ring_bytes + QUEUE_BYTES <= SHARED_BYTES
         )
@@ -90,7 +99,7 @@ class Config:
     @property
     def early(self) -> int:
         """How much of the ring is filled before the first tokens are asked for; all of it where they come later."""
-        return 1 if self.step == "gate_up" and self.start else self.depth
+        return 1 if self.step == "gate_up" else self.depth
 
     @property
     def ahead(self) -> int:
@@ -113,6 +122,15 @@ class Config:
 def block_stage_bytes(plan: StreamPlan) -> int:
     """Return the bytes of a stage of the block's ring: a row tile for every group of warps."""
     return plan.row_groups * plan.chunks * (TILE_CODE_BYTES + TILE_SCALE_BYTES)
+
+
+def fragment_column(column: Any) -> Any:
+    """Return where h has a column: every 64 so that the 16 bytes a lane loads are fragments of two steps of 16.
+
+    Column 16 s + 8 h + 2 t + i is value i of half h of step s of lane t; lane t reads steps 0 and 1, later 2 and 3.
+    """
+    step, half, lane, value = column // 16 % 4, column // 8 % 2, column // 2 % 4, column % 2
+    return column // 64 * 64 + step // 2 * 32 + lane * 8 + step % 2 * 4 + half * 2 + value
 
 
 def _plan(step: str, num_columns: int, num_tiles: int) -> StreamPlan:

@@ -12,11 +12,11 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_SCALE_BYTES
 from megamoe.kernels.parts.expert_stream import (
     BLOCK_UNITS,
-    POOL_CHUNK,
     QUEUE_HEAD,
     QUEUE_TURNS,
     Config,
     block_stage_bytes,
+    fragment_column,
 )
 from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.memory_device import (
@@ -103,6 +103,11 @@ def store_shared_int(address, value):
 def add_global_int(address, value):
     """Add to an int32 of global memory and return what it was."""
     return inline_ptx("atom.global.add.s32 {$w0}, [{$r0}], {$r1};", write_only_types=[Int32], read_only_args=[address, value])
+
+
+def in_order(raw):
+    """Arrange h, which gate_up has stored in the order of fragments (expert_stream.py, fragment_column)."""
+    return raw
 
 
 def select_address(condition, a, b):
@@ -254,7 +259,7 @@ class ExpertStream:
         self.num_groups = plan.num_units(config.num_rows // 16)
         self.num_units = load_global_int(num_passes.iterator.toint()) * self.num_groups
         self.counter = num_passes.iterator.toint() + (4 if config.step == "gate_up" else 8)
-        self.pool = Int32(Int64(self.num_units) * (100 - config.pool) // 100)  # units from here on go to whoever is free
+        self.pool = Int32(Int64(self.num_units) * (100 - config.pool) // 100)  # later ones go to whoever is free
         self.queue = self.thread.shared + config.queue_offset
         block, _, _ = cute.arch.block_idx()
         begin = Int32(Int64(block) * self.pool // num_blocks)
@@ -262,28 +267,20 @@ class ExpertStream:
 
         self.start_queue(begin, end)
         cute.arch.sync_threads()
-        turn, unit, here = Int32(0), self.queued(Int32(0)), Int32(-1)
-        expert, first, count = Int32(0), Int32(0), Int32(0)
+        turn, unit = Int32(0), self.queued(Int32(0))
+        here = cutlass.max(unit, 0) // self.num_groups
         known_pass, known_expert = self.fill(0, config.early, Int32(-1), Int32(0))
-        if cutlass.const_expr(config.early < config.depth):
-            # Tokens are asked for before the ring is full: behind it they would come microseconds later.
-            here = cutlass.max(unit, 0) // self.num_groups
-            expert, first, count = self.load_pass(here)
-            load_raw, arrange = self.token_access(x, order, route, expert, first, count)
-            self.thread.request_tokens(load_raw, count)
-            known_pass, known_expert = self.fill(config.early, config.depth, known_pass, known_expert)
-            self.thread.arrange_tokens(load_raw, arrange, count)
+        expert, first, count = self.load_pass(here)
         if cutlass.const_expr(config.step == "down"):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
+        # Tokens are asked for before the ring is full: behind it they would come microseconds later.
+        self.request_tokens(x, order, route, expert, first, count)
+        known_pass, known_expert = self.fill(config.early, config.depth, known_pass, known_expert)
+        self.arrange_tokens(x, order, route, expert, first, count)
 
         ring_slot, ring_parity = Int32(0), Int32(0)
         while unit >= 0:
-            this_pass = unit // self.num_groups
-            if this_pass != here:
-                here = this_pass
-                expert, first, count = self.load_pass(here)
-                self.load_tokens(x, order, route, expert, first, count)
             if self.thread.warp < plan.used_warps:
                 if cutlass.const_expr(config.by_block):
                     self.stream_arrived(turn)
@@ -292,13 +289,23 @@ class ExpertStream:
                         ring_slot, ring_parity, turn, known_pass, known_expert
                     )
             self.extend_queue(turn + (config.ahead + 1))
+            # Where the next unit is of another pass, its tokens come while the sums of this one are added.
+            following = self.queued(turn + 1)
+            next_pass = cutlass.max(following, 0) // self.num_groups
+            moves = (following >= 0) & (next_pass != here)
+            next_expert, next_first, next_count = expert, first, count
+            if moves:
+                next_expert, next_first, next_count = self.load_pass(next_pass)
+                self.request_tokens(x, order, route, next_expert, next_first, next_count)
             self.thread.after_partials()
             if cutlass.const_expr(config.by_block):
                 known_pass, known_expert = self.refill(turn + BLOCK_UNITS, known_pass, known_expert)
-            group = unit - this_pass * self.num_groups
+            group = unit - here * self.num_groups
             self.finish(x, weights, shared, order, route, out, limit, expert, first, count, turn, group)
-            turn = turn + 1
-            unit = self.queued(turn)
+            if moves:
+                here, expert, first, count = next_pass, next_expert, next_first, next_count
+                self.arrange_tokens(x, order, route, expert, first, count)
+            turn, unit = turn + 1, following
 
     def fill(self, first: int, last: int, known_pass, known_expert):
         """Fill slots (or, where the block fills its ring, units) of the empty ring."""
@@ -360,12 +367,12 @@ class ExpertStream:
         unit, end = load_shared_int(self.queue), load_shared_int(self.queue + 4)
         if (unit == end) & (end < self.num_units):
             index = add_global_int(self.counter, Int32(1))
-            large = (self.num_units - self.pool) // (2 * POOL_CHUNK)
+            large = (self.num_units - self.pool) // (2 * self.config.chunk)
             if index < large:
-                unit = self.pool + index * POOL_CHUNK
-                end = unit + POOL_CHUNK
+                unit = self.pool + index * self.config.chunk
+                end = unit + self.config.chunk
             else:
-                unit = cutlass.min(self.pool + large * (POOL_CHUNK - 1) + index, self.num_units)
+                unit = cutlass.min(self.pool + large * (self.config.chunk - 1) + index, self.num_units)
                 end = cutlass.min(unit + 1, self.num_units)
         chosen = Int32(-1)
         if unit < end:
@@ -426,13 +433,27 @@ class ExpertStream:
         rows = [row_of(tile * TOKENS_PER_TILE + self.thread.row) for tile in range(self.plan.num_tiles)]
         arguments = (self.config.num_columns, 0, self.thread.column, rows)
         if self.config.x == "bf16":
-            return plain_tokens(x[0].iterator.toint(), *arguments)
+            load_raw, arrange = plain_tokens(x[0].iterator.toint(), *arguments)
+            return load_raw, in_order if self.config.ordered else arrange
         return nvfp4_tokens(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
 
-    def load_tokens(self, x, order, route, expert, first, count):
-        """Load this thread's part of a pass's tokens."""
-        load_raw, arrange = self.token_access(x, order, route, expert, first, count)
+    def arrange(self):
+        """Return how loaded registers become fragments."""
+        if self.config.x == "bf16":
+            return in_order if self.config.ordered else plain_tokens(0, 0, 0, self.thread.column, ())[1]
+        return nvfp4_tokens(0, 0, 0, 0, self.thread.column, ())[1]
+
+    def request_tokens(self, x, order, route, expert, first, count):
+        """Start loading this thread's part of a pass's tokens."""
+        load_raw, _ = self.token_access(x, order, route, expert, first, count)
         self.thread.request_tokens(load_raw, count)
+
+    def arrange_tokens(self, x, order, route, expert, first, count):
+        """Have this thread's part of a pass's tokens in place."""
+        if self.plan.shared_tiles:
+            load_raw, arrange = self.token_access(x, order, route, expert, first, count)
+        else:
+            load_raw, arrange = None, self.arrange()
         self.thread.arrange_tokens(load_raw, arrange, count)
 
     @cute.jit
@@ -542,6 +563,8 @@ class ExpertStream:
                 if is_shared:
                     value = value.to(BFloat16).to(Float32)
                 target = position
+                if cutlass.const_expr(self.config.orders):
+                    row = fragment_column(row)
             out[target, row] = value.to(out.element_type)
 
     @cute.jit

@@ -35,6 +35,18 @@ def bits_set(mask):
     return inline_ptx("popc.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[mask])
 
 
+def sum_to_lane(value):
+    """Return the sum of a value over the warp's lanes up to this one."""
+    for power in range(5):
+        value = inline_ptx(
+            f"{{ .reg .pred has; .reg .b32 other; shfl.sync.up.b32 other|has, {{$r0}}, {1 << power}, 0, 0xffffffff; "
+            "selp.b32 other, other, 0, has; add.s32 {$w0}, {$r0}, other; }",
+            write_only_types=[Int32],
+            read_only_args=[value],
+        )
+    return value
+
+
 class SortPairs:
     """Each warp counts, then places, a contiguous share of the pairs, so that the order is that of the input."""
 
@@ -54,8 +66,7 @@ class SortPairs:
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
         allocator = cutlass.memory.SmemAllocator()
         counts = allocator.allocate_tensor(Int32, cute.make_layout((num_experts, WARPS)))
-        scan_pairs = allocator.allocate_tensor(Int32, cute.make_layout(THREADS))
-        scan_passes = allocator.allocate_tensor(Int32, cute.make_layout(THREADS))
+        warp_sums = allocator.allocate_tensor(Int32, cute.make_layout((2, WARPS)))
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -83,22 +94,19 @@ class SortPairs:
             for owner in cutlass.range_constexpr(WARPS):
                 own_pairs = own_pairs + counts[tid, owner]
         own_passes = (own_pairs + (per_pass - 1)) // per_pass
-        scan_pairs[tid] = own_pairs
-        scan_passes[tid] = own_passes
+        pairs_before, passes_before = sum_to_lane(own_pairs), sum_to_lane(own_passes)
+        if lane == 31:
+            warp_sums[0, warp] = pairs_before
+            warp_sums[1, warp] = passes_before
         cute.arch.sync_threads()
-        pairs_before, passes_before = own_pairs, own_passes
-        for power in cutlass.range_constexpr(9):  # 2^9 threads
-            distance = 1 << power
-            more_pairs, more_passes = Int32(0), Int32(0)
-            if tid >= distance:
-                more_pairs, more_passes = scan_pairs[tid - distance], scan_passes[tid - distance]
-            cute.arch.sync_threads()
-            pairs_before, passes_before = pairs_before + more_pairs, passes_before + more_passes
-            scan_pairs[tid] = pairs_before
-            scan_passes[tid] = passes_before
-            cute.arch.sync_threads()
+        routed_passes = Int32(0)
+        for other in cutlass.range_constexpr(WARPS):
+            pairs, passes_of_other = warp_sums[0, other], warp_sums[1, other]
+            pairs_before = pairs_before + pairs * Int32(other < warp)
+            passes_before = passes_before + passes_of_other * Int32(other < warp)
+            routed_passes = routed_passes + passes_of_other
         num_shared = order.shape[0] - num_pairs
-        routed_passes, shared_passes = scan_passes[THREADS - 1], (num_shared + (per_pass - 1)) // per_pass
+        shared_passes = (num_shared + (per_pass - 1)) // per_pass
         if tid == 0:
             num_passes[0] = routed_passes + shared_passes
             num_passes[1] = Int32(0)
