@@ -64,6 +64,7 @@ class Config:
     pool: int = 10
     chunk: int = 4
     orderly: bool = True
+    deferred: bool = True
 
     @property
     def plan(self) -> StreamPlan:
@@ -87,9 +88,14 @@ class Config:
         ring_bytes = BLOCK_UNITS * plan.streams * block_stage_bytes(plan)
         return (
             len(plan.stage_chunks) == 1
+            and plan.partial_buffers == 2
             and self.num_rows // 16 % plan.tiles_per_unit == 0
             and plan.ring_offset + ring_bytes + QUEUE_BYTES <= SHARED_BYTES
         )
+
+    @property
+    def late(self) -> bool:
+        return self.by_block and self.deferred
 
     @property
     def depth(self) -> int:

@@ -20,6 +20,7 @@ from megamoe.kernels.parts.expert_stream import (
 )
 from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.memory_device import (
+    arrive_if,
     bulk_copy_if,
     expect_bytes_if,
     init_barrier,
@@ -28,10 +29,11 @@ from megamoe.kernels.parts.memory_device import (
     wait_barrier,
 )
 from megamoe.kernels.parts.sort_pairs import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT
-from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
+from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE, WARPS
 from megamoe.kernels.parts.weight_stream_device import Ring, StreamThread, nvfp4_tokens, plain_tokens
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
+LEFT_OFFSET, SUMS_OFFSET = 512, 768  # of mbarriers in the block's 1024 bytes of them
 LOG2_E = 1.4426950408889634
 
 
@@ -136,6 +138,26 @@ class BlockThread(StreamThread):
         if self.tid == 0:
             for slot in cutlass.range_constexpr(BLOCK_UNITS * self.plan.streams):
                 init_barrier(self.shared + slot * 8, Int32(1))
+                init_barrier(self.shared + LEFT_OFFSET + slot * 8, Int32(self.plan.used_warps))
+            init_barrier(self.shared + SUMS_OFFSET, Int32(WARPS))
+
+    def leave(self, slot):
+        """Say that this warp has read a slot."""
+        cute.arch.sync_warp()
+        arrive_if(self.lane == 0, self.shared + LEFT_OFFSET + slot * 8)
+
+    def wait_left(self, slot, use):
+        """Wait until all warps have read a slot for the use of that number."""
+        wait_barrier(self.shared + LEFT_OFFSET + slot * 8, use & 1)
+
+    def arrive_sums(self):
+        """Say that this warp has stored the partial sums of a turn and read those of the turn before."""
+        cute.arch.sync_warp()
+        arrive_if(self.lane == 0, self.shared + SUMS_OFFSET)
+
+    def wait_sums(self, turn):
+        """Wait until all warps have said so for a turn; for turn -1 there is nothing to wait for."""
+        wait_barrier(self.shared + SUMS_OFFSET, turn & 1)
 
     def issue_block(self, wanted, slot, codes, scales):
         """Fill a slot with a stage: row_groups row tiles from an address on."""
@@ -279,26 +301,120 @@ class ExpertStream:
         known_pass, known_expert = self.fill(config.early, config.depth, known_pass, known_expert)
         self.arrange_tokens(x, order, route, expert, first, count)
 
-        ring_slot, ring_parity = Int32(0), Int32(0)
+        if cutlass.const_expr(config.late):
+            self.run_block(
+                (x, order, route),
+                weights,
+                shared,
+                out,
+                limit,
+                unit,
+                here,
+                expert,
+                first,
+                count,
+                known_pass,
+                known_expert,
+            )
+        else:
+            self.run_warps(
+                (x, order, route),
+                weights,
+                shared,
+                out,
+                limit,
+                unit,
+                here,
+                expert,
+                first,
+                count,
+                known_pass,
+                known_expert,
+            )
+
+    @cute.jit
+    def run_block(
+        self,
+        tokens,
+        weights,
+        shared,
+        out: cute.Tensor,
+        limit: Float32,
+        unit: Int32,
+        here: Int32,
+        expert: Int32,
+        first: Int32,
+        count: Int32,
+        known_pass: Int32,
+        known_expert: Int32,
+    ):
+        """Stream the block's units; the sums of a unit are added when the next one has been streamed."""
+        x, order, route = tokens
+        turn, pending = Int32(0), Int32(0)
         while unit >= 0:
-            if self.thread.warp < plan.used_warps:
-                if cutlass.const_expr(config.by_block):
+            if self.thread.warp < self.plan.used_warps:
+                known_pass, known_expert = self.stream_late(turn, known_pass, known_expert)
+            self.thread.wait_sums(turn - 1)
+            group = unit - here * self.num_groups
+            if pending != 0:
+                before = self.queued(turn - 1) - here * self.num_groups
+                self.finish(x, weights, shared, order, route, out, limit, expert, first, count, turn - 1, before)
+            self.extend_queue(turn + (self.config.ahead + 1))
+            following = self.queued(turn + 1)
+            next_pass = cutlass.max(following, 0) // self.num_groups
+            moves = (following >= 0) & (next_pass != here)
+            next_expert, next_first, next_count = expert, first, count
+            if moves:  # the tokens of another pass come while the sums of this one are added
+                next_expert, next_first, next_count = self.load_pass(next_pass)
+                self.request_tokens(x, order, route, next_expert, next_first, next_count)
+            self.thread.arrive_sums()
+            pending = Int32(1)
+            if moves | (following < 0):
+                self.thread.wait_sums(turn)
+                self.finish(x, weights, shared, order, route, out, limit, expert, first, count, turn, group)
+                pending = Int32(0)
+            if moves:
+                here, expert, first, count = next_pass, next_expert, next_first, next_count
+                self.arrange_tokens(x, order, route, expert, first, count)
+            turn, unit = turn + 1, following
+
+    @cute.jit
+    def run_warps(
+        self,
+        tokens,
+        weights,
+        shared,
+        out: cute.Tensor,
+        limit: Float32,
+        unit: Int32,
+        here: Int32,
+        expert: Int32,
+        first: Int32,
+        count: Int32,
+        known_pass: Int32,
+        known_expert: Int32,
+    ):
+        """Stream the block's units; a barrier, then the sums, after every one."""
+        x, order, route = tokens
+        turn, ring_slot, ring_parity = Int32(0), Int32(0), Int32(0)
+        while unit >= 0:
+            if self.thread.warp < self.plan.used_warps:
+                if cutlass.const_expr(self.config.by_block):
                     self.stream_arrived(turn)
                 else:
                     ring_slot, ring_parity, known_pass, known_expert = self.stream_unit(
                         ring_slot, ring_parity, turn, known_pass, known_expert
                     )
-            self.extend_queue(turn + (config.ahead + 1))
-            # Where the next unit is of another pass, its tokens come while the sums of this one are added.
+            self.extend_queue(turn + (self.config.ahead + 1))
             following = self.queued(turn + 1)
             next_pass = cutlass.max(following, 0) // self.num_groups
             moves = (following >= 0) & (next_pass != here)
             next_expert, next_first, next_count = expert, first, count
-            if moves:
+            if moves:  # the tokens of another pass come while the sums of this one are added
                 next_expert, next_first, next_count = self.load_pass(next_pass)
                 self.request_tokens(x, order, route, next_expert, next_first, next_count)
             self.thread.after_partials()
-            if cutlass.const_expr(config.by_block):
+            if cutlass.const_expr(self.config.by_block):
                 known_pass, known_expert = self.refill(turn + BLOCK_UNITS, known_pass, known_expert)
             group = unit - here * self.num_groups
             self.finish(x, weights, shared, order, route, out, limit, expert, first, count, turn, group)
@@ -322,19 +438,34 @@ class ExpertStream:
     @cute.jit
     def refill(self, turn: Int32, known_pass: Int32, known_expert: Int32):
         """Ask for the unit of a turn, into the half of the ring that all warps have left."""
-        plan = self.plan
         unit = self.queued(turn)
         if self.thread.tid == 0:
             known_pass, known_expert = self.expert_ahead(unit, known_pass, known_expert)
-            row_tile = cutlass.max(known_expert, 0) * (self.config.num_rows // 16)
-            row_tile = row_tile + (unit - known_pass * self.num_groups) * plan.tiles_per_unit
-            for stream in cutlass.range_constexpr(plan.streams):
-                weight, index = (stream, 0) if plan.num_weights == 2 else (0, stream * plan.row_groups)
-                chunk = Int64(row_tile + index) * plan.chunks
-                codes = self.base(self.code_bases, weight, known_expert) + chunk * TILE_CODE_BYTES
-                scales = self.base(self.scale_bases, weight, known_expert) + chunk * TILE_SCALE_BYTES
-                self.thread.issue_block(unit >= 0, (turn & (BLOCK_UNITS - 1)) * plan.streams + stream, codes, scales)
+            for stream in cutlass.range_constexpr(self.plan.streams):
+                self.issue_stage(unit, turn, stream, known_pass, known_expert)
         return known_pass, known_expert
+
+    @cute.jit
+    def refill_stage(self, turn: Int32, stream: cutlass.Constexpr, known_pass: Int32, known_expert: Int32):
+        """Ask for a stage of the unit of a turn, when all warps have left the stage two units before."""
+        if (self.thread.tid == 0) & (turn >= BLOCK_UNITS):
+            unit = self.queued(turn)
+            if unit >= 0:
+                self.thread.wait_left((turn & (BLOCK_UNITS - 1)) * self.plan.streams + stream, turn // BLOCK_UNITS - 1)
+                known_pass, known_expert = self.expert_ahead(unit, known_pass, known_expert)
+                self.issue_stage(unit, turn, stream, known_pass, known_expert)
+        return known_pass, known_expert
+
+    def issue_stage(self, unit, turn, stream: int, known_pass, known_expert):
+        """Ask for a stage of a unit."""
+        plan = self.plan
+        row_tile = cutlass.max(known_expert, 0) * (self.config.num_rows // 16)
+        row_tile = row_tile + (unit - known_pass * self.num_groups) * plan.tiles_per_unit
+        weight, index = (stream, 0) if plan.num_weights == 2 else (0, stream * plan.row_groups)
+        chunk = Int64(row_tile + index) * plan.chunks
+        codes = self.base(self.code_bases, weight, known_expert) + chunk * TILE_CODE_BYTES
+        scales = self.base(self.scale_bases, weight, known_expert) + chunk * TILE_SCALE_BYTES
+        self.thread.issue_block(unit >= 0, (turn & (BLOCK_UNITS - 1)) * plan.streams + stream, codes, scales)
 
     @cute.jit
     def load_pass(self, index: Int32):
@@ -474,6 +605,21 @@ class ExpertStream:
             if stream == 0:
                 self.thread.before_partials()
             self.thread.store_partials(turn, stream, accumulators)
+
+    def stream_late(self, turn, known_pass, known_expert):
+        """Stream a unit and leave the partial sums; thread 0 refills each stage of the ring one stage later."""
+        plan = self.plan
+        ring = Ring(plan, (turn & (BLOCK_UNITS - 1)) * plan.streams, (turn // BLOCK_UNITS) & 1)
+        for stream in range(plan.streams):
+            accumulators = self.thread.consume(ring, self.thread.zero_accumulators(plan.num_tiles), 0)
+            self.thread.leave(ring.slot)
+            ring.slot = ring.slot + 1
+            later, before = (turn + 2, stream - 1) if stream > 0 else (turn + 1, plan.streams - 1)
+            known_pass, known_expert = self.refill_stage(later, before, known_pass, known_expert)
+            if stream == 0:
+                self.thread.wait_sums(turn - 1)
+            self.thread.store_partials(turn, stream, accumulators)
+        return known_pass, known_expert
 
     def stream_unit(self, slot, parity, turn, known_pass, known_expert):
         """Stream a unit, keep the warp's ring full, leave the partial sums; return the ring's new place."""
