@@ -136,7 +136,41 @@ def test_expert_keys_cover_every_number_of_tokens(dims: dict[str, int]) -> None:
         assert expert_stream.tiles_for(width, inner_size, num_tokens * num_slots, num_experts) * 8 in sorted_by
     for key in keys:
         if isinstance(key, expert_stream.Config):
-            assert key.plan.is_possible() and key.plan.shared_bytes <= SHARED_BYTES
+            assert key.plan.is_possible() and key.shared_bytes <= SHARED_BYTES
+            assert key.queue_offset % 16 == 0 and key.ahead + 2 <= expert_stream.QUEUE_TURNS
+
+
+def test_groups_of_warps_share_out_row_tiles_and_columns() -> None:
+    plan = StreamPlan(2048, 1, 2, row_groups=2)
+    streamed = [
+        (stream * plan.row_groups + warp // plan.slices, plan.first_chunk(warp % plan.slices) + chunk)
+        for warp in range(plan.used_warps)
+        for stream in range(plan.streams)
+        for chunk in range(plan.slice_chunks)
+    ]
+    assert sorted(streamed) == [(tile, chunk) for tile in range(plan.tiles_per_unit) for chunk in range(plan.chunks)]
+
+
+@pytest.mark.parametrize("num_units", [1, 7, 131, 132, 4352, 9216])
+@pytest.mark.parametrize("num_blocks", [1, 132])
+def test_every_unit_is_taken_once(num_blocks: int, num_units: int) -> None:
+    """The queue of expert_stream_device.py in plain Python, blocks taking turns in an odd order."""
+    pool = num_units * (100 - expert_stream.POOL_PERCENT) // 100
+    runs = [list(unit_range(block, num_blocks, pool)) for block in range(num_blocks)]
+    counter, taken, busy = 0, [], list(range(num_blocks))
+    while busy:
+        block = busy.pop(len(taken) * 7 % len(busy))
+        unit, end = runs[block]
+        if unit == end and end < num_units:
+            index, counter = counter, counter + 1
+            size, large = expert_stream.POOL_CHUNK, (num_units - pool) // (2 * expert_stream.POOL_CHUNK)
+            unit = pool + index * size if index < large else min(pool + large * (size - 1) + index, num_units)
+            end = unit + size if index < large else min(unit + 1, num_units)
+        if unit < end:
+            taken.append(unit)
+            busy.append(block)
+        runs[block] = [unit + (unit < end), end]
+    assert sorted(taken) == list(range(num_units))
 
 
 def test_passes_are_bounded() -> None:

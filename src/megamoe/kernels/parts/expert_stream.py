@@ -9,8 +9,8 @@
 The shared expert, where its weights are given, is one more expert that every token visits with weight 1: its passes come
 last, and its h is made of gate and up rounded to bf16, as if two linears had computed them.
 
-A unit of work is one pass and one tile of 16 rows; blocks get contiguous runs of units, so that most blocks stay within
-one or two experts and load tokens once or twice.
+A unit of work is one pass and a tile of 16 rows, or a few tiles; blocks get contiguous runs of units, so that most blocks
+stay within one or two experts and load tokens once or twice, and the last units go to whichever block is free.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.parts.weight_stream import SHARED_BYTES, TOKENS_PER_TILE, StreamPlan
 from megamoe.kernels.store import kernel
 
-POOL_CHUNK = 4  # units that a block takes from the pool at a time, one at the end
+MAX_TILES = 2  # three leave the rings too little shared memory
+BLOCK_UNITS = 2  # in a ring that the block fills; a power of 2
+POOL_PERCENT = 10  # of the units, for blocks that are free before others
+POOL_CHUNK = 4
 QUEUE_TURNS = 16  # a power of 2, more than a ring holds units
-QUEUE_HEAD = 16
+QUEUE_HEAD = 16  # bytes: the next unit of the run or chunk that the block is in, and its end
 QUEUE_BYTES = QUEUE_HEAD + 4 * QUEUE_TURNS
-BLOCK_UNITS = 2  # of a ring that the block fills; a power of 2
 SHARED_TOKENS = 64
 """Up to how many tokens the shared expert is one of the experts: beyond it would be streamed more than four times."""
-VARIANT: dict = {}
-MAX_TILES = 2  # three leave the rings too little shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Config:
         x: "bf16" or "nvfp4".
         out: "bf16" or "f32".
         pool: percent of the units that go to whichever block is free.
+        chunk: how many of them it takes at a time; one at the end.
     """
 
     step: str
@@ -61,25 +62,13 @@ class Config:
     num_tiles: int
     x: str
     out: str
-    pool: int = 10
-    chunk: int = 4
-    orderly: bool = True
-    deferred: bool = True
+    pool: int = POOL_PERCENT
+    chunk: int = POOL_CHUNK
 
     @property
     def plan(self) -> StreamPlan:
         """How a product is shared out."""
         return _plan(self.step, self.num_columns, self.num_tiles)
-
-    @property
-    def orders(self) -> bool:
-        """Whether this is the gate_up that stores h in the order of fragments: bf16 for down, not to be quantized."""
-        return self.orderly and self.step == "gate_up" and self.out == "bf16"
-
-    @property
-    def ordered(self) -> bool:
-        """Whether this is the down that reads it."""
-        return self.orderly and self.step == "down" and self.x == "bf16"
 
     @property
     def by_block(self) -> bool:
@@ -92,10 +81,6 @@ class Config:
             and self.num_rows // 16 % plan.tiles_per_unit == 0
             and plan.ring_offset + ring_bytes + QUEUE_BYTES <= SHARED_BYTES
         )
-
-    @property
-    def late(self) -> bool:
-        return self.by_block and self.deferred
 
     @property
     def depth(self) -> int:
@@ -154,7 +139,8 @@ def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: in
     likely = mean + 3.0 * mean**0.5
     wanted = min(MAX_TILES, max(1, -(-int(likely) // TOKENS_PER_TILE)))
     for num_tiles in range(wanted, 0, -1):
-        if _plan("gate_up", num_columns, num_tiles).is_possible() and _plan("down", inner_size, num_tiles).is_possible():
+        plans = (_plan("gate_up", num_columns, num_tiles), _plan("down", inner_size, num_tiles))
+        if all(plan.is_possible() and plan.shared_bytes + QUEUE_BYTES <= SHARED_BYTES for plan in plans):
             return num_tiles
     raise NotImplementedError(
         f"experts: the kernel takes hidden and inner sizes that are multiples of 64 up to 8192; got {num_columns} and "
@@ -218,7 +204,7 @@ def gate_up(
         out_name: its dtype, "bf16" or "f32".
     """
     num_rows, num_columns = weights[0].shape[-2:]
-    config = Config("gate_up", num_rows, num_columns, route_weights.shape[1], num_tiles, x_name, out_name, **VARIANT)
+    config = Config("gate_up", num_rows, num_columns, route_weights.shape[1], num_tiles, x_name, out_name)
     limit = float("inf") if swiglu_limit is None else swiglu_limit
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
     kernel(__name__, config, out.device)(
@@ -257,7 +243,7 @@ def down(
         out: [pairs, D] bf16, overwritten.
     """
     num_rows, num_columns = w2.shape[-2:]
-    config = Config("down", num_rows, num_columns, num_slots, num_tiles, h_name, "bf16", **VARIANT)
+    config = Config("down", num_rows, num_columns, num_slots, num_tiles, h_name, "bf16")
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
     weights = (*_weight(w2), *_weight(w2 if shared is None else shared))
     kernel(__name__, config, out.device)(*h, *weights, pairs.order, pairs.passes, pairs.num_passes, out, blocks)

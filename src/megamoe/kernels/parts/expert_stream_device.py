@@ -20,7 +20,6 @@ from megamoe.kernels.parts.expert_stream import (
 )
 from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.memory_device import (
-    arrive_if,
     bulk_copy_if,
     expect_bytes_if,
     init_barrier,
@@ -29,11 +28,10 @@ from megamoe.kernels.parts.memory_device import (
     wait_barrier,
 )
 from megamoe.kernels.parts.sort_pairs import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT
-from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE, WARPS
+from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
 from megamoe.kernels.parts.weight_stream_device import Ring, StreamThread, nvfp4_tokens, plain_tokens
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
-LEFT_OFFSET, SUMS_OFFSET = 512, 768  # of mbarriers in the block's 1024 bytes of them
 LOG2_E = 1.4426950408889634
 
 
@@ -138,26 +136,6 @@ class BlockThread(StreamThread):
         if self.tid == 0:
             for slot in cutlass.range_constexpr(BLOCK_UNITS * self.plan.streams):
                 init_barrier(self.shared + slot * 8, Int32(1))
-                init_barrier(self.shared + LEFT_OFFSET + slot * 8, Int32(self.plan.used_warps))
-            init_barrier(self.shared + SUMS_OFFSET, Int32(WARPS))
-
-    def leave(self, slot):
-        """Say that this warp has read a slot."""
-        cute.arch.sync_warp()
-        arrive_if(self.lane == 0, self.shared + LEFT_OFFSET + slot * 8)
-
-    def wait_left(self, slot, use):
-        """Wait until all warps have read a slot for the use of that number."""
-        wait_barrier(self.shared + LEFT_OFFSET + slot * 8, use & 1)
-
-    def arrive_sums(self):
-        """Say that this warp has stored the partial sums of a turn and read those of the turn before."""
-        cute.arch.sync_warp()
-        arrive_if(self.lane == 0, self.shared + SUMS_OFFSET)
-
-    def wait_sums(self, turn):
-        """Wait until all warps have said so for a turn; for turn -1 there is nothing to wait for."""
-        wait_barrier(self.shared + SUMS_OFFSET, turn & 1)
 
     def issue_block(self, wanted, slot, codes, scales):
         """Fill a slot with a stage: row_groups row tiles from an address on."""
@@ -289,7 +267,7 @@ class ExpertStream:
 
         self.start_queue(begin, end)
         cute.arch.sync_threads()
-        turn, unit = Int32(0), self.queued(Int32(0))
+        unit = self.queued(Int32(0))
         here = cutlass.max(unit, 0) // self.num_groups
         known_pass, known_expert = self.fill(0, config.early, Int32(-1), Int32(0))
         expert, first, count = self.load_pass(here)
@@ -301,111 +279,16 @@ class ExpertStream:
         known_pass, known_expert = self.fill(config.early, config.depth, known_pass, known_expert)
         self.arrange_tokens(x, order, route, expert, first, count)
 
-        if cutlass.const_expr(config.late):
-            self.run_block(
-                (x, order, route),
-                weights,
-                shared,
-                out,
-                limit,
-                unit,
-                here,
-                expert,
-                first,
-                count,
-                known_pass,
-                known_expert,
-            )
-        else:
-            self.run_warps(
-                (x, order, route),
-                weights,
-                shared,
-                out,
-                limit,
-                unit,
-                here,
-                expert,
-                first,
-                count,
-                known_pass,
-                known_expert,
-            )
-
-    @cute.jit
-    def run_block(
-        self,
-        tokens,
-        weights,
-        shared,
-        out: cute.Tensor,
-        limit: Float32,
-        unit: Int32,
-        here: Int32,
-        expert: Int32,
-        first: Int32,
-        count: Int32,
-        known_pass: Int32,
-        known_expert: Int32,
-    ):
-        """Stream the block's units; the sums of a unit are added when the next one has been streamed."""
-        x, order, route = tokens
-        turn, pending = Int32(0), Int32(0)
-        while unit >= 0:
-            if self.thread.warp < self.plan.used_warps:
-                known_pass, known_expert = self.stream_late(turn, known_pass, known_expert)
-            self.thread.wait_sums(turn - 1)
-            group = unit - here * self.num_groups
-            if pending != 0:
-                before = self.queued(turn - 1) - here * self.num_groups
-                self.finish(x, weights, shared, order, route, out, limit, expert, first, count, turn - 1, before)
-            self.extend_queue(turn + (self.config.ahead + 1))
-            following = self.queued(turn + 1)
-            next_pass = cutlass.max(following, 0) // self.num_groups
-            moves = (following >= 0) & (next_pass != here)
-            next_expert, next_first, next_count = expert, first, count
-            if moves:  # the tokens of another pass come while the sums of this one are added
-                next_expert, next_first, next_count = self.load_pass(next_pass)
-                self.request_tokens(x, order, route, next_expert, next_first, next_count)
-            self.thread.arrive_sums()
-            pending = Int32(1)
-            if moves | (following < 0):
-                self.thread.wait_sums(turn)
-                self.finish(x, weights, shared, order, route, out, limit, expert, first, count, turn, group)
-                pending = Int32(0)
-            if moves:
-                here, expert, first, count = next_pass, next_expert, next_first, next_count
-                self.arrange_tokens(x, order, route, expert, first, count)
-            turn, unit = turn + 1, following
-
-    @cute.jit
-    def run_warps(
-        self,
-        tokens,
-        weights,
-        shared,
-        out: cute.Tensor,
-        limit: Float32,
-        unit: Int32,
-        here: Int32,
-        expert: Int32,
-        first: Int32,
-        count: Int32,
-        known_pass: Int32,
-        known_expert: Int32,
-    ):
-        """Stream the block's units; a barrier, then the sums, after every one."""
-        x, order, route = tokens
         turn, ring_slot, ring_parity = Int32(0), Int32(0), Int32(0)
         while unit >= 0:
-            if self.thread.warp < self.plan.used_warps:
-                if cutlass.const_expr(self.config.by_block):
+            if self.thread.warp < plan.used_warps:
+                if cutlass.const_expr(config.by_block):
                     self.stream_arrived(turn)
                 else:
                     ring_slot, ring_parity, known_pass, known_expert = self.stream_unit(
                         ring_slot, ring_parity, turn, known_pass, known_expert
                     )
-            self.extend_queue(turn + (self.config.ahead + 1))
+            self.extend_queue(turn + (config.ahead + 1))
             following = self.queued(turn + 1)
             next_pass = cutlass.max(following, 0) // self.num_groups
             moves = (following >= 0) & (next_pass != here)
@@ -414,7 +297,7 @@ class ExpertStream:
                 next_expert, next_first, next_count = self.load_pass(next_pass)
                 self.request_tokens(x, order, route, next_expert, next_first, next_count)
             self.thread.after_partials()
-            if cutlass.const_expr(self.config.by_block):
+            if cutlass.const_expr(config.by_block):
                 known_pass, known_expert = self.refill(turn + BLOCK_UNITS, known_pass, known_expert)
             group = unit - here * self.num_groups
             self.finish(x, weights, shared, order, route, out, limit, expert, first, count, turn, group)
@@ -442,17 +325,6 @@ class ExpertStream:
         if self.thread.tid == 0:
             known_pass, known_expert = self.expert_ahead(unit, known_pass, known_expert)
             for stream in cutlass.range_constexpr(self.plan.streams):
-                self.issue_stage(unit, turn, stream, known_pass, known_expert)
-        return known_pass, known_expert
-
-    @cute.jit
-    def refill_stage(self, turn: Int32, stream: cutlass.Constexpr, known_pass: Int32, known_expert: Int32):
-        """Ask for a stage of the unit of a turn, when all warps have left the stage two units before."""
-        if (self.thread.tid == 0) & (turn >= BLOCK_UNITS):
-            unit = self.queued(turn)
-            if unit >= 0:
-                self.thread.wait_left((turn & (BLOCK_UNITS - 1)) * self.plan.streams + stream, turn // BLOCK_UNITS - 1)
-                known_pass, known_expert = self.expert_ahead(unit, known_pass, known_expert)
                 self.issue_stage(unit, turn, stream, known_pass, known_expert)
         return known_pass, known_expert
 
@@ -565,13 +437,13 @@ class ExpertStream:
         arguments = (self.config.num_columns, 0, self.thread.column, rows)
         if self.config.x == "bf16":
             load_raw, arrange = plain_tokens(x[0].iterator.toint(), *arguments)
-            return load_raw, in_order if self.config.ordered else arrange
+            return load_raw, arrange if self.config.step == "gate_up" else in_order
         return nvfp4_tokens(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
 
     def arrange(self):
         """Return how loaded registers become fragments."""
         if self.config.x == "bf16":
-            return in_order if self.config.ordered else plain_tokens(0, 0, 0, self.thread.column, ())[1]
+            return plain_tokens(0, 0, 0, self.thread.column, ())[1] if self.config.step == "gate_up" else in_order
         return nvfp4_tokens(0, 0, 0, 0, self.thread.column, ())[1]
 
     def request_tokens(self, x, order, route, expert, first, count):
@@ -605,21 +477,6 @@ class ExpertStream:
             if stream == 0:
                 self.thread.before_partials()
             self.thread.store_partials(turn, stream, accumulators)
-
-    def stream_late(self, turn, known_pass, known_expert):
-        """Stream a unit and leave the partial sums; thread 0 refills each stage of the ring one stage later."""
-        plan = self.plan
-        ring = Ring(plan, (turn & (BLOCK_UNITS - 1)) * plan.streams, (turn // BLOCK_UNITS) & 1)
-        for stream in range(plan.streams):
-            accumulators = self.thread.consume(ring, self.thread.zero_accumulators(plan.num_tiles), 0)
-            self.thread.leave(ring.slot)
-            ring.slot = ring.slot + 1
-            later, before = (turn + 2, stream - 1) if stream > 0 else (turn + 1, plan.streams - 1)
-            known_pass, known_expert = self.refill_stage(later, before, known_pass, known_expert)
-            if stream == 0:
-                self.thread.wait_sums(turn - 1)
-            self.thread.store_partials(turn, stream, accumulators)
-        return known_pass, known_expert
 
     def stream_unit(self, slot, parity, turn, known_pass, known_expert):
         """Stream a unit, keep the warp's ring full, leave the partial sums; return the ring's new place."""
@@ -709,7 +566,7 @@ class ExpertStream:
                 if is_shared:
                     value = value.to(BFloat16).to(Float32)
                 target = position
-                if cutlass.const_expr(self.config.orders):
+                if cutlass.const_expr(self.config.out == "bf16"):  # for down as it is, not for the quantizer
                     row = fragment_column(row)
             out[target, row] = value.to(out.element_type)
 
