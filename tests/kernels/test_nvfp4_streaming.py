@@ -66,6 +66,20 @@ def test_a_word_in_fragment_order_gives_its_four_pairs(seed: int) -> None:
                 assert torch.equal(got, values[row, column : column + 2].double()), (lane, step, pair)
 
 
+def test_h_is_stored_in_the_order_of_fragments() -> None:
+    """A lane's 16 bytes of a row are what arrange() would make of it: pairs at 2t and 2t + 8 of two steps of 16."""
+    where = [expert_stream.fragment_column(column) for column in range(256)]
+    assert sorted(where) == list(range(256))
+    column_at = {place: column for column, place in enumerate(where)}
+    for chunk in range(4):
+        for lane in range(4):
+            for load in range(2):
+                place = chunk * 64 + load * 32 + lane * 8
+                got = [column_at[place + value] for value in range(8)]
+                steps = [chunk * 64 + 16 * (2 * load + index) for index in range(2)]
+                assert got == [step + 8 * half + 2 * lane + i for step in steps for half in range(2) for i in range(2)]
+
+
 # How work is shared out.
 
 
@@ -75,7 +89,7 @@ def test_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int)
     plan = StreamPlan(num_columns, 1, num_tiles)
     assert plan.is_possible() and plan.shared_bytes <= SHARED_BYTES and sum(plan.stage_chunks) == plan.slice_chunks
     added = []
-    for warp in range(plan.used_warps):
+    for warp in range(plan.slices):
         first = plan.first_chunk(warp)
         assert 0 <= first and first + plan.slice_chunks <= plan.chunks
         added += [chunk for chunk in range(first, first + plan.slice_chunks) if chunk >= plan.first_own_chunk(warp)]
@@ -266,7 +280,41 @@ def test_expert_keys_cover_every_number_of_tokens(dims: dict[str, int]) -> None:
         assert expert_stream.tiles_for(width, inner_size, num_tokens * num_slots, num_experts) * 8 in sorted_by
     for key in keys:
         if isinstance(key, expert_stream.Config):
-            assert key.plan.is_possible() and key.plan.shared_bytes <= SHARED_BYTES
+            assert key.plan.is_possible() and key.shared_bytes <= SHARED_BYTES
+            assert key.queue_offset % 16 == 0 and key.ahead + 2 <= expert_stream.QUEUE_TURNS
+
+
+def test_groups_of_warps_share_out_row_tiles_and_columns() -> None:
+    plan = StreamPlan(2048, 1, 2, row_groups=2)
+    streamed = [
+        (stream * plan.row_groups + warp // plan.slices, plan.first_chunk(warp % plan.slices) + chunk)
+        for warp in range(plan.used_warps)
+        for stream in range(plan.streams)
+        for chunk in range(plan.slice_chunks)
+    ]
+    assert sorted(streamed) == [(tile, chunk) for tile in range(plan.tiles_per_unit) for chunk in range(plan.chunks)]
+
+
+@pytest.mark.parametrize("num_units", [1, 7, 131, 132, 4352, 9216])
+@pytest.mark.parametrize("num_blocks", [1, 132])
+def test_every_unit_is_taken_once(num_blocks: int, num_units: int) -> None:
+    """The queue of expert_stream_device.py in plain Python, blocks taking turns in an odd order."""
+    pool = num_units * (100 - expert_stream.POOL_PERCENT) // 100
+    runs = [list(unit_range(block, num_blocks, pool)) for block in range(num_blocks)]
+    counter, taken, busy = 0, [], list(range(num_blocks))
+    while busy:
+        block = busy.pop(len(taken) * 7 % len(busy))
+        unit, end = runs[block]
+        if unit == end and end < num_units:
+            index, counter = counter, counter + 1
+            size, large = expert_stream.POOL_CHUNK, (num_units - pool) // (2 * expert_stream.POOL_CHUNK)
+            unit = pool + index * size if index < large else min(pool + large * (size - 1) + index, num_units)
+            end = unit + size if index < large else min(unit + 1, num_units)
+        if unit < end:
+            taken.append(unit)
+            busy.append(block)
+        runs[block] = [unit + (unit < end), end]
+    assert sorted(taken) == list(range(num_units))
 
 
 def test_passes_are_bounded() -> None:
@@ -305,6 +353,7 @@ def test_activations_that_are_not_taken() -> None:
             experts,
             experts,
             experts,
+            None,
             None,
             None,
             torch.bfloat16,

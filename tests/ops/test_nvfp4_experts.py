@@ -11,8 +11,10 @@ import torch
 from megamoe.formats.nvfp4 import NvFp4Tensor, quantize
 from megamoe.ops import swiglu
 from megamoe.ops.nvfp4_experts import nvfp4_experts
+from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
 from megamoe.ops.quantize import quantize_nvfp4
+from megamoe.ops.swiglu import clamped_swiglu
 from megamoe.verify.tolerance import assert_within
 
 from .expert_cases import ExpertCase, expected, make_case, same
@@ -84,6 +86,24 @@ def test_a_token_of_zeros_gives_the_shared_output(seed: int) -> None:
     case = make_case(3, seed)
     case.x[1] = 0.0
     assert torch.equal(_run(case, _quantized(case))[1], case.shared_output[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shared_weights_give_what_linears_give(dtype: torch.dtype, seed: int) -> None:
+    case = make_case(5, seed, dtype)
+    weights, (w1, w3, w2) = _quantized(case), _quantized(make_case(1, seed + 1))
+    shared = w1[0], w3[1], w2[2]
+    source = quantize_nvfp4(case.x)
+    gate, up = (nvfp4_linear(source, w, out_dtype=dtype) for w in shared[:2])
+    hidden = quantize_nvfp4(clamped_swiglu(gate, up, limit=10.0))
+    output = nvfp4_linear(hidden, shared[2], out_dtype=dtype)
+    args = case.x, case.route_weights, case.expert_ids, *weights
+    want = nvfp4_experts(*args, shared_output=output, swiglu_limit=10.0)
+    assert torch.equal(nvfp4_experts(*args, shared_weights=shared, swiglu_limit=10.0), want)
+    with pytest.raises(ValueError, match="by its output or by its weights; got both"):
+        nvfp4_experts(*args, shared_output=output, shared_weights=shared, swiglu_limit=10.0)
+    with pytest.raises(ValueError, match=r"shared_w2 must be \[D, F\]"):
+        nvfp4_experts(*args, shared_weights=(shared[0], shared[1], shared[1]), swiglu_limit=10.0)
 
 
 # --- faults ---

@@ -11,6 +11,8 @@ import torch
 from megamoe.formats.nvfp4 import NvFp4Tensor, quantize
 from megamoe.ops import swiglu
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
+from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
+from megamoe.ops.swiglu import clamped_swiglu
 from megamoe.verify.tolerance import assert_within
 
 from .expert_cases import ExpertCase, expected, make_case, same
@@ -75,6 +77,22 @@ def test_row_invariant(seed: int) -> None:
         return nvfp4_weight_only_experts(x, route, ids, *weights, shared_output=shared, swiglu_limit=10.0)
 
     assert_row_invariant(run, case.x, case.route_weights, case.expert_ids, case.shared_output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shared_weights_give_what_linears_give(dtype: torch.dtype, seed: int) -> None:
+    case = make_case(5, seed, dtype)
+    weights, (w1, w3, w2) = _quantized(case), _quantized(make_case(1, seed + 1))
+    shared = w1[0], w3[1], w2[2]
+    gate, up = (nvfp4_weight_only_linear(case.x, w) for w in shared[:2])
+    output = nvfp4_weight_only_linear(clamped_swiglu(gate, up, limit=10.0), shared[2])
+    args = case.x, case.route_weights, case.expert_ids, *weights
+    want = nvfp4_weight_only_experts(*args, shared_output=output, swiglu_limit=10.0)
+    assert torch.equal(nvfp4_weight_only_experts(*args, shared_weights=shared, swiglu_limit=10.0), want)
+    with pytest.raises(ValueError, match="by its output or by its weights; got both"):
+        nvfp4_weight_only_experts(*args, shared_output=output, shared_weights=shared, swiglu_limit=10.0)
+    with pytest.raises(ValueError, match=r"shared_w2 must be \[D, F\]"):
+        nvfp4_weight_only_experts(*args, shared_weights=(shared[0], shared[1], shared[1]), swiglu_limit=10.0)
 
 
 # --- faults ---

@@ -173,18 +173,23 @@ def _cublas_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor) -> torch.Tensor:
     return nvfp4.dequantize(x, torch.bfloat16) @ _bf16(w).T
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache  # one per rotated weight; bench_case forgets them
 def _bf16_of_fp8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return fp8.dequantize(Fp8BlockTensor(codes, scales), torch.bfloat16)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def _bf16_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return fp8.dequantize(Fp8RowTensor(codes, scales), torch.bfloat16)
 
 
 def _cublas_fp8(x: Fp8RowTensor, w: Fp8BlockTensor) -> torch.Tensor:
     return _bf16_rows(x.codes, x.scales) @ _bf16_of_fp8(w.codes, w.scales).T
+
+
+def _eager_rounded(x: torch.Tensor) -> torch.Tensor:
+    codes, scales, tensor_scale = _eager_nvfp4(x)
+    return nvfp4.dequantize(NvFp4Tensor(codes, scales, tensor_scale, scale_per="row"), torch.bfloat16)
 
 
 def _eager_experts(
@@ -195,16 +200,21 @@ def _eager_experts(
     w3: NvFp4Tensor,
     w2: NvFp4Tensor,
     swiglu_limit: float,
+    shared_weights: tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor] | None = None,
+    rounded: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16,
 ) -> torch.Tensor:
     """Multiply every token by every expert in bf16 and keep what was routed: no grouping, but no synchronization."""
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    out, x = torch.zeros(x.shape, dtype=torch.float32, device=x.device), rounded(x)
+    if shared_weights is not None:
+        gate, up = (x @ _bf16(w).T for w in shared_weights[:2])
+        out += rounded(_eager_swiglu(gate, up, swiglu_limit)) @ _bf16(shared_weights[2]).T
     gates, ups, downs = _bf16(w1), _bf16(w3), _bf16(w2)
     for expert in range(len(w1)):
         weight = (route_weights * (expert_ids == expert)).sum(-1, keepdim=True)
         gate = (x @ gates[expert].T).float().clamp(max=swiglu_limit)
         up = (x @ ups[expert].T).float().clamp(-swiglu_limit, swiglu_limit)
-        out += (F.silu(gate) * up * weight).bfloat16() @ downs[expert].T
-    return out.to(x.dtype)
+        out += rounded(F.silu(gate) * up * weight) @ downs[expert].T
+    return out.bfloat16()
 
 
 BASELINES: dict[str, Baseline] = {
@@ -217,6 +227,10 @@ BASELINES: dict[str, Baseline] = {
     "nvfp4_linear": Baseline("cuBLAS bf16 after dequantizing x", _cublas_nvfp4),
     "nvfp4_weight_only_linear": Baseline("cuBLAS bf16", _cublas),
     "fp8_linear": Baseline("cuBLAS bf16, x and w dequantized before", _cublas_fp8),
+    "nvfp4_experts": Baseline(
+        "every expert through cuBLAS bf16, activations rounded",
+        functools.partial(_eager_experts, rounded=_eager_rounded),
+    ),
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
@@ -235,6 +249,7 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "nvfp4_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "nvfp4_weight_only_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "fp8_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
+    "nvfp4_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
     "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
 }
 """Operation → products and sums that run on the matrix units; absent where memory alone counts."""
@@ -295,7 +310,8 @@ def bench_case(
     if not isinstance(public, str):
         graphs["public"] = timing.capture(lambda index: public[index](), count, calls)
     times = timing.time_graphs(graphs, calls, from_l2)
-    _bf16_of.cache_clear()
+    for cache in (_bf16_of, _bf16_of_fp8, _bf16_rows):
+        cache.cache_clear()
     flops = FLOPS[call.op](call.dims, num_tokens) if call.op in FLOPS else 0
     ceiling = Ceiling(num_bytes, flops, copy_gbps, tflops)
     return report.Row(

@@ -18,6 +18,7 @@ from megamoe.formats import fp8, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
+from megamoe.kernels.parts.expert_stream import SHARED_TOKENS
 from megamoe.kernels.parts.linear_stream import stream_limit
 from megamoe.kernels.parts.route_tiles import MANY_TOKENS
 from megamoe.kernels.sm90 import fp8_linear as sm90_fp8_linear
@@ -28,6 +29,7 @@ from megamoe.ops.hyper_connection import (
     hyper_connection_pre,
     hyper_connection_pre_norm,
 )
+from megamoe.ops.nvfp4_experts import nvfp4_experts
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
 from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
@@ -257,20 +259,46 @@ def _fp8_streamed(dims: Mapping[str, int]) -> int:
     return sm90_fp8_linear.stream_limit(dims["N"])
 
 
+EXPERT_TILE = 8  # tokens that share an instruction
+EXPERTS_PER_TOKEN = ("x", "route_weights", "expert_ids")
+
+
+def routing(num_tokens: int, num_slots: int, num_experts: int, generator: torch.Generator) -> torch.Tensor:
+    """Return expert ids [T, A]: random, half of the tokens alike; but the extremes next to a tile.
+
+    One below a multiple of 8 tokens, all pairs belong to one expert and the others are empty. At it and one above, the
+    first A experts have all tokens each: exactly full tiles, and one more.
+    """
+    device = generator.device
+    order = torch.rand(num_tokens, num_experts, generator=generator, device=device).argsort(-1)
+    order[: num_tokens // 2] = order[: num_tokens // 2].sort(-1).values  # half of the tokens agree: crowded experts
+    ids = order[:, :num_slots].contiguous()
+    if num_tokens % EXPERT_TILE == EXPERT_TILE - 1:
+        return torch.full_like(ids, num_experts // 2)
+    if num_tokens >= EXPERT_TILE and num_tokens % EXPERT_TILE <= 1:
+        return torch.arange(num_slots, device=device).expand(num_tokens, -1).contiguous()
+    return ids
+
+
 def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     """Return arguments with at most 8 experts: kernels know the number only as the end of a loop."""
     num_experts, width, inner_size, device = min(8, dims["E"]), dims["D"], dims["F"], generator.device
-    order = torch.rand(num_tokens, num_experts, generator=generator, device=device).argsort(-1)
-    order[: num_tokens // 2] = order[: num_tokens // 2].sort(-1).values  # half of the tokens agree: crowded experts
     return {
         "x": scaled(generator, num_tokens, width).bfloat16(),
         "route_weights": torch.rand(num_tokens, dims["A"], generator=generator, device=device) + 0.1,
-        "expert_ids": order[:, : dims["A"]].contiguous(),
+        "expert_ids": routing(num_tokens, dims["A"], num_experts, generator),
         "w1": _quantized_weight(generator, num_experts, inner_size, width),
         "w3": _quantized_weight(generator, num_experts, inner_size, width),
         "w2": _quantized_weight(generator, num_experts, width, inner_size),
         "swiglu_limit": 1.5,
     }
+
+
+def _experts_shared(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """The same with the weights of a shared expert."""
+    sizes = ((dims["F"], dims["D"]), (dims["F"], dims["D"]), (dims["D"], dims["F"]))
+    shared = tuple(_quantized_weight(generator, *shape) for shape in sizes)
+    return {**_experts(dims, num_tokens, generator), "shared_weights": shared}
 
 
 def _streamed(dims: Mapping[str, int]) -> int:
@@ -313,8 +341,21 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "nvfp4_weight_only_linear": (
         OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
     ),
+    "nvfp4_experts": (
+        OpInputs(nvfp4_experts, _experts, EXPERTS_PER_TOKEN, tile=EXPERT_TILE),
+        OpInputs(
+            nvfp4_experts, _experts_shared, EXPERTS_PER_TOKEN, tile=EXPERT_TILE, order_until=lambda _: SHARED_TOKENS
+        ),
+    ),
     "nvfp4_weight_only_experts": (
-        OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),
+        OpInputs(nvfp4_weight_only_experts, _experts, EXPERTS_PER_TOKEN, tile=EXPERT_TILE),
+        OpInputs(
+            nvfp4_weight_only_experts,
+            _experts_shared,
+            EXPERTS_PER_TOKEN,
+            tile=EXPERT_TILE,
+            order_until=lambda _: SHARED_TOKENS,
+        ),
     ),
     "fp8_linear": (OpInputs(fp8_linear, _fp8_linear, ("x",), order_until=_fp8_streamed),),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),

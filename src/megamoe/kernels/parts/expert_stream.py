@@ -6,8 +6,11 @@
     down           w2 h, stored at the pair's place
     sum_slots      slots added in ascending order, then the shared output
 
-A unit of work is one pass and one tile of 16 rows; blocks get contiguous runs of units, so that most blocks stay within
-one or two experts and load tokens once or twice.
+The shared expert, where its weights are given, is one more expert that every token visits with weight 1: its passes come
+last, and its h is made of gate and up rounded to bf16, as if two linears had computed them.
+
+A unit of work is one pass and a tile of 16 rows, or a few tiles; blocks get contiguous runs of units, so that most blocks
+stay within one or two experts and load tokens once or twice, and the last units go to whichever block is free.
 """
 
 from __future__ import annotations
@@ -17,14 +20,23 @@ from typing import Any
 
 import torch
 
+from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_SCALE_BYTES
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels.parts import sort_pairs, sum_slots
 from megamoe.kernels.parts.linear_stream import num_multiprocessors
 from megamoe.kernels.parts.sort_pairs import SortedPairs
-from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE, StreamPlan
+from megamoe.kernels.parts.weight_stream import SHARED_BYTES, TOKENS_PER_TILE, StreamPlan
 from megamoe.kernels.store import kernel
 
-MAX_TILES = 3
+MAX_TILES = 2  # three leave the rings too little shared memory
+BLOCK_UNITS = 2  # in a ring that the block fills; a power of 2
+POOL_PERCENT = 10  # of the units, for blocks that are free before others
+POOL_CHUNK = 4
+QUEUE_TURNS = 16  # a power of 2, more than a ring holds units
+QUEUE_HEAD = 16  # bytes: the next unit of the run or chunk that the block is in, and its end
+QUEUE_BYTES = QUEUE_HEAD + 4 * QUEUE_TURNS
+SHARED_TOKENS = 64
+"""Up to how many tokens the shared expert is one of the experts: beyond it would be streamed more than four times."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +51,8 @@ class Config:
         num_tiles: token tiles of 8 in a pass.
         x: "bf16" or "nvfp4".
         out: "bf16" or "f32".
+        pool: percent of the units that go to whichever block is free.
+        chunk: how many of them it takes at a time; one at the end.
     """
 
     step: str
@@ -48,16 +62,72 @@ class Config:
     num_tiles: int
     x: str
     out: str
+    pool: int = POOL_PERCENT
+    chunk: int = POOL_CHUNK
 
     @property
     def plan(self) -> StreamPlan:
         """How a product is shared out."""
-        return StreamPlan(self.num_columns, 2 if self.step == "gate_up" else 1, self.num_tiles)
+        return _plan(self.step, self.num_columns, self.num_tiles)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the block fills one ring of two units, not every warp a ring of its own."""
+        plan = self.plan
+        ring_bytes = BLOCK_UNITS * plan.streams * block_stage_bytes(plan)
+        return (
+            len(plan.stage_chunks) == 1
+            and plan.partial_buffers == 2
+            and self.num_rows // 16 % plan.tiles_per_unit == 0
+            and plan.ring_offset + ring_bytes + QUEUE_BYTES <= SHARED_BYTES
+        )
+
+    @property
+    def depth(self) -> int:
+        """How often the empty ring is filled: units, or slots of a warp."""
+        return BLOCK_UNITS if self.by_block else self.plan.num_slots
+
+    @property
+    def early(self) -> int:
+        """How much of the ring is filled before the first tokens are asked for; all of it where they come later."""
+        return 1 if self.step == "gate_up" else self.depth
+
+    @property
+    def ahead(self) -> int:
+        """Turns ahead of the present one whose units must be known."""
+        return BLOCK_UNITS if self.by_block else -(-self.plan.num_slots // self.plan.per_unit)
+
+    @property
+    def queue_offset(self) -> int:
+        """Where the queue of units is in shared memory."""
+        if not self.by_block:
+            return self.plan.shared_bytes
+        return self.plan.ring_offset + BLOCK_UNITS * self.plan.streams * block_stage_bytes(self.plan)
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory that a block asks for at launch."""
-        return self.plan.shared_bytes
+        return self.queue_offset + QUEUE_BYTES
+
+
+def block_stage_bytes(plan: StreamPlan) -> int:
+    """Return the bytes of a stage of the block's ring: a row tile for every group of warps."""
+    return plan.row_groups * plan.chunks * (TILE_CODE_BYTES + TILE_SCALE_BYTES)
+
+
+def fragment_column(column: Any) -> Any:
+    """Return where h has a column: every 64 so that the 16 bytes a lane loads are fragments of two steps of 16.
+
+    Column 16 s + 8 h + 2 t + i is value i of half h of step s of lane t; lane t reads steps 0 and 1, later 2 and 3.
+    """
+    step, half, lane, value = column // 16 % 4, column // 8 % 2, column // 2 % 4, column % 2
+    return column // 64 * 64 + step // 2 * 32 + lane * 8 + step % 2 * 4 + half * 2 + value
+
+
+def _plan(step: str, num_columns: int, num_tiles: int) -> StreamPlan:
+    if step == "gate_up":
+        return StreamPlan(num_columns, 2, num_tiles)
+    return StreamPlan(num_columns, 1, num_tiles, 2 if num_columns <= 2048 else 1)
 
 
 def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: int) -> int:
@@ -69,7 +139,8 @@ def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: in
     likely = mean + 3.0 * mean**0.5
     wanted = min(MAX_TILES, max(1, -(-int(likely) // TOKENS_PER_TILE)))
     for num_tiles in range(wanted, 0, -1):
-        if StreamPlan(num_columns, 2, num_tiles).is_possible() and StreamPlan(inner_size, 1, num_tiles).is_possible():
+        plans = (_plan("gate_up", num_columns, num_tiles), _plan("down", inner_size, num_tiles))
+        if all(plan.is_possible() and plan.shared_bytes + QUEUE_BYTES <= SHARED_BYTES for plan in plans):
             return num_tiles
     raise NotImplementedError(
         f"experts: the kernel takes hidden and inner sizes that are multiples of 64 up to 8192; got {num_columns} and "
@@ -102,7 +173,7 @@ def _weight(w: NvFp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         w.codes.view(-1, num_columns // 2),
         w.scales.view(torch.uint8).view(-1, num_columns // 16),
-        w.tensor_scale,
+        w.tensor_scale.view(-1),
     )
 
 
@@ -110,23 +181,36 @@ def gate_up(
     x: tuple[torch.Tensor, ...],
     x_name: str,
     route_weights: torch.Tensor,
-    w1: NvFp4Tensor,
-    w3: NvFp4Tensor,
+    weights: tuple[NvFp4Tensor, NvFp4Tensor],
+    shared: tuple[NvFp4Tensor | None, NvFp4Tensor | None],
     pairs: SortedPairs,
     num_tiles: int,
     swiglu_limit: float | None,
     out: torch.Tensor,
     out_name: str,
 ) -> None:
-    """Write h of every pair, by sorted position, to out [pairs, F]."""
-    num_rows, num_columns = w1.shape[-2:]
+    """Write h of every pair, by sorted position, to out [pairs, F].
+
+    Args:
+        x: what both products multiply, [T, D]: (bf16,) or codes, scales and tensor scales.
+        x_name: "bf16" or "nvfp4".
+        route_weights: [T, A] fp32, contiguous.
+        weights: w1 and w3, [E, F, D] in fragment order.
+        shared: the shared expert's, [F, D]; None if `pairs` have none.
+        pairs: sort_pairs' result.
+        num_tiles: token tiles of a pass.
+        swiglu_limit: the clamp, or None.
+        out: [pairs, F], overwritten.
+        out_name: its dtype, "bf16" or "f32".
+    """
+    num_rows, num_columns = weights[0].shape[-2:]
     config = Config("gate_up", num_rows, num_columns, route_weights.shape[1], num_tiles, x_name, out_name)
     limit = float("inf") if swiglu_limit is None else swiglu_limit
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
     kernel(__name__, config, out.device)(
         *x,
-        *_weight(w1),
-        *_weight(w3),
+        *(part for w in weights for part in _weight(w)),
+        *(part for w, v in zip(weights, shared, strict=True) for part in _weight(w if v is None else v)),
         pairs.order,
         pairs.passes,
         pairs.num_passes,
@@ -141,13 +225,25 @@ def down(
     h: tuple[torch.Tensor, ...],
     h_name: str,
     w2: NvFp4Tensor,
+    shared: NvFp4Tensor | None,
     pairs: SortedPairs,
     num_slots: int,
     num_tiles: int,
     out: torch.Tensor,
 ) -> None:
-    """Write w2 h of every pair to out [pairs, D] bf16, at the pair's own place."""
+    """Write w2 h of every pair to out [pairs, D] bf16, at the pair's own place.
+
+    Args:
+        h: what is multiplied, [pairs, F] by sorted position: (bf16,) or codes, scales and tensor scales.
+        h_name: "bf16" or "nvfp4".
+        w2: [E, D, F] in fragment order.
+        shared: the shared expert's, [D, F]; None if `pairs` have none.
+        pairs, num_tiles: as for gate_up.
+        num_slots: A.
+        out: [pairs, D] bf16, overwritten.
+    """
     num_rows, num_columns = w2.shape[-2:]
     config = Config("down", num_rows, num_columns, num_slots, num_tiles, h_name, "bf16")
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
-    kernel(__name__, config, out.device)(*h, *_weight(w2), pairs.order, pairs.passes, pairs.num_passes, out, blocks)
+    weights = (*_weight(w2), *_weight(w2 if shared is None else shared))
+    kernel(__name__, config, out.device)(*h, *weights, pairs.order, pairs.passes, pairs.num_passes, out, blocks)

@@ -7,19 +7,19 @@ from cutlass import Int32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.parts.sort_pairs import PASS_FIELDS, THREADS, Config
+from megamoe.kernels.parts.sort_pairs import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT, THREADS, Config
 
 WARPS = THREADS // 32
 
 
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
-    num_pairs, bound = cute.sym_int32(), cute.sym_int32()
+    num_pairs, num_sorted, bound = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
     arguments = (
         make_fake_tensor(Int64, (num_pairs,), (1,)),
-        make_fake_tensor(Int32, (num_pairs,), (1,)),
+        make_fake_tensor(Int32, (num_sorted,), (1,)),
         make_fake_tensor(Int32, (bound, PASS_FIELDS), (PASS_FIELDS, 1), assumed_align=16),
-        make_fake_tensor(Int32, (1,), (1,)),
+        make_fake_tensor(Int32, (NUM_COUNTERS,), (1,)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
     return SortPairs(config).sort, arguments
@@ -33,6 +33,18 @@ def equal_lanes(value):
 def bits_set(mask):
     """Return the number of bits set."""
     return inline_ptx("popc.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[mask])
+
+
+def sum_to_lane(value):
+    """Return the sum of a value over the warp's lanes up to this one."""
+    for power in range(5):
+        value = inline_ptx(
+            f"{{ .reg .pred has; .reg .b32 other; shfl.sync.up.b32 other|has, {{$r0}}, {1 << power}, 0, 0xffffffff; "
+            "selp.b32 other, other, 0, has; add.s32 {$w0}, {$r0}, other; }",
+            write_only_types=[Int32],
+            read_only_args=[value],
+        )
+    return value
 
 
 class SortPairs:
@@ -54,8 +66,7 @@ class SortPairs:
         warp, lane = cute.arch.make_warp_uniform(tid // 32), tid % 32
         allocator = cutlass.memory.SmemAllocator()
         counts = allocator.allocate_tensor(Int32, cute.make_layout((num_experts, WARPS)))
-        scan_pairs = allocator.allocate_tensor(Int32, cute.make_layout(THREADS))
-        scan_passes = allocator.allocate_tensor(Int32, cute.make_layout(THREADS))
+        warp_sums = allocator.allocate_tensor(Int32, cute.make_layout((2, WARPS)))
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -83,22 +94,30 @@ class SortPairs:
             for owner in cutlass.range_constexpr(WARPS):
                 own_pairs = own_pairs + counts[tid, owner]
         own_passes = (own_pairs + (per_pass - 1)) // per_pass
-        scan_pairs[tid] = own_pairs
-        scan_passes[tid] = own_passes
+        pairs_before, passes_before = sum_to_lane(own_pairs), sum_to_lane(own_passes)
+        if lane == 31:
+            warp_sums[0, warp] = pairs_before
+            warp_sums[1, warp] = passes_before
         cute.arch.sync_threads()
-        pairs_before, passes_before = own_pairs, own_passes
-        for power in cutlass.range_constexpr(9):  # 2^9 threads
-            distance = 1 << power
-            more_pairs, more_passes = Int32(0), Int32(0)
-            if tid >= distance:
-                more_pairs, more_passes = scan_pairs[tid - distance], scan_passes[tid - distance]
-            cute.arch.sync_threads()
-            pairs_before, passes_before = pairs_before + more_pairs, passes_before + more_passes
-            scan_pairs[tid] = pairs_before
-            scan_passes[tid] = passes_before
-            cute.arch.sync_threads()
-        if tid == THREADS - 1:
-            num_passes[0] = passes_before
+        routed_passes = Int32(0)
+        for other in cutlass.range_constexpr(WARPS):
+            pairs, passes_of_other = warp_sums[0, other], warp_sums[1, other]
+            pairs_before = pairs_before + pairs * Int32(other < warp)
+            passes_before = passes_before + passes_of_other * Int32(other < warp)
+            routed_passes = routed_passes + passes_of_other
+        num_shared = order.shape[0] - num_pairs
+        shared_passes = (num_shared + (per_pass - 1)) // per_pass
+        if tid == 0:
+            num_passes[0] = routed_passes + shared_passes
+            num_passes[1] = Int32(0)
+            num_passes[2] = Int32(0)
+        for index in cutlass.range(tid, shared_passes, THREADS, unroll=1):
+            passes[routed_passes + index, 0] = Int32(SHARED_EXPERT)
+            passes[routed_passes + index, 1] = num_pairs + index * per_pass
+            passes[routed_passes + index, 2] = cutlass.min(num_shared - index * per_pass, Int32(per_pass))
+            passes[routed_passes + index, 3] = Int32(0)
+        for index in cutlass.range(tid, num_shared, THREADS, unroll=1):
+            order[num_pairs + index] = num_pairs + index
         pairs_before, passes_before = pairs_before - own_pairs, passes_before - own_passes
         if tid < num_experts:
             position = pairs_before
