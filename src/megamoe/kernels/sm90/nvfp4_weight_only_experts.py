@@ -2,12 +2,13 @@
 """nvfp4_weight_only_experts on Hopper: every chosen expert streams once, tokens in registers.
 
 Meaning    ops/nvfp4_weight_only_experts.py and ops/expert_common.py; this file only makes it fast
-Launches   sort_pairs, gate_up, down, sum_slots (parts/expert_stream.py); no host synchronization
-Many       tokens an expert: its weights are streamed once for every 16 of them
+Few tokens an expert: sort_pairs, gate_up, down, sum_slots (parts/expert_stream.py)
+Many       sort_pairs, gather_rows, gate_up, down, sum_slots: tiles on wgmma (parts/expert_tiles.py)
+Choice     by T, A and E alone: parts/expert_tiles.py, stream_limit. The two paths add in different orders
 Limits     x bf16; weights in fragment order (w.fragments(), once at load); D and F multiples of 64 up to 8192; at most
            512 experts on a GPU
 Bound      memory: the bytes of the experts that were chosen, 0.5625 a value
-Order      of additions: a function of D and F alone
+Order      of additions: a function of D, F and the path
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.kernels.parts import expert_tiles
 from megamoe.kernels.parts.expert_stream import down, expert_keys, gate_up, tiles_for
 from megamoe.kernels.parts.linear_stream import aligned, require_fragments
 from megamoe.kernels.parts.sort_pairs import sort_pairs
@@ -28,6 +30,7 @@ from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from expert_keys(dims["E"], dims["D"], dims["F"], dims["A"], "bf16", "bf16")
+    yield from expert_tiles.tile_keys(dims["D"], dims["F"], dims["E"], "bf16", "bf16")
 
 
 def run(
@@ -54,6 +57,9 @@ def run(
     num_slots = expert_ids.shape[1]
     if num_tokens == 0:
         return torch.empty(0, width, dtype=out_dtype, device=x.device)
+    if num_tokens > expert_tiles.stream_limit(num_slots, num_experts):
+        outputs = expert_tiles.tile_experts(op, (x,), route_weights, expert_ids, w1, w3, w2, swiglu_limit, None)
+        return sum_slots(outputs, num_slots, shared_output, out_dtype)
     num_pairs = num_tokens * num_slots
     num_tiles = tiles_for(width, inner_size, num_pairs, num_experts)
     pairs = sort_pairs(op, expert_ids.contiguous(), num_experts, num_tiles * TOKENS_PER_TILE)
