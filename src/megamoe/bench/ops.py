@@ -190,6 +190,7 @@ BASELINES: dict[str, Baseline] = {
     "route_experts": Baseline("torch eager, bf16 logits", _eager_route),
     "nvfp4_linear": Baseline("cuBLAS bf16 after dequantizing x", _cublas_nvfp4),
     "nvfp4_weight_only_linear": Baseline("cuBLAS bf16", _cublas),
+    "nvfp4_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
@@ -203,6 +204,7 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "route_experts": lambda dims, tokens: 2 * tokens * dims["E"] * dims["D"],
     "nvfp4_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "nvfp4_weight_only_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
+    "nvfp4_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
     "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
 }
 """Operation → products and sums that run on the matrix units; absent where memory alone counts."""

@@ -18,6 +18,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "hyper_connection_post": {"portable": "megamoe.kernels.portable.hyper_connection_post"},
     "nvfp4_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_linear"},
     "nvfp4_weight_only_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_linear"},
+    "nvfp4_experts": {"sm90": "megamoe.kernels.sm90.nvfp4_experts"},
     "nvfp4_weight_only_experts": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_experts"},
 }
 

@@ -5,7 +5,8 @@ Math       ops/expert_common.py, over the dequantized weights and activations
 Numerics   ops/expert_common.py. x and h are rounded to NVFP4 with one dynamic tensor scale per token (h straight from
            fp32, after the route weight). Values are code * block scale * tensor scale in fp32; products and sums fp32.
 Tolerance  verify/tolerance.py, "nvfp4_experts"
-Kernels    none yet. Weight-only W4A16 is a different operation: nvfp4_weight_only_experts.
+Kernels    sm90: x bf16, weights in fragment order (w.fragments()).
+           Weight-only W4A16 is a different operation: nvfp4_weight_only_experts.
 Source     docs/numerics.md, sections "NVFP4" and "Operations"
 """
 
@@ -15,7 +16,8 @@ import torch
 
 from megamoe.formats import nvfp4
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.ops.dispatch import pick
+from megamoe.ops.containers import packed, unpacked
+from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.expert_common import check_experts, sum_of_experts
 
 
@@ -91,3 +93,64 @@ def reference(
         round_input=rounded,
         round_hidden=rounded,
     )
+
+
+def _run(
+    x: torch.Tensor,
+    route_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    w1: list[torch.Tensor],
+    w3: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    forms: str,
+    shared_output: torch.Tensor | None,
+    swiglu_limit: float | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    weights = (unpacked(w, form) for w, form in zip((w1, w3, w2), forms.split(","), strict=True))
+    run = pick("nvfp4_experts", x.device, reference)
+    return run(x, route_weights, expert_ids, *weights, shared_output, swiglu_limit, out_dtype)  # type: ignore[no-any-return]
+
+
+def _fake(
+    x: torch.Tensor,
+    route_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    w1: list[torch.Tensor],
+    w3: list[torch.Tensor],
+    w2: list[torch.Tensor],
+    forms: str,
+    shared_output: torch.Tensor | None,
+    swiglu_limit: float | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+
+
+def _call(
+    x: torch.Tensor,
+    route_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    w1: NvFp4Tensor,
+    w3: NvFp4Tensor,
+    w2: NvFp4Tensor,
+    shared_output: torch.Tensor | None,
+    swiglu_limit: float | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    tensors, forms = zip(*map(packed, (w1, w3, w2)), strict=True)
+    return torch.ops.megamoe.nvfp4_experts(  # type: ignore[no-any-return]
+        x, route_weights, expert_ids, *tensors, ",".join(forms), shared_output, swiglu_limit, out_dtype
+    )
+
+
+traced(
+    "nvfp4_experts",
+    {
+        "nvfp4_experts": "(Tensor x, Tensor route_weights, Tensor expert_ids, Tensor[] w1, Tensor[] w3, Tensor[] w2, "
+        "str forms, Tensor? shared_output, float? swiglu_limit, ScalarType out_dtype) -> Tensor"
+    },
+    {"nvfp4_experts": _run},
+    {"nvfp4_experts": _fake},
+    _call,
+)

@@ -24,7 +24,8 @@ from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE, StreamPlan
 from megamoe.kernels.store import kernel
 
-MAX_TILES = 3
+VARIANT: dict = {}
+MAX_TILES = 2  # three leave the rings too little shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Config:
         num_tiles: token tiles of 8 in a pass.
         x: "bf16" or "nvfp4".
         out: "bf16" or "f32".
+        skips: passes with few tokens leave out token tiles.
+        grouped: try
     """
 
     step: str
@@ -48,16 +51,24 @@ class Config:
     num_tiles: int
     x: str
     out: str
+    skips: bool = True
+    grouped: bool = True
 
     @property
     def plan(self) -> StreamPlan:
         """How a product is shared out."""
-        return StreamPlan(self.num_columns, 2 if self.step == "gate_up" else 1, self.num_tiles)
+        return _plan(self.step, self.num_columns, self.num_tiles, self.grouped)
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory that a block asks for at launch."""
         return self.plan.shared_bytes
+
+
+def _plan(step: str, num_columns: int, num_tiles: int, grouped: bool = True) -> StreamPlan:
+    if step == "gate_up":
+        return StreamPlan(num_columns, 2, num_tiles)
+    return StreamPlan(num_columns, 1, num_tiles, 2 if grouped and num_columns <= 2048 else 1)
 
 
 def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: int) -> int:
@@ -69,7 +80,7 @@ def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: in
     likely = mean + 3.0 * mean**0.5
     wanted = min(MAX_TILES, max(1, -(-int(likely) // TOKENS_PER_TILE)))
     for num_tiles in range(wanted, 0, -1):
-        if StreamPlan(num_columns, 2, num_tiles).is_possible() and StreamPlan(inner_size, 1, num_tiles).is_possible():
+        if _plan("gate_up", num_columns, num_tiles).is_possible() and _plan("down", inner_size, num_tiles).is_possible():
             return num_tiles
     raise NotImplementedError(
         f"experts: the kernel takes hidden and inner sizes that are multiples of 64 up to 8192; got {num_columns} and "
@@ -120,7 +131,7 @@ def gate_up(
 ) -> None:
     """Write h of every pair, by sorted position, to out [pairs, F]."""
     num_rows, num_columns = w1.shape[-2:]
-    config = Config("gate_up", num_rows, num_columns, route_weights.shape[1], num_tiles, x_name, out_name)
+    config = Config("gate_up", num_rows, num_columns, route_weights.shape[1], num_tiles, x_name, out_name, **VARIANT)
     limit = float("inf") if swiglu_limit is None else swiglu_limit
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
     kernel(__name__, config, out.device)(
@@ -148,6 +159,6 @@ def down(
 ) -> None:
     """Write w2 h of every pair to out [pairs, D] bf16, at the pair's own place."""
     num_rows, num_columns = w2.shape[-2:]
-    config = Config("down", num_rows, num_columns, num_slots, num_tiles, h_name, "bf16")
+    config = Config("down", num_rows, num_columns, num_slots, num_tiles, h_name, "bf16", **VARIANT)
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
     kernel(__name__, config, out.device)(*h, *_weight(w2), pairs.order, pairs.passes, pairs.num_passes, out, blocks)

@@ -186,6 +186,7 @@ class ExpertStream:
         known_pass, known_expert = self.expert_ahead(unit, end, known_pass, known_expert)
         num_row_tiles = self.config.num_rows // 16
         weight, index = (position // stages, 0) if self.plan.num_weights == 2 else (0, position // stages)
+        index = self.thread.row_group * self.plan.tiles_per_warp + index
         row_tile = self.row_tile(unit - known_pass * self.plan.num_units(num_row_tiles), index)
         chunk = (Int64(known_expert) * num_row_tiles + row_tile) * self.plan.chunks
         code_address, scale_address = self.thread.slice_addresses(
@@ -224,8 +225,8 @@ class ExpertStream:
         self, count: Int32, slot: Int32, parity: Int32, unit: Int32, end: Int32, known: Int32, expert: Int32
     ):
         """Stream a unit past as many token tiles as the pass has."""
-        if cutlass.const_expr(self.plan.num_tiles == 1):
-            slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
+        if cutlass.const_expr(self.plan.num_tiles == 1 or not self.config.skips):
+            slot, parity, known, expert = self.stream_unit(self.plan.num_tiles, slot, parity, unit, end, known, expert)
         elif cutlass.const_expr(self.plan.num_tiles == 2):
             if count <= TOKENS_PER_TILE:
                 slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
@@ -278,7 +279,28 @@ class ExpertStream:
         group: Int32,
     ):
         """Add up the warps' sums and store the outputs of a unit."""
-        output, per_tile = self.thread.output(unit), self.plan.num_tiles * TOKENS_PER_TILE * 16
+        for turn in cutlass.range_constexpr(-(-self.plan.outputs_per_unit // THREADS)):
+            output = self.thread.output(unit) + turn * THREADS
+            self.finish_output(x, weights, order, route, out, limit, expert, first, count, unit, group, output)
+
+    @cute.jit
+    def finish_output(
+        self,
+        x,
+        weights,
+        order: cute.Tensor,
+        route,
+        out: cute.Tensor,
+        limit: Float32,
+        expert: Int32,
+        first: Int32,
+        count: Int32,
+        unit: Int32,
+        group: Int32,
+        output: Int32,
+    ):
+        """Add up the sums of one output and store it."""
+        per_tile = self.plan.num_tiles * TOKENS_PER_TILE * 16
         stream, local = output // per_tile, output // 16 % (self.plan.num_tiles * TOKENS_PER_TILE)
         if (output < self.plan.outputs_per_unit) & (local < count):
             row = self.row_tile(group, stream) * 16 + output % 16

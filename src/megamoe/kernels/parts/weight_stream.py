@@ -36,22 +36,31 @@ class StreamPlan:
         num_columns: K.
         num_weights: weights streamed side by side: 1, or 2 for gate and up.
         num_tiles: token tiles of 8 that one pass over the weight serves.
+        row_groups: groups that the warps form, each with row tiles of its own; more groups, longer slices. 1 where
+            num_weights is 2.
     """
 
     num_columns: int
     num_weights: int
     num_tiles: int
+    row_groups: int = 1
+
+    @property
+    def tiles_per_warp(self) -> int:
+        """Row tiles that a warp streams between two barriers: more where its slice is short."""
+        wanted = max(1, 8 // (self.slice_chunks * self.num_weights))
+        outputs = self.row_groups * self.num_tiles * TOKENS_PER_TILE * 16
+        return min(wanted, 4, self.row_groups * THREADS // outputs) if self.num_weights == 1 else 1
 
     @property
     def tiles_per_unit(self) -> int:
-        """Row tiles between two barriers: more where a warp's slice is short."""
-        wanted = max(1, 8 // (self.slice_chunks * self.num_weights))
-        return min(wanted, 4, THREADS // (self.num_tiles * TOKENS_PER_TILE * 16)) if self.num_weights == 1 else 1
+        """Row tiles between two barriers."""
+        return self.row_groups * self.tiles_per_warp
 
     @property
     def streams(self) -> int:
         """Slices that a warp streams for one unit: row tiles times weights."""
-        return self.num_weights * self.tiles_per_unit
+        return self.num_weights * self.tiles_per_warp
 
     @property
     def outputs_per_unit(self) -> int:
@@ -70,20 +79,25 @@ class StreamPlan:
     @property
     def slice_chunks(self) -> int:
         """Chunks of a warp."""
-        return -(-self.chunks // WARPS)
+        return -(-self.chunks // (WARPS // self.row_groups))
+
+    @property
+    def slices(self) -> int:
+        """Slices that a row is cut into: the partial sums of an output."""
+        return -(-self.chunks // self.slice_chunks)
 
     @property
     def used_warps(self) -> int:
         """Warps that have columns; the others only help to add."""
-        return -(-self.chunks // self.slice_chunks)
+        return self.row_groups * self.slices
 
-    def first_chunk(self, warp: int) -> int:
-        """First chunk that a warp streams; the last warp's slice may overlap its neighbour's."""
-        return min(warp * self.slice_chunks, self.chunks - self.slice_chunks)
+    def first_chunk(self, index: int) -> int:
+        """First chunk of a slice; the last slice may overlap its neighbour."""
+        return min(index * self.slice_chunks, self.chunks - self.slice_chunks)
 
-    def first_own_chunk(self, warp: int) -> int:
-        """First chunk that a warp adds; it treats its tokens as zero in the chunks before."""
-        return warp * self.slice_chunks
+    def first_own_chunk(self, index: int) -> int:
+        """First chunk that a slice's warps add; they treat their tokens as zero in the chunks before."""
+        return index * self.slice_chunks
 
     @property
     def register_tiles(self) -> int:
@@ -110,12 +124,12 @@ class StreamPlan:
     @property
     def token_bytes(self) -> int:
         """Shared memory for tokens."""
-        return self.shared_tiles * self.used_warps * self.slice_chunks * TILE_COLUMNS * TOKENS_PER_TILE * 2
+        return self.shared_tiles * WARPS * self.slice_chunks * TILE_COLUMNS * TOKENS_PER_TILE * 2
 
     @property
     def partial_bytes(self) -> int:
         """Shared memory for the partial sums of one unit."""
-        return self.used_warps * self.streams * self.num_tiles * TOKENS_PER_TILE * PARTIAL_STRIDE * 4
+        return self.slices * self.row_groups * self.streams * self.num_tiles * TOKENS_PER_TILE * PARTIAL_STRIDE * 4
 
     def _slots(self, buffers: int) -> int:
         left = SHARED_BYTES - WARPS * MAX_SLOTS * 8 - buffers * self.partial_bytes - self.token_bytes
@@ -159,7 +173,7 @@ class StreamPlan:
             self.num_columns % TILE_COLUMNS == 0
             and 0 < self.num_columns <= MAX_COLUMNS
             and self.num_slots >= 2
-            and self.outputs_per_unit <= THREADS
+            and self.outputs_per_unit <= self.row_groups * THREADS
         )
 
 

@@ -57,6 +57,7 @@ class StreamThread:
 
     Attributes:
         warp, lane: position in the block.
+        row_group, slice: which row tiles the warp streams, and which part of their columns.
         row, column: g and t of formats/fragment_layout.py.
         first_chunk: first chunk of the warp's slice.
     """
@@ -68,7 +69,9 @@ class StreamThread:
         self.warp = cute.arch.make_warp_uniform(tidx // 32)
         self.lane = tidx % 32
         self.row, self.column = self.lane // 4, self.lane % 4
-        self.first_chunk = cutlass.min(self.warp * plan.slice_chunks, plan.chunks - plan.slice_chunks)
+        self.row_group = 0 if plan.row_groups == 1 else self.warp // plan.slices
+        self.slice = self.warp - self.row_group * plan.slices
+        self.first_chunk = cutlass.min(self.slice * plan.slice_chunks, plan.chunks - plan.slice_chunks)
         self.shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=128).toint()
         self.barriers = self.shared + self.warp * (MAX_SLOTS * 8)
         self.ring = self.shared + plan.ring_offset + self.warp * (plan.num_slots * plan.slot_bytes)
@@ -147,7 +150,7 @@ class StreamThread:
         plan = self.plan
         wanted = tile * TOKENS_PER_TILE + self.row < num_tokens
         if plan.chunks % plan.slice_chunks:  # the last slice starts inside its neighbour's
-            wanted = wanted & (self.first_chunk + chunk >= self.warp * plan.slice_chunks)
+            wanted = wanted & (self.first_chunk + chunk >= self.slice * plan.slice_chunks)
         return load_raw(tile, Int32(wanted), self.first_chunk + chunk)
 
     def _token_address(self, chunk: int, tile: int):
@@ -207,7 +210,8 @@ class StreamThread:
     def store_partials(self, unit, stream: int, accumulators):
         """Store the warp's sums of one of the unit's slices."""
         for tile in range(len(accumulators)):
-            base = self._partials(unit) + self._partial(self.warp, stream, tile * TOKENS_PER_TILE)
+            column = self.row_group * self.plan.streams + stream
+            base = self._partials(unit) + self._partial(self.slice, column, tile * TOKENS_PER_TILE)
             base = base + (self.column * (2 * PARTIAL_STRIDE) + self.row) * 4
             even, odd = accumulators[tile]
             for index, offset in enumerate((0, PARTIAL_STRIDE, 8, PARTIAL_STRIDE + 8)):
@@ -218,22 +222,23 @@ class StreamThread:
         base = self.shared + plan.partial_offset
         return base if plan.partial_buffers == 1 else base + (unit & 1) * plan.partial_bytes
 
-    def _partial(self, warp, stream, token):
+    def _partial(self, index, stream, token):
         plan = self.plan
-        return ((warp * plan.streams + stream) * (plan.num_tiles * TOKENS_PER_TILE) + token) * (PARTIAL_STRIDE * 4)
+        streams, tokens = plan.row_groups * plan.streams, plan.num_tiles * TOKENS_PER_TILE
+        return ((index * streams + stream) * tokens + token) * (PARTIAL_STRIDE * 4)
 
     def output(self, unit):
         """Return which of the unit's outputs this thread adds; past the last one, none. Warps take turns."""
         return (self.tid - unit * self.plan.outputs_per_unit) & (THREADS - 1)
 
     def sum_partials(self, unit, stream, token, row):
-        """Return the sum over the warps, in their order, for one token and row of a slice."""
+        """Return the sum over the slices, in their order, for one token and row of a stream."""
         plan = self.plan
         total = Float32(0.0)
         address = self._partials(unit) + self._partial(0, stream, token) + row * 4
         step = self._partial(1, 0, 0)
-        for warp in range(plan.used_warps):
-            total = total + load_shared_float(address + warp * step)
+        for index in range(plan.slices):
+            total = total + load_shared_float(address + index * step)
         return total
 
     def before_partials(self):
