@@ -51,6 +51,11 @@ PTX_WANTED = {
         "griddepcontrol.wait",
     ],
     "parts.weight_tiles": ["wgmma.mma_async.sync.aligned.m64n128k16", "setmaxnreg.inc", "mul.rn.bf16x2"],
+    "parts.expert_tiles": [
+        "wgmma.mma_async.sync.aligned.m64n",
+        "cp.async.bulk.tensor.2d.shared::cluster.global",
+        "mul.rn.bf16x2",
+    ],
     "parts.sort_pairs": ["match.any.sync.b32", "griddepcontrol.wait"],
     "parts.sum_slots": ["griddepcontrol.wait"],
     "parts.expand_nvfp4": ["mul.rn.bf16x2"],
@@ -76,6 +81,8 @@ SASS_WANTED = {
     "parts.linear_stream": ["UBLKCP", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
     "parts.expert_stream": ["UBLKCP", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
     "parts.weight_tiles": ["UTMALDG.2D", "LDG.E.NA.128", "HGMMA.64x128x16.F32.BF16", "STSM.16.MT88.4", "STG.E.128"],
+    "parts.expert_tiles": ["UTMALDG.2D", "LDS.128", "HGMMA.64x", "HMUL2.BF16_V2"],
+    "parts.gather_rows": ["STG.E.128"],
     "parts.sum_slots": ["LDG.E.128", "STG.E.128"],
     "parts.expand_nvfp4": ["STG.E.128"],
 }

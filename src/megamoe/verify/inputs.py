@@ -18,6 +18,7 @@ from megamoe.formats import nvfp4
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
+from megamoe.kernels.parts import expert_tiles
 from megamoe.kernels.parts.linear_stream import stream_limit
 from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
 from megamoe.ops.nvfp4_experts import nvfp4_experts
@@ -217,9 +218,12 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
     return {**arguments, "x": nvfp4.quantize(arguments["x"], scale_per="row")}
 
 
+MAX_EXPERTS = 8
+
+
 def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     """Return arguments with at most 8 experts: kernels know the number only as the end of a loop."""
-    num_experts, width, inner_size, device = min(8, dims["E"]), dims["D"], dims["F"], generator.device
+    num_experts, width, inner_size, device = min(MAX_EXPERTS, dims["E"]), dims["D"], dims["F"], generator.device
     order = torch.rand(num_tokens, num_experts, generator=generator, device=device).argsort(-1)
     order[: num_tokens // 2] = order[: num_tokens // 2].sort(-1).values  # half of the tokens agree: crowded experts
     return {
@@ -237,6 +241,10 @@ def _streamed(dims: Mapping[str, int]) -> int:
     return stream_limit(dims["N"])
 
 
+def _experts_streamed(dims: Mapping[str, int]) -> int:
+    return expert_tiles.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
+
+
 def _tied(values: torch.Tensor) -> torch.Tensor:
     """Return per-expert values with experts 0 and 1, and 2 and the last, alike and large: often chosen, always tied."""
     values = values.clone()
@@ -249,6 +257,12 @@ def _clamped_swiglu(dims: Mapping[str, int], num_tokens: int, generator: torch.G
     shape = (num_tokens, dims["F"])
     gate, up = scaled(generator, *shape, scale=6.0).bfloat16(), scaled(generator, *shape, scale=6.0).bfloat16()
     return {"gate": gate, "up": up, "limit": 10.0}  # a tenth of the values beyond the limit
+
+
+def _both_paths(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
+    """Return an experts operation with few tokens an expert, and with passes that are full and more than full."""
+    per_token = ("x", "route_weights", "expert_ids")
+    return tuple(OpInputs(door, _experts, per_token, tile, _experts_streamed) for tile in (8, 43))
 
 
 INPUTS: dict[str, tuple[OpInputs, ...]] = {
@@ -269,10 +283,8 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "nvfp4_weight_only_linear": (
         OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
     ),
-    "nvfp4_experts": (OpInputs(nvfp4_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),),
-    "nvfp4_weight_only_experts": (
-        OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),
-    ),
+    "nvfp4_experts": _both_paths(nvfp4_experts),
+    "nvfp4_weight_only_experts": _both_paths(nvfp4_weight_only_experts),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
     "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),

@@ -28,8 +28,8 @@ from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.store import kernel
 
 BOX_TOKENS = 16  # what one request to the copy engine brings
-PASS_TOKENS = (32, 64, 112, 128)
-"""Sizes of a pass. More of them in one kernel would share its registers, and none would be fast (docs/experiments.md)."""
+PASS_TOKENS = (32, 64, 96, 112, 128)
+"""Sizes of a pass, a kernel each: one with several would run out of registers, and wait after every instruction."""
 HALF_TILES = 8  # row tiles of 16 rows in half a block: w1 and w3, or the first and the second half of w2
 HALF_ROWS = HALF_TILES * 16
 CONSUMERS = 256
@@ -182,7 +182,9 @@ def gate_up(
 ) -> None:
     """Write h of every pair, by sorted position, to out [pairs, F]."""
     num_rows, num_columns = w1.shape[-2:]
-    config = Config("gate_up", num_rows, num_columns, pass_tokens, rows.tensor_scale is not None, DTYPE_NAMES[out.dtype])
+    config = Config(
+        "gate_up", num_rows, num_columns, pass_tokens, rows.tensor_scale is not None, DTYPE_NAMES[out.dtype]
+    )
     limit = float("inf") if swiglu_limit is None else swiglu_limit
     blocks = min(num_multiprocessors(out.device), config.row_blocks * pairs.passes.shape[0])
     scales = () if rows.tensor_scale is None else (rows.tensor_scale,)

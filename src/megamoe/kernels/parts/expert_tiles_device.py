@@ -29,6 +29,7 @@ from megamoe.kernels.parts.memory_device import (
     load_global_int,
     load_shared,
     pack_bf16,
+    predicated,
     publish_barriers,
     store_global_vector_if,
     store_matrices_transposed,
@@ -84,9 +85,7 @@ class ExpertTiles:
         self.stages = config.stages
 
     @cute.jit
-    def gate_up(
-        self, x, c1, s1, t1, c3, s3, t3, passes, num_passes, route, out, limit: Float32, blocks: Int32, stream
-    ):
+    def gate_up(self, x, c1, s1, t1, c3, s3, t3, passes, num_passes, route, out, limit: Float32, blocks: Int32, stream):
         self.launch(x, None, ((c1, s1, t1), (c3, s3, t3)), passes, num_passes, route, out, limit, blocks, stream)
 
     @cute.jit
@@ -182,8 +181,18 @@ class ExpertTiles:
                 cute.arch.setmaxregister_decrease(40)
             if warp == CONSUMERS // 32:
                 self.produce(
-                    boxes, codes, scales, passes, shared_tokens, shared_codes, shared_scales, barriers, empty,
-                    first_tile, num_tiles, num_blocks,
+                    boxes,
+                    codes,
+                    scales,
+                    passes,
+                    shared_tokens,
+                    shared_codes,
+                    shared_scales,
+                    barriers,
+                    empty,
+                    first_tile,
+                    num_tiles,
+                    num_blocks,
                 )
         else:
             if cutlass.const_expr(self.config.pass_tokens > 64):
@@ -195,9 +204,24 @@ class ExpertTiles:
                 expert, first = load_global_int(address), load_global_int(address + 4)
                 count = load_global_int(address + 8)
                 self.consume(
-                    shared_tokens, shared_codes, shared_scales, shared_out, full, empty,
-                    position, tensor_scales, row_scales, per_pair, out, limit, tid, warp,
-                    tile - this_pass * row_blocks, expert, first, count,
+                    shared_tokens,
+                    shared_codes,
+                    shared_scales,
+                    shared_out,
+                    full,
+                    empty,
+                    position,
+                    tensor_scales,
+                    row_scales,
+                    per_pair,
+                    out,
+                    limit,
+                    tid,
+                    warp,
+                    tile - this_pass * row_blocks,
+                    expert,
+                    first,
+                    count,
                 )
                 position = position + self.chunks
 
@@ -245,9 +269,7 @@ class ExpertTiles:
             for step in cutlass.range(self.chunks, unroll=1):
                 stage = position % self.stages
                 wait_barrier(empty + stage * 8, (position // self.stages & 1) ^ 1)
-                expect_bytes_if(
-                    cute.arch.lane_idx() == 0, full + stage * 8, Int32(STEP_BYTES) + num_boxes * BOX_BYTES
-                )
+                expect_bytes_if(cute.arch.lane_idx() == 0, full + stage * 8, Int32(STEP_BYTES) + num_boxes * BOX_BYTES)
                 self.copy_weights(halves, step, stage, barriers + stage)
                 for box in cutlass.range(num_boxes, unroll=1):
                     cute.copy(
@@ -427,11 +449,16 @@ class ExpertTiles:
         config, lane, size = self.config, tid % 32, self.config.pass_tokens
         first_row = row_block * config.block_rows
         if cutlass.const_expr(config.out == "f32"):
+            token, row = lane % 4 * 2, first_row + warp * 16 + lane // 4
+            address = out.iterator.toint() + (Int64(first + token) * config.num_rows + row) * 4
             for place in cutlass.range_constexpr(size // 2):
-                token = place // 4 * 8 + lane % 4 * 2 + place % 2
-                row = first_row + warp * 16 + lane // 4 + place // 2 % 2 * 8
-                if (token < count) & (row < config.num_rows):
-                    out[first + token, row] = flat[0][place]
+                tokens, rows = place // 4 * 8 + place % 2, place // 2 % 2 * 8
+                predicated(
+                    (token + tokens < count) & (row + rows < config.num_rows),
+                    "st.global.f32 [{$r1}], {$r2};",
+                    address + (tokens * config.num_rows + rows) * 4,
+                    flat[0][place],
+                )
         else:
             shared, stride = shared_out.iterator.toint(), config.out_stride
             cute.arch.barrier(barrier_id=1, number_of_threads=CONSUMERS)  # the tile before has been read

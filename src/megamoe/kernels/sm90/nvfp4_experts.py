@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.kernels.parts import expert_tiles
 from megamoe.kernels.parts.expert_stream import down, expert_keys, gate_up, tiles_for
 from megamoe.kernels.parts.linear_stream import aligned, require_fragments
 from megamoe.kernels.parts.sort_pairs import sort_pairs
@@ -30,6 +31,7 @@ from megamoe.kernels.portable import quantize_nvfp4
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from expert_keys(dims["E"], dims["D"], dims["F"], dims["A"], "nvfp4", "f32")
+    yield from expert_tiles.tile_keys(dims["D"], dims["F"], dims["E"], "nvfp4", "f32")
     yield quantize_nvfp4.Config(dims["D"], "bf16", True)
     yield quantize_nvfp4.Config(dims["F"], "f32", True)
 
@@ -58,6 +60,20 @@ def run(
     num_slots = expert_ids.shape[1]
     if num_tokens == 0:
         return torch.empty(0, width, dtype=out_dtype, device=x.device)
+    if num_tokens > expert_tiles.stream_limit(num_slots, num_experts):
+        tokens = _parts(quantize_nvfp4.run(x, None))
+        outputs = expert_tiles.tile_experts(
+            op,
+            tokens,
+            route_weights,
+            expert_ids,
+            w1,
+            w3,
+            w2,
+            swiglu_limit,
+            lambda h: _parts(quantize_nvfp4.run(h, None)),
+        )
+        return sum_slots(outputs, num_slots, shared_output, out_dtype)
     num_pairs = num_tokens * num_slots
     num_tiles = tiles_for(width, inner_size, num_pairs, num_experts)
     pairs = sort_pairs(op, expert_ids.contiguous(), num_experts, num_tiles * TOKENS_PER_TILE)
