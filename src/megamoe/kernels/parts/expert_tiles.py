@@ -28,7 +28,7 @@ from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.store import kernel
 
 BOX_TOKENS = 16  # what one request to the copy engine brings
-PASS_TOKENS = (32, 64, 96, 112, 128)
+PASS_TOKENS = (16, 32, 48, 64, 96, 112, 128)
 """Sizes of a pass, a kernel each: one with several would run out of registers, and wait after every instruction."""
 HALF_TILES = 8  # row tiles of 16 rows in half a block: w1 and w3, or the first and the second half of w2
 HALF_ROWS = HALF_TILES * 16

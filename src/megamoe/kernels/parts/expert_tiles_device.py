@@ -134,7 +134,9 @@ class ExpertTiles:
             out,
             limit,
             blocks,
-        ).launch(grid=(blocks, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+        ).launch(
+            grid=(blocks, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1
+        )  # setmaxnreg needs to know
 
     @cute.kernel
     def kernel(
@@ -177,8 +179,7 @@ class ExpertTiles:
         num_tiles = load_global_int(num_passes.iterator.toint()) * row_blocks
 
         if warp >= CONSUMERS // 32:
-            if cutlass.const_expr(self.config.pass_tokens > 0):  # fewer sums fit into an even share of the registers
-                cute.arch.setmaxregister_decrease(40)
+            cute.arch.setmaxregister_decrease(40)
             if warp == CONSUMERS // 32:
                 self.produce(
                     boxes,
@@ -195,8 +196,7 @@ class ExpertTiles:
                     num_blocks,
                 )
         else:
-            if cutlass.const_expr(self.config.pass_tokens > 0):
-                cute.arch.setmaxregister_increase(232)
+            cute.arch.setmaxregister_increase(232)
             position = Int32(0)  # steps since the start, over all tiles
             for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
                 this_pass = tile // row_blocks
