@@ -99,6 +99,7 @@ def test_a_right_result_passes_and_a_wrong_one_is_not_timed(op: str, monkeypatch
 def test_baselines_do_the_same_work(op: str) -> None:
     """A baseline that computes something else would make any ratio."""
     call = next(one for one in op_shapes(op))
+    bound = 0.15 if op == "nvfp4_experts" else 0.02  # gate and up in bf16 move h across steps of E2M1
     for inputs in INPUTS[op]:
         arguments = inputs.make(call.dims, 6, torch.Generator().manual_seed(3))
         want = list(parts(inputs.door(**arguments)).values())
@@ -106,7 +107,7 @@ def test_baselines_do_the_same_work(op: str) -> None:
         for one, other in zip(got, want, strict=True):
             assert one.shape == other.shape
             if one.is_floating_point() and one.dtype.itemsize > 1 and one.dim():
-                close = (one.float() - other.float()).norm() <= 0.02 * other.float().norm()
+                close = (one.float() - other.float()).norm() <= bound * other.float().norm()
                 assert close or not other.float().isfinite().all()
 
 

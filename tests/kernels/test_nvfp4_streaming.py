@@ -72,7 +72,7 @@ def test_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int)
     plan = StreamPlan(num_columns, 1, num_tiles)
     assert plan.is_possible() and plan.shared_bytes <= SHARED_BYTES and sum(plan.stage_chunks) == plan.slice_chunks
     added = []
-    for warp in range(plan.used_warps):
+    for warp in range(plan.slices):
         first = plan.first_chunk(warp)
         assert 0 <= first and first + plan.slice_chunks <= plan.chunks
         added += [chunk for chunk in range(first, first + plan.slice_chunks) if chunk >= plan.first_own_chunk(warp)]
@@ -161,6 +161,7 @@ def test_activations_that_are_not_taken() -> None:
             experts,
             experts,
             experts,
+            None,
             None,
             None,
             torch.bfloat16,

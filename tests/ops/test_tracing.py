@@ -39,7 +39,9 @@ class Call(torch.nn.Module):
 
 
 def faked(value: Any, mode: FakeTensorMode) -> Any:
-    """Return a container with fake tensors; anything else as it is."""
+    """Return a container, or several, with fake tensors; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(faked(one, mode) for one in value)
     if not isinstance(value, NvFp4Tensor):
         return value
     tensors = {name: getattr(value, name) for name in ("codes", "scales", "tensor_scale")}

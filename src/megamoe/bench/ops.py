@@ -143,7 +143,7 @@ def _eager_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.T
     return (F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)).to(gate.dtype)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=6)
 def _bf16_of(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: torch.Tensor, form: str) -> torch.Tensor:
     """Return a weight in bf16, kept: the baseline multiplies, it does not decode."""
     return nvfp4.dequantize(unpacked([codes, scales.view(torch.uint8), tensor_scale], form), torch.bfloat16)
@@ -161,6 +161,11 @@ def _cublas_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor) -> torch.Tensor:
     return nvfp4.dequantize(x, torch.bfloat16) @ _bf16(w).T
 
 
+def _eager_rounded(x: torch.Tensor) -> torch.Tensor:
+    codes, scales, tensor_scale = _eager_nvfp4(x)
+    return nvfp4.dequantize(NvFp4Tensor(codes, scales, tensor_scale, scale_per="row"), torch.bfloat16)
+
+
 def _eager_experts(
     x: torch.Tensor,
     route_weights: torch.Tensor,
@@ -169,16 +174,21 @@ def _eager_experts(
     w3: NvFp4Tensor,
     w2: NvFp4Tensor,
     swiglu_limit: float,
+    shared_weights: tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor] | None = None,
+    rounded: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.bfloat16,
 ) -> torch.Tensor:
     """Multiply every token by every expert in bf16 and keep what was routed: no grouping, but no synchronization."""
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    out, x = torch.zeros(x.shape, dtype=torch.float32, device=x.device), rounded(x)
+    if shared_weights is not None:
+        gate, up = (x @ _bf16(w).T for w in shared_weights[:2])
+        out += rounded(_eager_swiglu(gate, up, swiglu_limit)) @ _bf16(shared_weights[2]).T
     gates, ups, downs = _bf16(w1), _bf16(w3), _bf16(w2)
     for expert in range(len(w1)):
         weight = (route_weights * (expert_ids == expert)).sum(-1, keepdim=True)
         gate = (x @ gates[expert].T).float().clamp(max=swiglu_limit)
         up = (x @ ups[expert].T).float().clamp(-swiglu_limit, swiglu_limit)
-        out += (F.silu(gate) * up * weight).bfloat16() @ downs[expert].T
-    return out.to(x.dtype)
+        out += rounded(F.silu(gate) * up * weight) @ downs[expert].T
+    return out.bfloat16()
 
 
 BASELINES: dict[str, Baseline] = {
@@ -190,7 +200,9 @@ BASELINES: dict[str, Baseline] = {
     "route_experts": Baseline("torch eager, bf16 logits", _eager_route),
     "nvfp4_linear": Baseline("cuBLAS bf16 after dequantizing x", _cublas_nvfp4),
     "nvfp4_weight_only_linear": Baseline("cuBLAS bf16", _cublas),
-    "nvfp4_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
+    "nvfp4_experts": Baseline(
+        "every expert through cuBLAS bf16, activations rounded", functools.partial(_eager_experts, rounded=_eager_rounded)
+    ),
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_head": Baseline("torch eager", _eager_head),

@@ -7,6 +7,8 @@ Numerics   gate and up stay fp32 until h, which is rounded to what w2 is multipl
            weight multiplies h before that rounding. Each expert's output is rounded to the dtype of x; the slots are
            added in fp32 in ascending order, then the shared output, then one rounding to out_dtype.
            w1 and w3 are two weights with their own scales: nothing is fused, so no scale can be shared by mistake.
+           The NVFP4 operations take the shared expert's weights instead of its output: shared_output[t] is then what
+           the linear of the same arithmetic gives, gate, up, h and output each rounded to the dtype of x.
            Row-invariant. Experts without tokens are not touched.
 Memory     A * T * F values in fp32 (three times) and A * T * D of the dtype of x
 """
@@ -35,9 +37,16 @@ def check_experts(
     shared_output: torch.Tensor | None,
     swiglu_limit: float | None,
     out_dtype: torch.dtype | None,
+    shared_weights: tuple[Any, Any, Any] | None = None,
 ) -> None:
     """Check the arguments of a routed-experts operation; weights are w1, w3 and w2."""
     w1, w3, w2 = weights
+    shared_w1, shared_w3, shared_w2 = (None, None, None) if shared_weights is None else shared_weights
+    if shared_output is not None and shared_weights is not None:
+        raise ValueError(
+            f"{op}: the shared expert is given by its output or by its weights; got both. Pass shared_output or "
+            "shared_weights."
+        )
     check(
         op,
         x=(x, "T D", FLOATS),
@@ -47,6 +56,9 @@ def check_experts(
         w3=(w3, "E F D", weight_types),
         w2=(w2, "E D F", weight_types),
         shared_output=(shared_output, "?T D", FLOATS),
+        shared_w1=(shared_w1, "?F D", weight_types),
+        shared_w3=(shared_w3, "?F D", weight_types),
+        shared_w2=(shared_w2, "?D F", weight_types),
         out_dtype=(out_dtype, OUT_DTYPES),
     )
     swiglu.check_limit(op, swiglu_limit)
@@ -102,6 +114,28 @@ def sum_of_experts(
     if shared_output is not None:
         total += shared_output
     return total.to(out_dtype)
+
+
+def shared_expert(
+    x: torch.Tensor,
+    weights: tuple[Weight, Weight, Weight],
+    swiglu_limit: float | None,
+    rounded: Callable[[torch.Tensor], Any],
+    times: Callable[[Any, Any, torch.dtype], torch.Tensor],
+) -> torch.Tensor:
+    """Return the shared expert's output [T, D] in the dtype of x.
+
+    Args:
+        x: [T, D] bf16 or fp32.
+        weights: w1 and w3 [F, D], w2 [D, F].
+        swiglu_limit: the clamp or None.
+        rounded: values [T, K] -> what weights are multiplied by.
+        times: (rounded values, weight [N, K], dtype) -> [T, N], a linear's reference.
+    """
+    w1, w3, w2 = weights
+    source = rounded(x)
+    hidden = swiglu.reference(times(source, w1, x.dtype), times(source, w3, x.dtype), swiglu_limit, None, x.dtype)
+    return times(rounded(hidden), w2, x.dtype)
 
 
 def _spans(op: str, sorted_ids: list[int], num_experts: int) -> list[tuple[int, int, int]]:

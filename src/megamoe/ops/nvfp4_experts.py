@@ -16,9 +16,12 @@ import torch
 
 from megamoe.formats import nvfp4
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.ops import nvfp4_linear
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.dispatch import pick, traced
-from megamoe.ops.expert_common import check_experts, sum_of_experts
+from megamoe.ops.expert_common import check_experts, shared_expert, sum_of_experts
+
+Weights = tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor]
 
 
 def nvfp4_experts(
@@ -30,6 +33,7 @@ def nvfp4_experts(
     w2: NvFp4Tensor,
     *,
     shared_output: torch.Tensor | None = None,
+    shared_weights: Weights | None = None,
     swiglu_limit: float | None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -43,6 +47,7 @@ def nvfp4_experts(
         w3: [E, F, D] NVFP4, up; its tensor scales may differ from those of w1.
         w2: [E, D, F] NVFP4, down.
         shared_output: [T, D] bf16 or fp32, added to the sum; None for nothing.
+        shared_weights: w1 and w3 [F, D] and w2 [D, F] of the shared expert, NVFP4, in place of its output.
         swiglu_limit: the clamp of gate and up, positive; None for no clamp.
         out_dtype: bf16 or fp32; None for the dtype of x.
 
@@ -57,11 +62,20 @@ def nvfp4_experts(
     """
     op = "nvfp4_experts"
     check_experts(
-        op, x, route_weights, expert_ids, (w1, w3, w2), (NvFp4Tensor,), shared_output, swiglu_limit, out_dtype
+        op,
+        x,
+        route_weights,
+        expert_ids,
+        (w1, w3, w2),
+        (NvFp4Tensor,),
+        shared_output,
+        swiglu_limit,
+        out_dtype,
+        shared_weights,
     )
     run = pick(op, x.device, reference)
     return run(  # type: ignore[no-any-return]
-        x, route_weights, expert_ids, w1, w3, w2, shared_output, swiglu_limit, out_dtype or x.dtype
+        x, route_weights, expert_ids, w1, w3, w2, shared_output, shared_weights, swiglu_limit, out_dtype or x.dtype
     )
 
 
@@ -73,6 +87,7 @@ def reference(
     w3: NvFp4Tensor,
     w2: NvFp4Tensor,
     shared_output: torch.Tensor | None,
+    shared_weights: Weights | None,
     swiglu_limit: float | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -81,6 +96,14 @@ def reference(
     def rounded(values: torch.Tensor) -> torch.Tensor:
         return nvfp4.dequantize(nvfp4.quantize(values, scale_per="row"))
 
+    if shared_weights is not None:
+        shared_output = shared_expert(
+            x,
+            shared_weights,
+            swiglu_limit,
+            rounded=lambda values: nvfp4.quantize(values, scale_per="row"),
+            times=nvfp4_linear.reference,
+        )
     return sum_of_experts(
         "nvfp4_experts",
         x,
@@ -102,14 +125,17 @@ def _run(
     w1: list[torch.Tensor],
     w3: list[torch.Tensor],
     w2: list[torch.Tensor],
+    shared_weights: list[torch.Tensor],
     forms: str,
     shared_output: torch.Tensor | None,
     swiglu_limit: float | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    weights = (unpacked(w, form) for w, form in zip((w1, w3, w2), forms.split(","), strict=True))
+    tensors = [w1, w3, w2, *(shared_weights[index : index + 3] for index in range(0, len(shared_weights), 3))]
+    weights = [unpacked(w, form) for w, form in zip(tensors, forms.split(","), strict=True)]
+    shared = tuple(weights[3:]) or None
     run = pick("nvfp4_experts", x.device, reference)
-    return run(x, route_weights, expert_ids, *weights, shared_output, swiglu_limit, out_dtype)  # type: ignore[no-any-return]
+    return run(x, route_weights, expert_ids, *weights[:3], shared_output, shared, swiglu_limit, out_dtype)  # type: ignore[no-any-return]
 
 
 def _fake(
@@ -119,6 +145,7 @@ def _fake(
     w1: list[torch.Tensor],
     w3: list[torch.Tensor],
     w2: list[torch.Tensor],
+    shared_weights: list[torch.Tensor],
     forms: str,
     shared_output: torch.Tensor | None,
     swiglu_limit: float | None,
@@ -135,12 +162,14 @@ def _call(
     w3: NvFp4Tensor,
     w2: NvFp4Tensor,
     shared_output: torch.Tensor | None,
+    shared_weights: Weights | None,
     swiglu_limit: float | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    tensors, forms = zip(*map(packed, (w1, w3, w2)), strict=True)
+    tensors, forms = zip(*map(packed, (w1, w3, w2, *(shared_weights or ()))), strict=True)
+    shared = [part for one in tensors[3:] for part in one]
     return torch.ops.megamoe.nvfp4_experts(  # type: ignore[no-any-return]
-        x, route_weights, expert_ids, *tensors, ",".join(forms), shared_output, swiglu_limit, out_dtype
+        x, route_weights, expert_ids, *tensors[:3], shared, ",".join(forms), shared_output, swiglu_limit, out_dtype
     )
 
 
@@ -148,7 +177,8 @@ traced(
     "nvfp4_experts",
     {
         "nvfp4_experts": "(Tensor x, Tensor route_weights, Tensor expert_ids, Tensor[] w1, Tensor[] w3, Tensor[] w2, "
-        "str forms, Tensor? shared_output, float? swiglu_limit, ScalarType out_dtype) -> Tensor"
+        "Tensor[] shared_weights, str forms, Tensor? shared_output, float? swiglu_limit, ScalarType out_dtype) "
+        "-> Tensor"
     },
     {"nvfp4_experts": _run},
     {"nvfp4_experts": _fake},

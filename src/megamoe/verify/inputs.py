@@ -218,23 +218,47 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
     return {**arguments, "x": nvfp4.quantize(arguments["x"], scale_per="row")}
 
 
+EXPERT_TILE = 8  # tokens that share an instruction
 MAX_EXPERTS = 8
+
+
+def routing(num_tokens: int, num_slots: int, num_experts: int, generator: torch.Generator) -> torch.Tensor:
+    """Return expert ids [T, A]: random, half of the tokens alike; but the extremes next to a tile.
+
+    One below a multiple of 8 tokens, all pairs belong to one expert and the others are empty. At it and one above, the
+    first A experts have all tokens each: exactly full tiles, and one more.
+    """
+    device = generator.device
+    order = torch.rand(num_tokens, num_experts, generator=generator, device=device).argsort(-1)
+    order[: num_tokens // 2] = order[: num_tokens // 2].sort(-1).values  # half of the tokens agree: crowded experts
+    ids = order[:, :num_slots].contiguous()
+    if num_tokens % EXPERT_TILE == EXPERT_TILE - 1:
+        return torch.full_like(ids, num_experts // 2)
+    if num_tokens >= EXPERT_TILE and num_tokens % EXPERT_TILE <= 1:
+        return torch.arange(num_slots, device=device).expand(num_tokens, -1).contiguous()
+    return ids
 
 
 def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     """Return arguments with at most 8 experts: kernels know the number only as the end of a loop."""
     num_experts, width, inner_size, device = min(MAX_EXPERTS, dims["E"]), dims["D"], dims["F"], generator.device
-    order = torch.rand(num_tokens, num_experts, generator=generator, device=device).argsort(-1)
-    order[: num_tokens // 2] = order[: num_tokens // 2].sort(-1).values  # half of the tokens agree: crowded experts
     return {
         "x": scaled(generator, num_tokens, width).bfloat16(),
         "route_weights": torch.rand(num_tokens, dims["A"], generator=generator, device=device) + 0.1,
-        "expert_ids": order[:, : dims["A"]].contiguous(),
+        "expert_ids": routing(num_tokens, dims["A"], num_experts, generator),
         "w1": _quantized_weight(generator, num_experts, inner_size, width),
         "w3": _quantized_weight(generator, num_experts, inner_size, width),
         "w2": _quantized_weight(generator, num_experts, width, inner_size),
         "swiglu_limit": 1.5,
     }
+
+
+def _experts_shared(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """The same with few routed experts and the weights of a shared one."""
+    few = {**dims, "E": min(dims["A"] + 1, dims["E"])}
+    sizes = ((dims["F"], dims["D"]), (dims["F"], dims["D"]), (dims["D"], dims["F"]))
+    shared = tuple(_quantized_weight(generator, *shape) for shape in sizes)
+    return {**_experts(few, num_tokens, generator), "shared_weights": shared}
 
 
 def _streamed(dims: Mapping[str, int]) -> int:
@@ -243,6 +267,20 @@ def _streamed(dims: Mapping[str, int]) -> int:
 
 def _experts_streamed(dims: Mapping[str, int]) -> int:
     return expert_tiles.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
+
+
+def _few_experts_streamed(dims: Mapping[str, int]) -> int:
+    return expert_tiles.stream_limit(dims["A"], min(dims["A"] + 1, dims["E"]))
+
+
+def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
+    """Return how a routed-experts operation is called: with a shared expert or not, with few tokens and with many."""
+    per_token = ("x", "route_weights", "expert_ids")
+    return (
+        OpInputs(door, _experts, per_token, EXPERT_TILE, _experts_streamed),
+        OpInputs(door, _experts_shared, per_token, EXPERT_TILE, _few_experts_streamed),
+        OpInputs(door, _experts, per_token, 43, _experts_streamed),  # passes of tiles that are full, and more than full
+    )
 
 
 def _tied(values: torch.Tensor) -> torch.Tensor:
@@ -257,12 +295,6 @@ def _clamped_swiglu(dims: Mapping[str, int], num_tokens: int, generator: torch.G
     shape = (num_tokens, dims["F"])
     gate, up = scaled(generator, *shape, scale=6.0).bfloat16(), scaled(generator, *shape, scale=6.0).bfloat16()
     return {"gate": gate, "up": up, "limit": 10.0}  # a tenth of the values beyond the limit
-
-
-def _both_paths(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
-    """Return an experts operation with few tokens an expert, and with passes that are full and more than full."""
-    per_token = ("x", "route_weights", "expert_ids")
-    return tuple(OpInputs(door, _experts, per_token, tile, _experts_streamed) for tile in (8, 43))
 
 
 INPUTS: dict[str, tuple[OpInputs, ...]] = {
@@ -283,8 +315,8 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "nvfp4_weight_only_linear": (
         OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
     ),
-    "nvfp4_experts": _both_paths(nvfp4_experts),
-    "nvfp4_weight_only_experts": _both_paths(nvfp4_weight_only_experts),
+    "nvfp4_experts": _expert_calls(nvfp4_experts),
+    "nvfp4_weight_only_experts": _expert_calls(nvfp4_weight_only_experts),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
     "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),

@@ -6,6 +6,9 @@
     down           w2 h, stored at the pair's place
     sum_slots      slots added in ascending order, then the shared output
 
+The shared expert, where its weights are given, is one more expert that every token visits with weight 1: its passes come
+last, and its h is made of gate and up rounded to bf16, as if two linears had computed them.
+
 A unit of work is one pass and one tile of 16 rows; blocks get contiguous runs of units, so that most blocks stay within
 one or two experts and load tokens once or twice.
 """
@@ -24,6 +27,8 @@ from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE, StreamPlan
 from megamoe.kernels.store import kernel
 
+SHARED_TOKENS = 64
+"""Up to how many tokens the shared expert is one of the experts: beyond it would be streamed more than four times."""
 VARIANT: dict = {}
 MAX_TILES = 2  # three leave the rings too little shared memory
 
@@ -113,7 +118,7 @@ def _weight(w: NvFp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         w.codes.view(-1, num_columns // 2),
         w.scales.view(torch.uint8).view(-1, num_columns // 16),
-        w.tensor_scale,
+        w.tensor_scale.view(-1),
     )
 
 
@@ -121,23 +126,36 @@ def gate_up(
     x: tuple[torch.Tensor, ...],
     x_name: str,
     route_weights: torch.Tensor,
-    w1: NvFp4Tensor,
-    w3: NvFp4Tensor,
+    weights: tuple[NvFp4Tensor, NvFp4Tensor],
+    shared: tuple[NvFp4Tensor | None, NvFp4Tensor | None],
     pairs: SortedPairs,
     num_tiles: int,
     swiglu_limit: float | None,
     out: torch.Tensor,
     out_name: str,
 ) -> None:
-    """Write h of every pair, by sorted position, to out [pairs, F]."""
-    num_rows, num_columns = w1.shape[-2:]
+    """Write h of every pair, by sorted position, to out [pairs, F].
+
+    Args:
+        x: what both products multiply, [T, D]: (bf16,) or codes, scales and tensor scales.
+        x_name: "bf16" or "nvfp4".
+        route_weights: [T, A] fp32, contiguous.
+        weights: w1 and w3, [E, F, D] in fragment order.
+        shared: the shared expert's, [F, D]; None if `pairs` have none.
+        pairs: sort_pairs' result.
+        num_tiles: token tiles of a pass.
+        swiglu_limit: the clamp, or None.
+        out: [pairs, F], overwritten.
+        out_name: its dtype, "bf16" or "f32".
+    """
+    num_rows, num_columns = weights[0].shape[-2:]
     config = Config("gate_up", num_rows, num_columns, route_weights.shape[1], num_tiles, x_name, out_name, **VARIANT)
     limit = float("inf") if swiglu_limit is None else swiglu_limit
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
     kernel(__name__, config, out.device)(
         *x,
-        *_weight(w1),
-        *_weight(w3),
+        *(part for w in weights for part in _weight(w)),
+        *(part for w, v in zip(weights, shared, strict=True) for part in _weight(w if v is None else v)),
         pairs.order,
         pairs.passes,
         pairs.num_passes,
@@ -152,13 +170,25 @@ def down(
     h: tuple[torch.Tensor, ...],
     h_name: str,
     w2: NvFp4Tensor,
+    shared: NvFp4Tensor | None,
     pairs: SortedPairs,
     num_slots: int,
     num_tiles: int,
     out: torch.Tensor,
 ) -> None:
-    """Write w2 h of every pair to out [pairs, D] bf16, at the pair's own place."""
+    """Write w2 h of every pair to out [pairs, D] bf16, at the pair's own place.
+
+    Args:
+        h: what is multiplied, [pairs, F] by sorted position: (bf16,) or codes, scales and tensor scales.
+        h_name: "bf16" or "nvfp4".
+        w2: [E, D, F] in fragment order.
+        shared: the shared expert's, [D, F]; None if `pairs` have none.
+        pairs, num_tiles: as for gate_up.
+        num_slots: A.
+        out: [pairs, D] bf16, overwritten.
+    """
     num_rows, num_columns = w2.shape[-2:]
     config = Config("down", num_rows, num_columns, num_slots, num_tiles, h_name, "bf16", **VARIANT)
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
-    kernel(__name__, config, out.device)(*h, *_weight(w2), pairs.order, pairs.passes, pairs.num_passes, out, blocks)
+    weights = (*_weight(w2), *_weight(w2 if shared is None else shared))
+    kernel(__name__, config, out.device)(*h, *weights, pairs.order, pairs.passes, pairs.num_passes, out, blocks)

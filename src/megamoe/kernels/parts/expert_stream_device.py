@@ -12,7 +12,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from megamoe.kernels.parts.expert_stream import Config
 from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.memory_device import load_global_int
-from megamoe.kernels.parts.sort_pairs import PASS_FIELDS
+from megamoe.kernels.parts.sort_pairs import PASS_FIELDS, SHARED_EXPERT
 from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
 from megamoe.kernels.parts.weight_stream_device import Ring, StreamThread, nvfp4_tokens, plain_tokens
 
@@ -33,14 +33,17 @@ def vector(dtype, size):
 
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
-    num_x, num_pairs, bound, num_experts = cute.sym_int32(), cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
-    num_all_rows = cute.sym_int32()
+    num_x, num_pairs, bound, num_routed = cute.sym_int32(), cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
     columns = config.num_columns
-    weight = (
-        matrix(Uint8, num_all_rows, columns // 2),
-        matrix(Uint8, num_all_rows, columns // 16),
-        vector(Float32, num_experts),
-    )
+
+    def weight():
+        num_all_rows, num_experts = cute.sym_int32(), cute.sym_int32()
+        return (
+            matrix(Uint8, num_all_rows, columns // 2),
+            matrix(Uint8, num_all_rows, columns // 16),
+            vector(Float32, num_experts),
+        )
+
     pairs = (
         vector(Int32, num_pairs),
         make_fake_tensor(Int32, (bound, PASS_FIELDS), (PASS_FIELDS, 1), assumed_align=16),
@@ -55,10 +58,11 @@ def program(config: Config):
     experts = ExpertStream(config)
     if config.step == "down":
         launcher = experts.down if config.x == "bf16" else experts.down_nvfp4
-        return launcher, (*x, *weight, *pairs, out, Int32(0), stream)
+        return launcher, (*x, *weight(), *weight(), *pairs, out, Int32(0), stream)
     launcher = experts.gate_up if config.x == "bf16" else experts.gate_up_nvfp4
-    route_weights = vector(Float32, num_pairs)
-    return launcher, (*x, *weight, *weight, *pairs, route_weights, out, Float32(0.0), Int32(0), stream)
+    weights = (part for _ in range(4) for part in weight())
+    route_weights = vector(Float32, num_routed)
+    return launcher, (*x, *weights, *pairs, route_weights, out, Float32(0.0), Int32(0), stream)
 
 
 def minimum(a, b):
@@ -71,18 +75,50 @@ def maximum(a, b):
     return inline_ptx("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
 
 
+def select_address(condition, a, b):
+    """Return address a where the condition holds, else b."""
+    return inline_ptx(
+        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; selp.b64 {$w0}, {$r1}, {$r2}, p; }",
+        write_only_types=[Int64],
+        read_only_args=[Int32(condition), a, b],
+    )
+
+
 class ExpertStream:
     """One of the two products of the routed experts."""
 
     def __init__(self, config: Config):
         self.config, self.plan = config, config.plan
 
+    # Weights are codes, scales and tensor scales of w1, w3 and w2; v1, v3 and v2 are the shared expert's.
+
     @cute.jit
     def gate_up(
-        self, x, c1, s1, t1, c3, s3, t3, order, passes, num_passes, route, out, limit: Float32, blocks: Int32, stream
+        self,
+        x,
+        c1,
+        s1,
+        t1,
+        c3,
+        s3,
+        t3,
+        v1,
+        vs1,
+        vt1,
+        v3,
+        vs3,
+        vt3,
+        order,
+        passes,
+        num_passes,
+        route,
+        out,
+        limit: Float32,
+        blocks: Int32,
+        stream,
     ):
-        weights = ((c1, s1, t1), (c3, s3, t3))
-        self.launch((x,), weights, order, passes, num_passes, route, out, limit, blocks, stream)
+        weights, shared = ((c1, s1, t1), (c3, s3, t3)), ((v1, vs1, vt1), (v3, vs3, vt3))
+        self.launch((x,), weights, shared, order, passes, num_passes, route, out, limit, blocks, stream)
 
     @cute.jit
     def gate_up_nvfp4(
@@ -96,6 +132,12 @@ class ExpertStream:
         c3,
         s3,
         t3,
+        v1,
+        vs1,
+        vt1,
+        v3,
+        vs3,
+        vt3,
         order,
         passes,
         num_passes,
@@ -105,20 +147,22 @@ class ExpertStream:
         blocks: Int32,
         stream,
     ):
-        weights = ((c1, s1, t1), (c3, s3, t3))
-        self.launch((x, xs, xt), weights, order, passes, num_passes, route, out, limit, blocks, stream)
+        weights, shared = ((c1, s1, t1), (c3, s3, t3)), ((v1, vs1, vt1), (v3, vs3, vt3))
+        self.launch((x, xs, xt), weights, shared, order, passes, num_passes, route, out, limit, blocks, stream)
 
     @cute.jit
-    def down(self, x, c2, s2, t2, order, passes, num_passes, out, blocks: Int32, stream):
-        self.launch((x,), ((c2, s2, t2),), order, passes, num_passes, None, out, Float32(0.0), blocks, stream)
+    def down(self, x, c2, s2, t2, v2, vs2, vt2, order, passes, num_passes, out, blocks: Int32, stream):
+        weights, shared = ((c2, s2, t2),), ((v2, vs2, vt2),)
+        self.launch((x,), weights, shared, order, passes, num_passes, None, out, Float32(0.0), blocks, stream)
 
     @cute.jit
-    def down_nvfp4(self, x, xs, xt, c2, s2, t2, order, passes, num_passes, out, blocks: Int32, stream):
-        self.launch((x, xs, xt), ((c2, s2, t2),), order, passes, num_passes, None, out, Float32(0.0), blocks, stream)
+    def down_nvfp4(self, x, xs, xt, c2, s2, t2, v2, vs2, vt2, order, passes, num_passes, out, blocks: Int32, stream):
+        weights, shared = ((c2, s2, t2),), ((v2, vs2, vt2),)
+        self.launch((x, xs, xt), weights, shared, order, passes, num_passes, None, out, Float32(0.0), blocks, stream)
 
-    def launch(self, x, weights, order, passes, num_passes, route, out, limit, blocks, stream):
+    def launch(self, x, weights, shared, order, passes, num_passes, route, out, limit, blocks, stream):
         """Launch the kernel; `down` may start loading weights while `gate_up` is still running."""
-        self.kernel(x, weights, order, passes, num_passes, route, out, limit, blocks).launch(
+        self.kernel(x, weights, shared, order, passes, num_passes, route, out, limit, blocks).launch(
             grid=(blocks, 1, 1),
             block=(THREADS, 1, 1),
             smem=self.plan.shared_bytes,
@@ -127,12 +171,12 @@ class ExpertStream:
         )
 
     @cute.kernel
-    def kernel(self, x, weights, order, passes, num_passes, route, out, limit: Float32, num_blocks: Int32):
+    def kernel(self, x, weights, shared, order, passes, num_passes, route, out, limit: Float32, num_blocks: Int32):
         plan, config = self.plan, self.config
         self.thread = StreamThread(plan)
         self.thread.init_ring()
-        self.code_bases = [weight[0].iterator.toint() for weight in weights]
-        self.scale_bases = [weight[1].iterator.toint() for weight in weights]
+        self.code_bases = [[weight[0].iterator.toint() for weight in group] for group in (weights, shared)]
+        self.scale_bases = [[weight[1].iterator.toint() for weight in group] for group in (weights, shared)]
         self.pass_base = passes.iterator.toint()
         if cutlass.const_expr(config.step == "gate_up"):
             cute.arch.griddepcontrol_wait()  # the passes come from the kernel before this one
@@ -162,14 +206,14 @@ class ExpertStream:
                 address = self.pass_base + Int64(this_pass) * (PASS_FIELDS * 4)
                 expert, first = load_global_int(address), load_global_int(address + 4)
                 count = load_global_int(address + 8)
-                self.load_tokens(x, order, first, count)
+                self.load_tokens(x, order, route, expert, first, count)
             if self.thread.warp < plan.used_warps:
                 ring_slot, ring_parity, ahead_pass, ahead_expert = self.stream_needed(
                     count, ring_slot, ring_parity, unit, end, ahead_pass, ahead_expert
                 )
             self.thread.after_partials()
             group = unit - this_pass * num_groups
-            self.finish(x, weights, order, route, out, limit, expert, first, count, unit, group)
+            self.finish(x, weights, shared, order, route, out, limit, expert, first, count, unit, group)
 
     @cute.jit
     def expert_ahead(self, unit: Int32, end: Int32, known_pass: Int32, known_expert: Int32):
@@ -188,12 +232,16 @@ class ExpertStream:
         weight, index = (position // stages, 0) if self.plan.num_weights == 2 else (0, position // stages)
         index = self.thread.row_group * self.plan.tiles_per_warp + index
         row_tile = self.row_tile(unit - known_pass * self.plan.num_units(num_row_tiles), index)
-        chunk = (Int64(known_expert) * num_row_tiles + row_tile) * self.plan.chunks
+        chunk = (Int64(cutlass.max(known_expert, 0)) * num_row_tiles + row_tile) * self.plan.chunks
         code_address, scale_address = self.thread.slice_addresses(
-            self.code_bases[weight], self.scale_bases[weight], chunk
+            self.base(self.code_bases, weight, known_expert), self.base(self.scale_bases, weight, known_expert), chunk
         )
         self.thread.issue(unit < end, slot, code_address, scale_address, position % stages)
         return known_pass, known_expert
+
+    def base(self, bases, weight: int, expert):
+        """Return where the routed experts' weight starts, or the shared one's."""
+        return select_address(expert == SHARED_EXPERT, bases[1][weight], bases[0][weight])
 
     def row_tile(self, group, index):
         """Return a row tile of a unit; the last unit of an expert repeats the last one."""
@@ -201,17 +249,17 @@ class ExpertStream:
             return group
         return cutlass.min(group * self.plan.tiles_per_unit + index, self.config.num_rows // 16 - 1)
 
-    def load_tokens(self, x, order, first, count):
+    def load_tokens(self, x, order, route, expert, first, count):
         """Load this thread's part of a pass's tokens."""
-        order_base, num_slots = order.iterator.toint(), self.config.num_slots
+        order_base = order.iterator.toint()
 
-        def token_of(index):
+        def row_of(index):
             position = first + cutlass.min(index, count - 1)
             if self.config.step == "down":  # h is stored by sorted position
                 return position
-            return load_global_int(order_base + Int64(position) * 4) // num_slots
+            return self.token_of(load_global_int(order_base + Int64(position) * 4), route, expert)
 
-        rows = [token_of(tile * TOKENS_PER_TILE + self.thread.row) for tile in range(self.plan.num_tiles)]
+        rows = [row_of(tile * TOKENS_PER_TILE + self.thread.row) for tile in range(self.plan.num_tiles)]
         arguments = (self.config.num_columns, 0, self.thread.column, rows)
         if self.config.x == "bf16":
             load_raw, arrange = plain_tokens(x[0].iterator.toint(), *arguments)
@@ -219,6 +267,14 @@ class ExpertStream:
             load_raw, arrange = nvfp4_tokens(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
         self.thread.request_tokens(load_raw, count)
         self.thread.arrange_tokens(load_raw, arrange, count)
+
+    @cute.jit
+    def token_of(self, pair: Int32, route: cute.Tensor, expert: Int32) -> Int32:
+        """Return the token of a pair; the shared expert's pairs follow all others."""
+        token = pair // self.config.num_slots
+        if expert == SHARED_EXPERT:
+            token = pair - route.shape[0]
+        return token
 
     @cute.jit
     def stream_needed(
@@ -268,6 +324,7 @@ class ExpertStream:
         self,
         x,
         weights,
+        shared,
         order: cute.Tensor,
         route,
         out: cute.Tensor,
@@ -281,13 +338,14 @@ class ExpertStream:
         """Add up the warps' sums and store the outputs of a unit."""
         for turn in cutlass.range_constexpr(-(-self.plan.outputs_per_unit // THREADS)):
             output = self.thread.output(unit) + turn * THREADS
-            self.finish_output(x, weights, order, route, out, limit, expert, first, count, unit, group, output)
+            self.finish_output(x, weights, shared, order, route, out, limit, expert, first, count, unit, group, output)
 
     @cute.jit
     def finish_output(
         self,
         x,
         weights,
+        shared,
         order: cute.Tensor,
         route,
         out: cute.Tensor,
@@ -305,18 +363,34 @@ class ExpertStream:
         if (output < self.plan.outputs_per_unit) & (local < count):
             row = self.row_tile(group, stream) * 16 + output % 16
             position = first + local
-            pair = order[position]
+            pair, is_shared = order[position], expert == SHARED_EXPERT
             factor = Float32(UNDO)
             if cutlass.const_expr(self.config.x == "nvfp4" and self.config.step == "gate_up"):
-                factor = factor * UNDO * x[2][pair // self.config.num_slots]
+                factor = factor * UNDO * x[2][self.token_of(pair, route, expert)]
             if cutlass.const_expr(self.config.x == "nvfp4" and self.config.step == "down"):
                 factor = factor * UNDO * x[2][position]
-            value = self.thread.sum_partials(unit, stream, local, output % 16) * factor * weights[0][2][expert]
+            scales = [self.tensor_scale(weights[i][2], shared[i][2], expert) for i in range(self.plan.num_weights)]
+            value = self.thread.sum_partials(unit, stream, local, output % 16) * factor * scales[0]
             target = pair
             if cutlass.const_expr(self.config.step == "gate_up"):
-                up = self.thread.sum_partials(unit, 1, local, output % 16) * factor * weights[1][2][expert]
+                up = self.thread.sum_partials(unit, 1, local, output % 16) * factor * scales[1]
+                route_weight = Float32(1.0)
+                if is_shared:
+                    value, up = value.to(BFloat16).to(Float32), up.to(BFloat16).to(Float32)
+                else:
+                    route_weight = route[pair]
                 gate = minimum(value, limit)
                 up = maximum(minimum(up, limit), -limit)
-                value = gate / (1.0 + cute.math.exp2(-gate * LOG2_E)) * up * route[pair]
+                value = gate / (1.0 + cute.math.exp2(-gate * LOG2_E)) * up * route_weight
+                if is_shared:
+                    value = value.to(BFloat16).to(Float32)
                 target = position
             out[target, row] = value.to(out.element_type)
+
+    @cute.jit
+    def tensor_scale(self, routed: cute.Tensor, shared: cute.Tensor, expert: Int32) -> Float32:
+        """Return the tensor scale of an expert."""
+        scale = shared[0]
+        if expert != SHARED_EXPERT:
+            scale = routed[expert]
+        return scale

@@ -137,9 +137,7 @@ def tile_experts(
     x: tuple[torch.Tensor, ...],
     route_weights: torch.Tensor,
     expert_ids: torch.Tensor,
-    w1: NvFp4Tensor,
-    w3: NvFp4Tensor,
-    w2: NvFp4Tensor,
+    weights: tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor],
     swiglu_limit: float | None,
     quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None,
 ) -> torch.Tensor:
@@ -150,11 +148,11 @@ def tile_experts(
         x: (bf16 [T, D],), or codes [T, D/2], scales [T, D/16] as bytes and tensor scale [T]; all contiguous.
         route_weights: [T, A] fp32.
         expert_ids: [T, A] int64.
-        w1, w3, w2: in fragment order.
+        weights: w1, w3 and w2 in fragment order.
         swiglu_limit: the clamp or None.
         quantize: h [pairs, F] fp32 to what x is, for NVFP4 activations; None for h in bf16.
     """
-    num_experts, inner_size, width = w1.shape
+    (w1, w3, w2), (num_experts, inner_size, width) = weights, weights[0].shape
     num_pairs, device = expert_ids.numel(), expert_ids.device
     size = pass_tokens_for(num_pairs, num_experts)
     pairs = sort_pairs.sort_pairs(op, expert_ids.contiguous(), num_experts, size)

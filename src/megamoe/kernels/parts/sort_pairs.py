@@ -3,7 +3,7 @@
 
 A pass is one expert and at most `tokens_per_pass` of its pairs: what one streaming of that expert's weights serves.
 Experts without pairs have no pass. Nothing is read back by the host: sizes are bounds, the number of passes stays on
-the device.
+the device. A shared expert, which every token visits, has a pair a token behind all others; its passes come last.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megamoe.kernels.store import kernel
 THREADS = 512
 MAX_EXPERTS = THREADS
 PASS_FIELDS = 4  # expert, first sorted position, number of pairs, unused
+SHARED_EXPERT = -1  # in the expert's place, for the passes of the shared one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,9 @@ class SortedPairs:
     """Pairs by expert.
 
     Attributes:
-        order: [pairs] int32, the pair at each sorted position; a pair is token * A + slot.
-        passes: [bound, 4] int32: expert, first sorted position, number of pairs, unused.
+        order: [pairs] int32, the pair at each sorted position; a pair is token * A + slot, or T * A + token of the
+            shared expert.
+        passes: [bound, 4] int32: expert or SHARED_EXPERT, first sorted position, number of pairs, unused.
         num_passes: [1] int32.
     """
 
@@ -48,11 +50,13 @@ class SortedPairs:
 
 
 def max_passes(num_pairs: int, num_experts: int, tokens_per_pass: int) -> int:
-    """Return a bound on the number of passes."""
+    """Return a bound on the number of passes of routed experts."""
     return min(num_pairs, num_experts + num_pairs // tokens_per_pass)
 
 
-def sort_pairs(op: str, expert_ids: torch.Tensor, num_experts: int, tokens_per_pass: int) -> SortedPairs:
+def sort_pairs(
+    op: str, expert_ids: torch.Tensor, num_experts: int, tokens_per_pass: int, with_shared: bool = False
+) -> SortedPairs:
     """Sort pairs by expert, tokens ascending within one.
 
     Args:
@@ -60,17 +64,19 @@ def sort_pairs(op: str, expert_ids: torch.Tensor, num_experts: int, tokens_per_p
         expert_ids: [T, A] int64, each in 0 .. num_experts - 1 (not checked on the device).
         num_experts: E, at most 512.
         tokens_per_pass: see the module.
+        with_shared: every token visits the shared expert, too.
     """
     if num_experts > MAX_EXPERTS:
         raise NotImplementedError(
             f"{op}: the kernel takes at most {MAX_EXPERTS} experts on a GPU; got {num_experts}. Spread them over more "
             'GPUs, or run the reference: with megamoe.ops.use("reference").'
         )
-    num_pairs = expert_ids.numel()
+    num_pairs, num_shared = expert_ids.numel(), expert_ids.shape[0] if with_shared else 0
+    num_passes = max_passes(num_pairs, num_experts, tokens_per_pass) + -(-num_shared // tokens_per_pass)
     on_device = {"dtype": torch.int32, "device": expert_ids.device}
     pairs = SortedPairs(
-        torch.empty(num_pairs, **on_device),
-        torch.empty(max_passes(num_pairs, num_experts, tokens_per_pass), PASS_FIELDS, **on_device),
+        torch.empty(num_pairs + num_shared, **on_device),
+        torch.empty(num_passes, PASS_FIELDS, **on_device),
         torch.empty(1, **on_device),
     )
     launch = kernel(__name__, Config(num_experts, tokens_per_pass), expert_ids.device)

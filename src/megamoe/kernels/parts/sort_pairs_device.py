@@ -7,17 +7,17 @@ from cutlass import Int32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.parts.sort_pairs import PASS_FIELDS, THREADS, Config
+from megamoe.kernels.parts.sort_pairs import PASS_FIELDS, SHARED_EXPERT, THREADS, Config
 
 WARPS = THREADS // 32
 
 
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
-    num_pairs, bound = cute.sym_int32(), cute.sym_int32()
+    num_pairs, num_sorted, bound = cute.sym_int32(), cute.sym_int32(), cute.sym_int32()
     arguments = (
         make_fake_tensor(Int64, (num_pairs,), (1,)),
-        make_fake_tensor(Int32, (num_pairs,), (1,)),
+        make_fake_tensor(Int32, (num_sorted,), (1,)),
         make_fake_tensor(Int32, (bound, PASS_FIELDS), (PASS_FIELDS, 1), assumed_align=16),
         make_fake_tensor(Int32, (1,), (1,)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
@@ -97,8 +97,17 @@ class SortPairs:
             scan_pairs[tid] = pairs_before
             scan_passes[tid] = passes_before
             cute.arch.sync_threads()
-        if tid == THREADS - 1:
-            num_passes[0] = passes_before
+        num_shared = order.shape[0] - num_pairs
+        routed_passes, shared_passes = scan_passes[THREADS - 1], (num_shared + (per_pass - 1)) // per_pass
+        if tid == 0:
+            num_passes[0] = routed_passes + shared_passes
+        for index in cutlass.range(tid, shared_passes, THREADS, unroll=1):
+            passes[routed_passes + index, 0] = Int32(SHARED_EXPERT)
+            passes[routed_passes + index, 1] = num_pairs + index * per_pass
+            passes[routed_passes + index, 2] = cutlass.min(num_shared - index * per_pass, Int32(per_pass))
+            passes[routed_passes + index, 3] = Int32(0)
+        for index in cutlass.range(tid, num_shared, THREADS, unroll=1):
+            order[num_pairs + index] = num_pairs + index
         pairs_before, passes_before = pairs_before - own_pairs, passes_before - own_passes
         if tid < num_experts:
             position = pairs_before

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.models.deepseek_v4.config import ModelConfig
 from megamoe.models.deepseek_v4.linear import LinearInput, experts_op
 from megamoe.models.deepseek_v4.weights import MoeWeights
@@ -24,6 +25,7 @@ class Moe:
         self.swiglu_limit = config.swiglu_limit
         self.recipe = recipe
         self._experts = experts_op(weights, recipe)
+        self._shared_weights = shared_weights(weights)
 
     def __call__(self, x: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Return [T, D] in the dtype of x.
@@ -42,6 +44,7 @@ class Moe:
             expert_table=w.expert_table,
             token_ids=token_ids,
         )
+        fused = self._shared_weights is not None
         return self._experts(
             x,
             route_weights,
@@ -49,7 +52,7 @@ class Moe:
             w.w1,
             w.w3,
             w.w2,
-            shared_output=self.shared(x),
+            **({"shared_weights": self._shared_weights} if fused else {"shared_output": self.shared(x)}),
             swiglu_limit=self.swiglu_limit,
         )
 
@@ -59,3 +62,16 @@ class Moe:
         gate, up = source.times(self.weights.shared_w1), source.times(self.weights.shared_w3)  # [T, F]
         hidden = clamped_swiglu(gate, up, limit=self.swiglu_limit)
         return LinearInput(hidden, self.recipe).times(self.weights.shared_w2)
+
+
+def shared_weights(weights: MoeWeights) -> tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor] | None:
+    """Return the shared expert's w1, w3 and w2 if the routed-experts operation can take them, else None.
+
+    It can where all of them are NVFP4 and of the sizes of a routed expert: one expert more in the same launches.
+    """
+    shared = (weights.shared_w1, weights.shared_w3, weights.shared_w2)
+    routed = (weights.w1, weights.w3, weights.w2)
+    for one, many in zip(shared, routed, strict=True):
+        if not (isinstance(one, NvFp4Tensor) and isinstance(many, NvFp4Tensor) and one.shape == many.shape[1:]):
+            return None
+    return shared  # type: ignore[return-value]
