@@ -37,7 +37,7 @@ THREADS = CONSUMERS + 128
 SHARED_BYTES = 227 * 1024 - 2048  # but for barriers and alignment
 STEP_BYTES = 2 * HALF_TILES * (TILE_CODE_BYTES + TILE_SCALE_BYTES)  # of weights
 
-STREAMED_PAIRS = 24
+STREAMED_PAIRS = 4
 """Pairs an expert, on average, up to which experts are streamed; more of them are multiplied in tiles."""
 
 

@@ -13,7 +13,7 @@ import torch
 
 from megamoe.kernels.store import kernel
 
-THREADS = 256
+THREADS = 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,12 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from megamoe.kernels.parts.fragment import plain_pair
 from megamoe.kernels.parts.fragment_device import block_scales, multiply_bf16x2
 from megamoe.kernels.parts.gather_rows import THREADS, Config
-from megamoe.kernels.parts.memory_device import load_global_if, load_global_int, load_global_vector, store_global_vector
+from megamoe.kernels.parts.memory_device import (
+    load_global_if,
+    load_global_int,
+    load_global_vector_if,
+    store_global_vector_if,
+)
 
 
 def program(config: Config):
@@ -63,22 +68,34 @@ class GatherRows:
         target = rows.iterator.toint() + Int64(position) * (columns * 2)
         if cutlass.const_expr(self.config.x == "bf16"):
             source = x[0].iterator.toint() + Int64(token) * (columns * 2)
-            for index in cutlass.range(tid, columns // 8, THREADS, unroll=2):
-                words = load_global_vector(source + Int64(index) * 16, 4)
-                store_global_vector(target + Int64(index) * 16, *words)
+            self.copy(source, target, tid)
         else:
             codes = x[0].iterator.toint() + Int64(token) * (columns // 2)
             scales = x[1].iterator.toint() + Int64(token) * (columns // 16)
-            for index in cutlass.range(tid, columns // 16, THREADS, unroll=1):
-                words = load_global_vector(codes + Int64(index) * 8, 2)
-                scale = block_scales(load_global_if(Int32(1), scales + Int64(index), 8))[0]
-                pairs = [
-                    multiply_bf16x2(plain_pair(words[byte // 4] >> (8 * (byte % 4)), Uint32), scale)
-                    for byte in range(8)
-                ]
-                store_global_vector(target + Int64(index) * 32, *pairs[:4])
-                store_global_vector(target + Int64(index) * 32 + 16, *pairs[4:])
+            self.expand(codes, scales, target, tid)
             if tid == 0:
                 rows_scale[position] = x[2][token]
         if tid == 0:
             rows_route[position] = route[pair]
+
+    def copy(self, source, target, tid):
+        """Copy a row; all of a thread's loads are on their way before its first store."""
+        vectors = self.config.num_columns // 8
+        places = [(tid + first, Int32(tid + first < vectors)) for first in range(0, vectors, THREADS)]
+        words = [load_global_vector_if(wanted, source + Int64(index) * 16, 4) for index, wanted in places]
+        for (index, wanted), word in zip(places, words, strict=True):
+            store_global_vector_if(wanted, target + Int64(index) * 16, *word)
+
+    def expand(self, codes, scales, target, tid):
+        """Expand a row of codes."""
+        blocks = self.config.num_columns // 16
+        places = [(tid + first, Int32(tid + first < blocks)) for first in range(0, blocks, THREADS)]
+        words = [load_global_vector_if(wanted, codes + Int64(index) * 8, 2) for index, wanted in places]
+        bytes_of = [load_global_if(wanted, scales + Int64(index), 8) for index, wanted in places]
+        for (index, wanted), word, byte in zip(places, words, bytes_of, strict=True):
+            scale = block_scales(byte)[0]
+            pairs = [
+                multiply_bf16x2(plain_pair(word[code // 4] >> (8 * (code % 4)), Uint32), scale) for code in range(8)
+            ]
+            store_global_vector_if(wanted, target + Int64(index) * 32, *pairs[:4])
+            store_global_vector_if(wanted, target + Int64(index) * 32 + 16, *pairs[4:])
