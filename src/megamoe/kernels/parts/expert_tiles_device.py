@@ -135,8 +135,12 @@ class ExpertTiles:
             limit,
             blocks,
         ).launch(
-            grid=(blocks, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1
-        )  # setmaxnreg needs to know
+            grid=(blocks, 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+            use_pdl=True,
+            min_blocks_per_mp=1,  # without it the compiler ignores setmaxnreg, and may wait after every instruction
+        )
 
     @cute.kernel
     def kernel(
@@ -176,6 +180,8 @@ class ExpertTiles:
                 init_barrier(empty + stage * 8, Int32(CONSUMERS // 32))
             publish_barriers()
         cute.arch.sync_threads()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         num_tiles = load_global_int(num_passes.iterator.toint()) * row_blocks
 
         if warp >= CONSUMERS // 32:

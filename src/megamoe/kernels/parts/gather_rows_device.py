@@ -49,19 +49,21 @@ class GatherRows:
     @cute.jit
     def plain(self, x, order, route, rows, rows_route, num_slots: Int32, stream):
         self.kernel((x,), order, route, rows, None, rows_route, num_slots).launch(
-            grid=(order.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream
+            grid=(order.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.jit
     def nvfp4(self, x, xs, xt, order, route, rows, rows_scale, rows_route, num_slots: Int32, stream):
         self.kernel((x, xs, xt), order, route, rows, rows_scale, rows_route, num_slots).launch(
-            grid=(order.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream
+            grid=(order.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, x, order, route, rows, rows_scale, rows_route, num_slots: Int32):
         tid, _, _ = cute.arch.thread_idx()
         position, _, _ = cute.arch.block_idx()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         pair = load_global_int(order.iterator.toint() + Int64(position) * 4)
         token = pair // num_slots
         columns = self.config.num_columns
