@@ -41,6 +41,9 @@ STREAMED_PAIRS = 4
 """Pairs an expert, on average, up to which experts are streamed; more of them are multiplied in tiles."""
 
 
+Weights = tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The compile key.
@@ -124,11 +127,11 @@ def tile_keys(width: int, inner_size: int, num_experts: int, x_name: str, hidden
 def _weight(w: NvFp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return codes [row tiles, words], scales [row tiles, words] and tensor scales [E]."""
     num_rows, num_columns = w.shape[-2:]
-    chunks, row_tiles = num_columns // TILE_COLUMNS, w.shape[0] * num_rows // 16
+    chunks, row_tiles = num_columns // TILE_COLUMNS, w.shape.numel() // num_columns // 16
     return (
         w.codes.view(torch.int32).view(row_tiles, chunks * TILE_CODE_BYTES // 4),
         w.scales.view(torch.int32).view(row_tiles, chunks * TILE_SCALE_BYTES // 4),
-        w.tensor_scale,
+        w.tensor_scale.view(-1),
     )
 
 
@@ -137,11 +140,12 @@ def tile_experts(
     x: tuple[torch.Tensor, ...],
     route_weights: torch.Tensor,
     expert_ids: torch.Tensor,
-    weights: tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor],
+    weights: Weights,
+    shared_weights: Weights | None,
     swiglu_limit: float | None,
     quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None,
 ) -> torch.Tensor:
-    """Return the output of every pair, [pairs, D] bf16, by token and slot.
+    """Return the output of every pair, [pairs, D] bf16, by token and slot; then the shared expert's by token.
 
     Args:
         op: for messages.
@@ -149,37 +153,49 @@ def tile_experts(
         route_weights: [T, A] fp32.
         expert_ids: [T, A] int64.
         weights: w1, w3 and w2 in fragment order.
+        shared_weights: the shared expert's, or None.
         swiglu_limit: the clamp or None.
         quantize: h [pairs, F] fp32 to what x is, for NVFP4 activations; None for h in bf16.
     """
-    (w1, w3, w2), (num_experts, inner_size, width) = weights, weights[0].shape
-    num_pairs, device = expert_ids.numel(), expert_ids.device
-    size = pass_tokens_for(num_pairs, num_experts)
-    pairs = sort_pairs.sort_pairs(op, expert_ids.contiguous(), num_experts, size)
+    (w1, w3, w2), (v1, v3, v2) = weights, shared_weights or (None, None, None)
+    num_experts, inner_size, width = w1.shape
+    size = pass_tokens_for(expert_ids.numel(), num_experts)
+    pairs = sort_pairs.sort_pairs(op, expert_ids.contiguous(), num_experts, size, shared_weights is not None)
     rows = gather_rows.gather_rows(x, pairs.order, route_weights.contiguous())
+    num_pairs, device = pairs.order.shape[0], expert_ids.device
     hidden_dtype = torch.bfloat16 if quantize is None else torch.float32
     hidden = torch.empty(num_pairs, inner_size, dtype=hidden_dtype, device=device)
-    gate_up(rows, w1, w3, pairs, size, swiglu_limit, hidden)
+    gate_up(rows, (w1, w3), (v1, v3), pairs, size, swiglu_limit, hidden)
     outputs = torch.empty(num_pairs, width, dtype=torch.bfloat16, device=device)
     if quantize is None:
-        down(hidden, None, w2, pairs, size, outputs)
+        down(hidden, None, w2, v2, pairs, size, outputs)
     else:
         codes, scales, tensor_scale = quantize(hidden)
-        down(expand_nvfp4.expand_nvfp4(codes, scales), tensor_scale, w2, pairs, size, outputs)
+        down(expand_nvfp4.expand_nvfp4(codes, scales), tensor_scale, w2, v2, pairs, size, outputs)
     return outputs
 
 
 def gate_up(
     rows: gather_rows.GatheredRows,
-    w1: NvFp4Tensor,
-    w3: NvFp4Tensor,
+    weights: tuple[NvFp4Tensor, NvFp4Tensor],
+    shared: tuple[NvFp4Tensor | None, NvFp4Tensor | None],
     pairs: SortedPairs,
     pass_tokens: int,
     swiglu_limit: float | None,
     out: torch.Tensor,
 ) -> None:
-    """Write h of every pair, by sorted position, to out [pairs, F]."""
-    num_rows, num_columns = w1.shape[-2:]
+    """Write h of every pair, by sorted position, to out [pairs, F].
+
+    Args:
+        rows: what is multiplied.
+        weights: w1 and w3, [E, F, D] in fragment order.
+        shared: the shared expert's, [F, D]; None if `pairs` have none.
+        pairs: sort_pairs' result.
+        pass_tokens: what it was sorted by.
+        swiglu_limit: the clamp, or None.
+        out: [pairs, F] bf16, or fp32 for NVFP4 tokens; overwritten.
+    """
+    num_rows, num_columns = weights[0].shape[-2:]
     config = Config(
         "gate_up", num_rows, num_columns, pass_tokens, rows.tensor_scale is not None, DTYPE_NAMES[out.dtype]
     )
@@ -189,8 +205,8 @@ def gate_up(
     kernel(__name__, config, out.device)(
         rows.x,
         *scales,
-        *_weight(w1),
-        *_weight(w3),
+        *(part for w in weights for part in _weight(w)),
+        *(part for w, v in zip(weights, shared, strict=True) for part in _weight(w if v is None else v)),
         pairs.passes,
         pairs.num_passes,
         rows.route_weights,
@@ -204,15 +220,33 @@ def down(
     h: torch.Tensor,
     tensor_scale: torch.Tensor | None,
     w2: NvFp4Tensor,
+    shared: NvFp4Tensor | None,
     pairs: SortedPairs,
     pass_tokens: int,
     out: torch.Tensor,
 ) -> None:
-    """Write w2 h of every pair to out [pairs, D] bf16, at the pair's own place."""
+    """Write w2 h of every pair to out [pairs, D] bf16, at the pair's own place.
+
+    Args:
+        h: [pairs, F] bf16 by sorted position; of NVFP4 values, code * block scale * 2^-7.
+        tensor_scale: [pairs] fp32 of NVFP4 values, or None.
+        w2: [E, D, F] in fragment order.
+        shared: the shared expert's, [D, F]; None if `pairs` have none.
+        pairs, pass_tokens: as for gate_up.
+        out: [pairs, D] bf16, overwritten.
+    """
     num_rows, num_columns = w2.shape[-2:]
     config = Config("down", num_rows, num_columns, pass_tokens, tensor_scale is not None, DTYPE_NAMES[out.dtype])
     blocks = min(num_multiprocessors(out.device), config.row_blocks * pairs.passes.shape[0])
     scales = () if tensor_scale is None else (tensor_scale,)
     kernel(__name__, config, out.device)(
-        h, *scales, *_weight(w2), pairs.passes, pairs.num_passes, pairs.order, out, blocks
+        h,
+        *scales,
+        *_weight(w2),
+        *_weight(w2 if shared is None else shared),
+        pairs.passes,
+        pairs.num_passes,
+        pairs.order,
+        out,
+        blocks,
     )

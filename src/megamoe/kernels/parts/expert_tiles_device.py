@@ -36,7 +36,7 @@ from megamoe.kernels.parts.memory_device import (
     wait_barrier,
 )
 from megamoe.kernels.parts.ptx_device import max_keeping_nan, min_keeping_nan
-from megamoe.kernels.parts.sort_pairs import PASS_FIELDS
+from megamoe.kernels.parts.sort_pairs import PASS_FIELDS, SHARED_EXPERT
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 LOG2_E = 1.4426950408889634
@@ -47,7 +47,7 @@ HALVES = 2  # groups of 64 rows of a warpgroup: w1 and w3, or the halves of a bl
 
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
-    num_pairs, bound, num_experts, row_tiles = (cute.sym_int32() for _ in range(4))
+    num_pairs, bound = cute.sym_int32(), cute.sym_int32()
     chunks = config.num_columns // TILE_COLUMNS
 
     def matrix(dtype, count, width):
@@ -59,21 +59,22 @@ def program(config: Config):
     x = (matrix(BFloat16, num_pairs, config.num_columns),)
     if config.scaled:
         x = (*x, vector(Float32, num_pairs))
-    weight = (
-        matrix(Int32, row_tiles, chunks * CODE_WORDS),
-        matrix(Int32, row_tiles, chunks * SCALE_WORDS),
-        vector(Float32, num_experts),
-    )
+
+    def weight():
+        row_tiles = cute.sym_int32()
+        codes, scales = (matrix(Int32, row_tiles, chunks * words) for words in (CODE_WORDS, SCALE_WORDS))
+        return codes, scales, vector(Float32, cute.sym_int32())
+
     passes = (matrix(Int32, bound, PASS_FIELDS), vector(Int32, 1))
     out = matrix(OUT_DTYPES[config.out], num_pairs, config.num_rows)
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     tiles = ExpertTiles(config)
     if config.step == "down":
         launcher = tiles.down_scaled if config.scaled else tiles.down
-        return launcher, (*x, *weight, *passes, vector(Int32, num_pairs), out, Int32(0), stream)
+        return launcher, (*x, *weight(), *weight(), *passes, vector(Int32, num_pairs), out, Int32(0), stream)
     launcher = tiles.gate_up_scaled if config.scaled else tiles.gate_up
-    route = vector(Float32, num_pairs)
-    return launcher, (*x, *weight, *weight, *passes, route, out, Float32(0.0), Int32(0), stream)
+    weights = (*weight(), *weight(), *weight(), *weight())
+    return launcher, (*x, *weights, *passes, vector(Float32, num_pairs), out, Float32(0.0), Int32(0), stream)
 
 
 class ExpertTiles:
@@ -84,25 +85,74 @@ class ExpertTiles:
         self.chunks = config.num_columns // TILE_COLUMNS
         self.stages = config.stages
 
+    # Weights are codes, scales and tensor scales of w1, w3 and w2; v1, v3 and v2 are the shared expert's.
+
     @cute.jit
-    def gate_up(self, x, c1, s1, t1, c3, s3, t3, passes, num_passes, route, out, limit: Float32, blocks: Int32, stream):
-        self.launch(x, None, ((c1, s1, t1), (c3, s3, t3)), passes, num_passes, route, out, limit, blocks, stream)
+    def gate_up(
+        self,
+        x,
+        c1,
+        s1,
+        t1,
+        c3,
+        s3,
+        t3,
+        vc1,
+        vs1,
+        vt1,
+        vc3,
+        vs3,
+        vt3,
+        passes,
+        num_passes,
+        route,
+        out,
+        limit: Float32,
+        blocks: Int32,
+        stream,
+    ):
+        weights, shared = ((c1, s1, t1), (c3, s3, t3)), ((vc1, vs1, vt1), (vc3, vs3, vt3))
+        self.launch(x, None, weights, shared, passes, num_passes, route, out, limit, blocks, stream)
 
     @cute.jit
     def gate_up_scaled(
-        self, x, xt, c1, s1, t1, c3, s3, t3, passes, num_passes, route, out, limit: Float32, blocks: Int32, stream
+        self,
+        x,
+        xt,
+        c1,
+        s1,
+        t1,
+        c3,
+        s3,
+        t3,
+        vc1,
+        vs1,
+        vt1,
+        vc3,
+        vs3,
+        vt3,
+        passes,
+        num_passes,
+        route,
+        out,
+        limit: Float32,
+        blocks: Int32,
+        stream,
     ):
-        self.launch(x, xt, ((c1, s1, t1), (c3, s3, t3)), passes, num_passes, route, out, limit, blocks, stream)
+        weights, shared = ((c1, s1, t1), (c3, s3, t3)), ((vc1, vs1, vt1), (vc3, vs3, vt3))
+        self.launch(x, xt, weights, shared, passes, num_passes, route, out, limit, blocks, stream)
 
     @cute.jit
-    def down(self, x, c2, s2, t2, passes, num_passes, order, out, blocks: Int32, stream):
-        self.launch(x, None, ((c2, s2, t2),), passes, num_passes, order, out, Float32(0.0), blocks, stream)
+    def down(self, x, c2, s2, t2, vc2, vs2, vt2, passes, num_passes, order, out, blocks: Int32, stream):
+        weights, shared = ((c2, s2, t2),), ((vc2, vs2, vt2),)
+        self.launch(x, None, weights, shared, passes, num_passes, order, out, Float32(0.0), blocks, stream)
 
     @cute.jit
-    def down_scaled(self, x, xt, c2, s2, t2, passes, num_passes, order, out, blocks: Int32, stream):
-        self.launch(x, xt, ((c2, s2, t2),), passes, num_passes, order, out, Float32(0.0), blocks, stream)
+    def down_scaled(self, x, xt, c2, s2, t2, vc2, vs2, vt2, passes, num_passes, order, out, blocks: Int32, stream):
+        weights, shared = ((c2, s2, t2),), ((vc2, vs2, vt2),)
+        self.launch(x, xt, weights, shared, passes, num_passes, order, out, Float32(0.0), blocks, stream)
 
-    def launch(self, x, row_scales, weights, passes, num_passes, per_pair, out, limit, blocks, stream):
+    def launch(self, x, row_scales, weights, shared, passes, num_passes, per_pair, out, limit, blocks, stream):
         """Describe tokens and weights to the copy engine and launch."""
         token_layout = hopper_helpers.make_smem_layout_b(
             LayoutEnum.ROW_MAJOR, (64, self.config.pass_tokens, TILE_COLUMNS), BFloat16, self.stages
@@ -114,19 +164,12 @@ class ExpertTiles:
         boxes = cpasync.make_tiled_tma_atom(
             to_shared, x, cute.slice_(box_layout, (None, None, 0)), (BOX_TOKENS, TILE_COLUMNS)
         )
-        codes, scales, tensor_scales = [], [], []
-        for weight in weights:
-            for target, tensor, words in ((codes, weight[0], CODE_WORDS), (scales, weight[1], SCALE_WORDS)):
-                layout = cute.make_layout((HALF_TILES, words), stride=(words, 1))
-                info = cpasync.make_tiled_tma_atom(to_shared, tensor, layout, (HALF_TILES, words))
-                target.append((info[0], info[1]))
-            tensor_scales.append(weight[2])
         self.kernel(
             (boxes[0], boxes[1]),
             token_layout,
-            tuple(codes),
-            tuple(scales),
-            tuple(tensor_scales),
+            (self.described(to_shared, weights, 0, CODE_WORDS), self.described(to_shared, shared, 0, CODE_WORDS)),
+            (self.described(to_shared, weights, 1, SCALE_WORDS), self.described(to_shared, shared, 1, SCALE_WORDS)),
+            tuple((weight[2], one[2]) for weight, one in zip(weights, shared, strict=True)),
             row_scales,
             passes,
             num_passes,
@@ -141,6 +184,12 @@ class ExpertTiles:
             use_pdl=True,
             min_blocks_per_mp=1,  # without it the compiler ignores setmaxnreg, and may wait after every instruction
         )
+
+    def described(self, operation, weights, part: int, words: int):
+        """Return copy atom and coordinates of the codes (part 0) or scales (1) of each weight."""
+        layout = cute.make_layout((HALF_TILES, words), stride=(words, 1))
+        infos = [cpasync.make_tiled_tma_atom(operation, one[part], layout, (HALF_TILES, words)) for one in weights]
+        return tuple((info[0], info[1]) for info in infos)
 
     @cute.kernel
     def kernel(
@@ -267,16 +316,20 @@ class ExpertTiles:
             address = passes.iterator.toint() + Int64(this_pass) * (PASS_FIELDS * 4)
             expert, first = load_global_int(address), load_global_int(address + 4)
             num_boxes = (load_global_int(address + 8) + (BOX_TOKENS - 1)) // BOX_TOKENS
-            row_tile = expert * (self.config.num_rows // 16) + (tile - this_pass * row_blocks) * (
-                self.config.block_rows // 16
-            )
+            row_tile = (tile - this_pass * row_blocks) * (self.config.block_rows // 16)
             box_to, box_from = self.partition(boxes, box_target, first, (BOX_TOKENS, TILE_COLUMNS))
-            halves = self.halves(codes, scales, shared_codes, shared_scales, row_tile)
+            routed = self.halves(
+                codes[0], scales[0], shared_codes, shared_scales, expert * (self.config.num_rows // 16) + row_tile
+            )
+            shared = self.halves(codes[1], scales[1], shared_codes, shared_scales, row_tile)
             for step in cutlass.range(self.chunks, unroll=1):
                 stage = position % self.stages
                 wait_barrier(empty + stage * 8, (position // self.stages & 1) ^ 1)
                 expect_bytes_if(cute.arch.lane_idx() == 0, full + stage * 8, Int32(STEP_BYTES) + num_boxes * BOX_BYTES)
-                self.copy_weights(halves, step, stage, barriers + stage)
+                if expert == SHARED_EXPERT:
+                    self.copy_weights(shared, step, stage, barriers + stage)
+                else:
+                    self.copy_weights(routed, step, stage, barriers + stage)
                 for box in cutlass.range(num_boxes, unroll=1):
                     cute.copy(
                         boxes[0],
@@ -380,7 +433,11 @@ class ExpertTiles:
         warpgroup.wait_group(0)
         self.release(empty, position + self.chunks - 1, lane == 0)
         flat = [cute.make_tensor(one.iterator, cute.make_layout(cute.size(one))) for one in sums]
-        self.scale(flat, tensor_scales, row_scales, per_pair, limit, lane, expert, first)
+        factors = [self.tensor_scale(*pair, expert) * UNDO for pair in tensor_scales]
+        if expert == SHARED_EXPERT:
+            self.scale(flat, factors, row_scales, per_pair, limit, lane, first, True)
+        else:
+            self.scale(flat, factors, row_scales, per_pair, limit, lane, first, False)
         self.store(flat, shared_out, per_pair, out, tid, warp, row_block, first, count)
 
     def release(self, empty, position, wanted):
@@ -414,9 +471,19 @@ class ExpertTiles:
                 )
         warpgroup.commit_group()
 
-    def scale(self, flat, tensor_scales, row_scales, per_pair, limit, lane, expert, first):
-        """Turn sums into values; for gate_up, into h in the first half."""
-        factors = [load_global_float(one.iterator.toint() + Int64(expert) * 4) * UNDO for one in tensor_scales]
+    @cute.jit
+    def tensor_scale(self, routed: cute.Tensor, shared: cute.Tensor, expert: Int32) -> Float32:
+        """Return the tensor scale of an expert."""
+        scale = shared[0]
+        if expert != SHARED_EXPERT:
+            scale = routed[expert]
+        return scale
+
+    def scale(self, flat, factors, row_scales, per_pair, limit, lane, first, is_shared: bool):
+        """Turn sums into values; for gate_up, into h in the first half.
+
+        The shared expert has the roundings of three linears: gate, up and h to bf16.
+        """
         last = per_pair.shape[0] - 1
         for block in range(self.config.pass_tokens // 8):
             for index in range(2):
@@ -430,10 +497,14 @@ class ExpertTiles:
                 for eight in range(2):  # rows g and g + 8
                     place = block * 4 + eight * 2 + index
                     if self.config.step == "gate_up":
-                        gate = min_keeping_nan(flat[0][place] * here[0], limit)
-                        up = max_keeping_nan(min_keeping_nan(flat[1][place] * here[1], limit), -limit)
+                        gate, up = flat[0][place] * here[0], flat[1][place] * here[1]
+                        if is_shared:
+                            gate, up = gate.to(BFloat16).to(Float32), up.to(BFloat16).to(Float32)
+                        gate = min_keeping_nan(gate, limit)
+                        up = max_keeping_nan(min_keeping_nan(up, limit), -limit)
                         sigmoid = cute.arch.rcp_approx(1.0 + cute.math.exp2(-gate * LOG2_E))
-                        flat[0][place] = gate * sigmoid * up * route
+                        value = gate * sigmoid * up * route
+                        flat[0][place] = value.to(BFloat16).to(Float32) if is_shared else value
                     else:
                         for half in range(HALVES):
                             flat[half][place] = flat[half][place] * here[0]

@@ -19,7 +19,7 @@ from megamoe.kernels.parts.memory_device import (
 
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
-    num_tokens, num_pairs, columns = cute.sym_int32(), cute.sym_int32(), config.num_columns
+    num_tokens, num_routed, num_pairs, columns = (*(cute.sym_int32() for _ in range(3)), config.num_columns)
 
     def matrix(dtype, count, width):
         return make_fake_tensor(dtype, (count, width), (width, 1), assumed_align=16)
@@ -28,16 +28,17 @@ def program(config: Config):
         return make_fake_tensor(dtype, (num_pairs,), (1,))
 
     rows, gather = matrix(BFloat16, num_pairs, columns), GatherRows(config)
+    route = make_fake_tensor(Float32, (num_routed,), (1,))
     shared = (Int32(0), make_fake_stream(use_tvm_ffi_env_stream=True))
     if config.x == "bf16":
         x = matrix(BFloat16, num_tokens, columns)
-        return gather.plain, (x, vector(Int32), vector(Float32), rows, vector(Float32), *shared)
+        return gather.plain, (x, vector(Int32), route, rows, vector(Float32), *shared)
     x = (
         matrix(Uint8, num_tokens, columns // 2),
         matrix(Uint8, num_tokens, columns // 16),
         make_fake_tensor(Float32, (num_tokens,), (1,)),
     )
-    return gather.nvfp4, (*x, vector(Int32), vector(Float32), rows, vector(Float32), vector(Float32), *shared)
+    return gather.nvfp4, (*x, vector(Int32), route, rows, vector(Float32), vector(Float32), *shared)
 
 
 class GatherRows:
@@ -65,7 +66,9 @@ class GatherRows:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         pair = load_global_int(order.iterator.toint() + Int64(position) * 4)
-        token = pair // num_slots
+        token, num_routed = pair // num_slots, route.shape[0]
+        if pair >= num_routed:  # the shared expert's
+            token = pair - num_routed
         columns = self.config.num_columns
         target = rows.iterator.toint() + Int64(position) * (columns * 2)
         if cutlass.const_expr(self.config.x == "bf16"):
@@ -78,7 +81,10 @@ class GatherRows:
             if tid == 0:
                 rows_scale[position] = x[2][token]
         if tid == 0:
-            rows_route[position] = route[pair]
+            weight = Float32(1.0)
+            if pair < num_routed:
+                weight = route[pair]
+            rows_route[position] = weight
 
     def copy(self, source, target, tid):
         """Copy a row; all of a thread's loads are on their way before its first store."""

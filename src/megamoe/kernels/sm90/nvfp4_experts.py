@@ -68,14 +68,16 @@ def run(
     if x.shape[0] == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device)
     quantized = quantize_nvfp4.run(x, None)
-    tiled = x.shape[0] > expert_tiles.stream_limit(expert_ids.shape[1], w1.shape[0])
-    if shared_weights is not None and (tiled or x.shape[0] > SHARED_TOKENS):
-        shared_output, shared_weights = _shared_expert(quantized, shared_weights, swiglu_limit), None
-    if tiled:
+    num_pairs = expert_ids.numel()
+    if x.shape[0] > expert_tiles.stream_limit(expert_ids.shape[1], w1.shape[0]):
         outputs = expert_tiles.tile_experts(
-            *(op, _parts(quantized), route_weights, expert_ids, (w1, w3, w2), swiglu_limit, _quantize)
+            *(op, _parts(quantized), route_weights, expert_ids, (w1, w3, w2), shared_weights, swiglu_limit),
+            _quantize,
         )
-        return sum_slots(outputs, expert_ids.shape[1], shared_output, out_dtype)
+        shared_output = shared_output if shared_weights is None else outputs[num_pairs:]
+        return sum_slots(outputs[:num_pairs], expert_ids.shape[1], shared_output, out_dtype)
+    if shared_weights is not None and x.shape[0] > SHARED_TOKENS:
+        shared_output, shared_weights = _shared_expert(quantized, shared_weights, swiglu_limit), None
     return _stream(
         op, quantized, route_weights, expert_ids, (w1, w3, w2), shared_output, shared_weights, swiglu_limit, out_dtype
     )

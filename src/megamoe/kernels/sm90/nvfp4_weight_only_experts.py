@@ -63,12 +63,16 @@ def run(
     x = aligned(x)
     if x.shape[0] == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    tiled = x.shape[0] > expert_tiles.stream_limit(expert_ids.shape[1], w1.shape[0])
-    if shared_weights is not None and (tiled or x.shape[0] > SHARED_TOKENS):
+    num_pairs = expert_ids.numel()
+    if x.shape[0] > expert_tiles.stream_limit(expert_ids.shape[1], w1.shape[0]):
+        outputs = expert_tiles.tile_experts(
+            *(op, (x,), route_weights, expert_ids, (w1, w3, w2), shared_weights, swiglu_limit),
+            None,
+        )
+        shared_output = shared_output if shared_weights is None else outputs[num_pairs:]
+        return sum_slots(outputs[:num_pairs], expert_ids.shape[1], shared_output, out_dtype)
+    if shared_weights is not None and x.shape[0] > SHARED_TOKENS:
         shared_output, shared_weights = _shared_expert(x, shared_weights, swiglu_limit), None
-    if tiled:
-        outputs = expert_tiles.tile_experts(*(op, (x,), route_weights, expert_ids, (w1, w3, w2), swiglu_limit, None))
-        return sum_slots(outputs, expert_ids.shape[1], shared_output, out_dtype)
     return _stream(
         op, x, route_weights, expert_ids, (w1, w3, w2), shared_output, shared_weights, swiglu_limit, out_dtype
     )
