@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVFP4 linears and experts beside cuBLAS on one GPU, weights rotated so that L2 does not help.
 
-python benchmarks/matrix_kernels.py OUT.csv [linears] [experts]
+python benchmarks/matrix_kernels.py OUT.csv [linears] [experts] [layers]
 
 `megamoe bench` rotates tokens and keeps the weight, which is right for kernels that are bound by tokens. Here the
 weight is what has to come from memory: every call of a captured graph takes another copy of it, at least 450 MB in all.
@@ -22,10 +22,13 @@ import torch
 
 from megamoe.formats import nvfp4
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.ops.nvfp4_experts import nvfp4_experts
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
 from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
 from megamoe.ops.quantize import quantize_nvfp4
+from megamoe.ops.route_experts import route_experts
+from megamoe.ops.swiglu import clamped_swiglu
 
 SHAPES = ((8192, 8192), (4096, 7168), (7168, 3072), (6144, 7168), (16384, 1536), (65536, 1536))
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -103,27 +106,78 @@ def linears(bandwidth: float) -> list[dict[str, object]]:
     return rows
 
 
+def expert_weights(num_experts: int, width: int, inner_size: int) -> tuple[NvFp4Tensor, ...]:
+    """Return w1, w3 and w2 of some experts; all have the same values, each has bytes of its own."""
+    weights = []
+    for num_rows, columns in ((inner_size, width), (inner_size, width), (width, inner_size)):
+        one = nvfp4.quantize(torch.randn(num_rows, columns, device="cuda") * columns**-0.5).fragments()
+        stacked = {
+            field: torch.stack([getattr(one, field)] * num_experts) for field in ("codes", "scales", "tensor_scale")
+        }
+        weights.append(dataclasses.replace(one, **stacked))
+    return tuple(weights)
+
+
+def random_ids(num_tokens: int, num_experts: int, num_slots: int) -> torch.Tensor:
+    """Return a random choice of experts for each token."""
+    return torch.rand(num_tokens, num_experts, device="cuda").argsort(-1)[:, :num_slots].contiguous()
+
+
 def experts(bandwidth: float) -> list[dict[str, object]]:
-    """Measure the weight-only experts at decode sizes; their weights are larger than L2 many times."""
+    """Measure both experts operations at decode sizes; their weights are larger than L2 many times."""
     rows: list[dict[str, object]] = []
     for name, (num_experts, width, inner_size, num_slots, num_tokens) in EXPERTS.items():
-        sizes = ((inner_size, width), (inner_size, width), (width, inner_size))
-        weights = []
-        for num_rows, columns in sizes:
-            one = nvfp4.quantize(torch.randn(num_rows, columns, device="cuda")).fragments()
-            stacked = {
-                field: torch.stack([getattr(one, field)] * num_experts) for field in ("codes", "scales", "tensor_scale")
-            }
-            weights.append(dataclasses.replace(one, **stacked))
+        weights = expert_weights(num_experts, width, inner_size)
         x = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)
         route_weights = torch.rand(num_tokens, num_slots, device="cuda")
-        ids = torch.rand(num_tokens, num_experts, device="cuda").argsort(-1)[:, :num_slots].contiguous()
-        call = functools.partial(nvfp4_weight_only_experts, x, route_weights, ids, *weights, swiglu_limit=10.0)
-        us = graph_us([call] * 4, 9)
+        ids = random_ids(num_tokens, num_experts, num_slots)
         num_bytes = 3 * int(ids.unique().numel()) * width * inner_size * 9 // 16
-        rows.append(row("nvfp4_weight_only_experts", name, num_tokens, us, num_bytes, bandwidth, None))
+        for door in (nvfp4_weight_only_experts, nvfp4_experts):
+            call = functools.partial(door, x, route_weights, ids, *weights, swiglu_limit=10.0)
+            us = graph_us([call] * 4, 9)
+            rows.append(row(door.__name__, name, num_tokens, us, num_bytes, bandwidth, None))
         del weights
         torch.cuda.empty_cache()
+    return rows
+
+
+def layers(bandwidth: float) -> list[dict[str, object]]:
+    """Measure the mixture of experts of a V4-Flash layer: routing, 256 experts, the shared expert in two ways.
+
+    Unfused, three linears (and the quantizer) and clamped_swiglu compute the shared expert's output. Bytes are those of
+    the experts that were chosen, and of the shared one.
+    """
+    num_experts, width, inner_size, num_slots = 256, 4096, 2048, 6
+    weights, rows, num_calls = expert_weights(num_experts, width, inner_size), [], 4
+    shared = [tuple(one[0] for one in expert_weights(1, width, inner_size)) for _ in range(num_calls)]
+    gate = (torch.randn(num_experts, width, device="cuda") * width**-0.5).bfloat16()
+    for num_tokens in (1, 8, 64):
+        xs = [torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(num_calls)]
+        chosen = [int(route_experts(x, gate, top_k=num_slots, routed_scaling=1.5)[1].unique().numel()) for x in xs]
+        num_bytes = 3 * (sum(chosen) // num_calls + 1) * width * inner_size * 9 // 16
+        for door, times in (
+            (nvfp4_weight_only_experts, nvfp4_weight_only_linear),
+            (nvfp4_experts, lambda x, w: nvfp4_linear(quantize_nvfp4(x) if isinstance(x, torch.Tensor) else x, w)),
+        ):
+
+            def fused(x: torch.Tensor, v: tuple[NvFp4Tensor, ...], door=door) -> torch.Tensor:  # type: ignore[no-untyped-def]
+                route = route_experts(x, gate, top_k=num_slots, routed_scaling=1.5)
+                return door(x, *route, *weights, shared_weights=v, swiglu_limit=10.0)
+
+            def unfused(x: torch.Tensor, v: tuple[NvFp4Tensor, ...], door=door, times=times) -> torch.Tensor:  # type: ignore[no-untyped-def]
+                route = route_experts(x, gate, top_k=num_slots, routed_scaling=1.5)
+                source = quantize_nvfp4(x) if door is nvfp4_experts else x
+                hidden = clamped_swiglu(times(source, v[0]), times(source, v[1]), limit=10.0)
+                return door(x, *route, *weights, shared_output=times(hidden, v[2]), swiglu_limit=10.0)
+
+            for what, layer in (("fused", fused), ("unfused", unfused)):
+                error = (layer(xs[0], shared[0]).float() - unfused(xs[0], shared[0]).float()).norm()
+                assert error <= 1e-2 * unfused(xs[0], shared[0]).float().norm(), (what, float(error))
+                calls = [functools.partial(layer, x, v) for x, v in zip(xs, shared, strict=True)]
+                name = f"V4-Flash layer, shared expert {what}"
+                rows.append(row(door.__name__, name, num_tokens, graph_us(calls, 9), num_bytes, bandwidth, None))
+    del weights, shared
+    torch.cuda.empty_cache()
     return rows
 
 
@@ -147,9 +201,9 @@ def row(
 
 
 if __name__ == "__main__":
-    parts = sys.argv[2:] or ["linears", "experts"]
+    parts = sys.argv[2:] or ["linears", "experts", "layers"]
     measured = copy_gbps()
-    table = [line for part in parts for line in {"linears": linears, "experts": experts}[part](measured)]
+    table = [line for part in parts for line in {"linears": linears, "experts": experts, "layers": layers}[part](measured)]
     with pathlib.Path(sys.argv[1]).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()

@@ -220,6 +220,7 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
 
 EXPERT_TILE = 8  # tokens that share an instruction
 MAX_EXPERTS = 8
+EXPERTS_PER_TOKEN = ("x", "route_weights", "expert_ids")
 
 
 def routing(num_tokens: int, num_slots: int, num_experts: int, generator: torch.Generator) -> torch.Tensor:
@@ -254,11 +255,10 @@ def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generato
 
 
 def _experts_shared(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
-    """The same with few routed experts and the weights of a shared one."""
-    few = {**dims, "E": min(dims["A"] + 1, dims["E"])}
+    """The same with the weights of a shared expert."""
     sizes = ((dims["F"], dims["D"]), (dims["F"], dims["D"]), (dims["D"], dims["F"]))
     shared = tuple(_quantized_weight(generator, *shape) for shape in sizes)
-    return {**_experts(few, num_tokens, generator), "shared_weights": shared}
+    return {**_experts(dims, num_tokens, generator), "shared_weights": shared}
 
 
 def _streamed(dims: Mapping[str, int]) -> int:
@@ -275,7 +275,7 @@ def _few_experts_streamed(dims: Mapping[str, int]) -> int:
 
 def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
     """Return how a routed-experts operation is called: with a shared expert or not, with few tokens and with many."""
-    per_token = ("x", "route_weights", "expert_ids")
+    per_token = EXPERTS_PER_TOKEN
     return (
         OpInputs(door, _experts, per_token, EXPERT_TILE, _experts_streamed),
         OpInputs(door, _experts_shared, per_token, EXPERT_TILE, _few_experts_streamed),

@@ -27,6 +27,9 @@ from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE, StreamPlan
 from megamoe.kernels.store import kernel
 
+POOL_CHUNK = 4
+QUEUE_TURNS = 16
+QUEUE_OFFSET = 16
 SHARED_TOKENS = 64
 """Up to how many tokens the shared expert is one of the experts: beyond it would be streamed more than four times."""
 VARIANT: dict = {}
@@ -47,6 +50,8 @@ class Config:
         out: "bf16" or "f32".
         skips: passes with few tokens leave out token tiles.
         grouped: try
+        pool: percent
+        slots: most
     """
 
     step: str
@@ -56,24 +61,26 @@ class Config:
     num_tiles: int
     x: str
     out: str
-    skips: bool = True
+    skips: bool = False
     grouped: bool = True
+    pool: int = 25
+    slots: int = 8
 
     @property
     def plan(self) -> StreamPlan:
         """How a product is shared out."""
-        return _plan(self.step, self.num_columns, self.num_tiles, self.grouped)
+        return _plan(self.step, self.num_columns, self.num_tiles, self.grouped, self.slots)
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory that a block asks for at launch."""
-        return self.plan.shared_bytes
+        return self.plan.shared_bytes + QUEUE_OFFSET + 4 * QUEUE_TURNS
 
 
-def _plan(step: str, num_columns: int, num_tiles: int, grouped: bool = True) -> StreamPlan:
+def _plan(step: str, num_columns: int, num_tiles: int, grouped: bool = True, slots: int = 8) -> StreamPlan:
     if step == "gate_up":
-        return StreamPlan(num_columns, 2, num_tiles)
-    return StreamPlan(num_columns, 1, num_tiles, 2 if grouped and num_columns <= 2048 else 1)
+        return StreamPlan(num_columns, 2, num_tiles, 1, slots)
+    return StreamPlan(num_columns, 1, num_tiles, 2 if grouped and num_columns <= 2048 else 1, slots)
 
 
 def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: int) -> int:

@@ -9,10 +9,10 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8
 from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.parts.expert_stream import Config
+from megamoe.kernels.parts.expert_stream import POOL_CHUNK, QUEUE_OFFSET, QUEUE_TURNS, Config
 from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.memory_device import load_global_int
-from megamoe.kernels.parts.sort_pairs import PASS_FIELDS, SHARED_EXPERT
+from megamoe.kernels.parts.sort_pairs import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT
 from megamoe.kernels.parts.weight_stream import THREADS, TOKENS_PER_TILE
 from megamoe.kernels.parts.weight_stream_device import Ring, StreamThread, nvfp4_tokens, plain_tokens
 
@@ -47,7 +47,7 @@ def program(config: Config):
     pairs = (
         vector(Int32, num_pairs),
         make_fake_tensor(Int32, (bound, PASS_FIELDS), (PASS_FIELDS, 1), assumed_align=16),
-        vector(Int32, 1),
+        vector(Int32, NUM_COUNTERS),
     )
     out = matrix(OUT_DTYPES[config.out], num_pairs, config.num_rows)
     if config.x == "bf16":
@@ -73,6 +73,21 @@ def minimum(a, b):
 def maximum(a, b):
     """Return the larger, or NaN if either is."""
     return inline_ptx("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+def load_shared_int(address):
+    """Return an int32 of shared memory."""
+    return inline_ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def store_shared_int(address, value):
+    """Store an int32 to shared memory."""
+    inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, value])
+
+
+def add_global_int(address, value):
+    """Add to an int32 of global memory and return what it was."""
+    return inline_ptx("atom.global.add.s32 {$w0}, [{$r0}], {$r1};", write_only_types=[Int32], read_only_args=[address, value])
 
 
 def select_address(condition, a, b):
@@ -165,7 +180,7 @@ class ExpertStream:
         self.kernel(x, weights, shared, order, passes, num_passes, route, out, limit, blocks).launch(
             grid=(blocks, 1, 1),
             block=(THREADS, 1, 1),
-            smem=self.plan.shared_bytes,
+            smem=self.config.shared_bytes,
             stream=stream,
             use_pdl=True,
         )
@@ -181,26 +196,32 @@ class ExpertStream:
         if cutlass.const_expr(config.step == "gate_up"):
             cute.arch.griddepcontrol_wait()  # the passes come from the kernel before this one
         # For down they come from the one before that, which gate_up has waited for before it let this one start.
-        num_groups = plan.num_units(config.num_rows // 16)
-        num_units = load_global_int(num_passes.iterator.toint()) * num_groups
+        self.num_groups = plan.num_units(config.num_rows // 16)
+        self.num_units = load_global_int(num_passes.iterator.toint()) * self.num_groups
+        self.counter = num_passes.iterator.toint() + (4 if config.step == "gate_up" else 8)
+        self.pool = Int32(Int64(self.num_units) * (100 - config.pool) // 100)  # units from here on go to whoever is free
+        self.queue = self.thread.shared + plan.shared_bytes
         block, _, _ = cute.arch.block_idx()
-        begin = Int32(Int64(block) * num_units // num_blocks)
-        end = Int32(Int64(block + 1) * num_units // num_blocks)
+        begin = Int32(Int64(block) * self.pool // num_blocks)
+        end = Int32(Int64(block + 1) * self.pool // num_blocks)
 
         per_unit = len(plan.stage_chunks) * plan.streams
+        ahead = -(-plan.num_slots // per_unit)
+        self.start_queue(begin, end, ahead)
+        cute.arch.sync_threads()
         ahead_pass, ahead_expert = Int32(-1), Int32(0)
         for index in cutlass.range_constexpr(plan.num_slots):
             ahead_pass, ahead_expert = self.issue(
-                begin + index // per_unit, end, Int32(index), index % per_unit, ahead_pass, ahead_expert
+                self.queued(Int32(index // per_unit)), Int32(index), index % per_unit, ahead_pass, ahead_expert
             )
         if cutlass.const_expr(config.step == "down"):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
 
-        ring_slot, ring_parity = Int32(0), Int32(0)
+        ring_slot, ring_parity, turn, unit = Int32(0), Int32(0), Int32(0), self.queued(Int32(0))
         here, expert, first, count = Int32(-1), Int32(0), Int32(0), Int32(0)
-        for unit in cutlass.range(begin, end, unroll=1):
-            this_pass = unit // num_groups
+        while unit >= 0:
+            this_pass = unit // self.num_groups
             if this_pass != here:
                 here = this_pass
                 address = self.pass_base + Int64(this_pass) * (PASS_FIELDS * 4)
@@ -209,34 +230,82 @@ class ExpertStream:
                 self.load_tokens(x, order, route, expert, first, count)
             if self.thread.warp < plan.used_warps:
                 ring_slot, ring_parity, ahead_pass, ahead_expert = self.stream_needed(
-                    count, ring_slot, ring_parity, unit, end, ahead_pass, ahead_expert
+                    count, ring_slot, ring_parity, turn, ahead_pass, ahead_expert
                 )
+            self.extend_queue(turn + (ahead + 1))
             self.thread.after_partials()
-            group = unit - this_pass * num_groups
-            self.finish(x, weights, shared, order, route, out, limit, expert, first, count, unit, group)
+            group = unit - this_pass * self.num_groups
+            self.finish(x, weights, shared, order, route, out, limit, expert, first, count, turn, group)
+            turn = turn + 1
+            unit = self.queued(turn)
+
+    # The queue: which units the block has in this and the coming turns, in shared memory; thread 0 extends it. First come
+    # the units of a contiguous run of the block's own, then chunks from the pool, which all blocks take from as they
+    # become free: multiprocessors do not get the same bandwidth. Who computes a unit changes no bit of it.
 
     @cute.jit
-    def expert_ahead(self, unit: Int32, end: Int32, known_pass: Int32, known_expert: Int32):
+    def start_queue(self, begin: Int32, end: Int32, ahead: cutlass.Constexpr):
+        """Fill the queue for the first turns."""
+        if self.thread.tid == 0:
+            store_shared_int(self.queue, begin)
+            store_shared_int(self.queue + 4, end)
+            for index in cutlass.range(ahead + 1, unroll=1):
+                self.enqueue(index)
+
+    @cute.jit
+    def extend_queue(self, turn: Int32):
+        """Choose the unit of a coming turn."""
+        if self.thread.tid == 0:
+            self.enqueue(turn)
+
+    @cute.jit
+    def enqueue(self, turn: Int32):
+        """Put the next unit of the run or of the chunk, or a new chunk's first, or -1, into a turn's place."""
+        unit, end = load_shared_int(self.queue), load_shared_int(self.queue + 4)
+        if (unit == end) & (end < self.num_units):
+            index = add_global_int(self.counter, Int32(1))
+            large = (self.num_units - self.pool) // (2 * POOL_CHUNK)
+            if index < large:
+                unit = self.pool + index * POOL_CHUNK
+                end = unit + POOL_CHUNK
+            else:
+                unit = cutlass.min(self.pool + large * (POOL_CHUNK - 1) + index, self.num_units)
+                end = cutlass.min(unit + 1, self.num_units)
+        chosen = Int32(-1)
+        if unit < end:
+            chosen = unit
+            unit = unit + 1
+        store_shared_int(self.queue, unit)
+        store_shared_int(self.queue + 4, end)
+        store_shared_int(self.queue + QUEUE_OFFSET + (turn & (QUEUE_TURNS - 1)) * 4, chosen)
+
+    def queued(self, turn):
+        """Return the unit of a turn, -1 for none."""
+        unit = load_shared_int(self.queue + QUEUE_OFFSET + (turn & (QUEUE_TURNS - 1)) * 4)
+        return cute.arch.make_warp_uniform(unit)
+
+    @cute.jit
+    def expert_ahead(self, unit: Int32, known_pass: Int32, known_expert: Int32):
         """Return the pass of a unit and its expert; the table is read only where the pass changes."""
-        this_pass = unit // self.plan.num_units(self.config.num_rows // 16)
-        if (this_pass != known_pass) & (unit < end):
+        this_pass = unit // self.num_groups
+        if (this_pass != known_pass) & (unit >= 0):
             known_pass = this_pass
             known_expert = load_global_int(self.pass_base + Int64(this_pass) * (PASS_FIELDS * 4))
         return known_pass, known_expert
 
-    def issue(self, unit, end, slot, position: int, known_pass, known_expert):
-        """Fill a ring slot with a stage of a unit, if the block has that unit; return the unit's pass and expert."""
+    def issue(self, unit, slot, position: int, known_pass, known_expert):
+        """Fill a ring slot with a stage of a unit, if there is one; return the unit's pass and expert."""
         stages = len(self.plan.stage_chunks)
-        known_pass, known_expert = self.expert_ahead(unit, end, known_pass, known_expert)
+        known_pass, known_expert = self.expert_ahead(unit, known_pass, known_expert)
         num_row_tiles = self.config.num_rows // 16
         weight, index = (position // stages, 0) if self.plan.num_weights == 2 else (0, position // stages)
         index = self.thread.row_group * self.plan.tiles_per_warp + index
-        row_tile = self.row_tile(unit - known_pass * self.plan.num_units(num_row_tiles), index)
+        row_tile = self.row_tile(unit - known_pass * self.num_groups, index)
         chunk = (Int64(cutlass.max(known_expert, 0)) * num_row_tiles + row_tile) * self.plan.chunks
         code_address, scale_address = self.thread.slice_addresses(
             self.base(self.code_bases, weight, known_expert), self.base(self.scale_bases, weight, known_expert), chunk
         )
-        self.thread.issue(unit < end, slot, code_address, scale_address, position % stages)
+        self.thread.issue(unit >= 0, slot, code_address, scale_address, position % stages)
         return known_pass, known_expert
 
     def base(self, bases, weight: int, expert):
@@ -277,46 +346,39 @@ class ExpertStream:
         return token
 
     @cute.jit
-    def stream_needed(
-        self, count: Int32, slot: Int32, parity: Int32, unit: Int32, end: Int32, known: Int32, expert: Int32
-    ):
+    def stream_needed(self, count: Int32, slot: Int32, parity: Int32, turn: Int32, known: Int32, expert: Int32):
         """Stream a unit past as many token tiles as the pass has."""
         if cutlass.const_expr(self.plan.num_tiles == 1 or not self.config.skips):
-            slot, parity, known, expert = self.stream_unit(self.plan.num_tiles, slot, parity, unit, end, known, expert)
+            slot, parity, known, expert = self.stream_unit(self.plan.num_tiles, slot, parity, turn, known, expert)
         elif cutlass.const_expr(self.plan.num_tiles == 2):
             if count <= TOKENS_PER_TILE:
-                slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
+                slot, parity, known, expert = self.stream_unit(1, slot, parity, turn, known, expert)
             else:
-                slot, parity, known, expert = self.stream_unit(2, slot, parity, unit, end, known, expert)
-        else:
-            if count <= TOKENS_PER_TILE:
-                slot, parity, known, expert = self.stream_unit(1, slot, parity, unit, end, known, expert)
-            else:
-                if count <= 2 * TOKENS_PER_TILE:
-                    slot, parity, known, expert = self.stream_unit(2, slot, parity, unit, end, known, expert)
-                else:
-                    slot, parity, known, expert = self.stream_unit(3, slot, parity, unit, end, known, expert)
+                slot, parity, known, expert = self.stream_unit(2, slot, parity, turn, known, expert)
         return slot, parity, known, expert
 
-    def stream_unit(self, num_tiles: int, slot, parity, unit, end, ahead_pass, ahead_expert):
+    def stream_unit(self, num_tiles: int, slot, parity, turn, ahead_pass, ahead_expert):
         """Stream a unit past `num_tiles` token tiles, keep the ring full, leave the partial sums."""
         plan = self.plan
         ring = Ring(plan, slot, parity)
         stages = len(plan.stage_chunks)
         per_unit = stages * plan.streams
+        units = {}
         for stream in range(plan.streams):
             accumulators = self.thread.zero_accumulators(num_tiles)
             for stage in range(stages):
                 accumulators = self.thread.consume(ring, accumulators, stage)
                 cute.arch.sync_warp()
                 ahead = stream * stages + stage + plan.num_slots
+                if ahead // per_unit not in units:
+                    units[ahead // per_unit] = self.queued(turn + ahead // per_unit)
                 ahead_pass, ahead_expert = self.issue(
-                    unit + ahead // per_unit, end, ring.slot, ahead % per_unit, ahead_pass, ahead_expert
+                    units[ahead // per_unit], ring.slot, ahead % per_unit, ahead_pass, ahead_expert
                 )
                 ring.advance()
             if stream == 0:
                 self.thread.before_partials()
-            self.thread.store_partials(unit, stream, accumulators)
+            self.thread.store_partials(turn, stream, accumulators)
         return ring.slot, ring.parity, ahead_pass, ahead_expert
 
     @cute.jit
@@ -332,13 +394,13 @@ class ExpertStream:
         expert: Int32,
         first: Int32,
         count: Int32,
-        unit: Int32,
+        turn: Int32,
         group: Int32,
     ):
         """Add up the warps' sums and store the outputs of a unit."""
-        for turn in cutlass.range_constexpr(-(-self.plan.outputs_per_unit // THREADS)):
-            output = self.thread.output(unit) + turn * THREADS
-            self.finish_output(x, weights, shared, order, route, out, limit, expert, first, count, unit, group, output)
+        for round in cutlass.range(-(-self.plan.outputs_per_unit // THREADS), unroll=1):
+            output = self.thread.output(turn) + round * THREADS
+            self.finish_output(x, weights, shared, order, route, out, limit, expert, first, count, turn, group, output)
 
     @cute.jit
     def finish_output(
@@ -353,7 +415,7 @@ class ExpertStream:
         expert: Int32,
         first: Int32,
         count: Int32,
-        unit: Int32,
+        turn: Int32,
         group: Int32,
         output: Int32,
     ):
@@ -370,10 +432,10 @@ class ExpertStream:
             if cutlass.const_expr(self.config.x == "nvfp4" and self.config.step == "down"):
                 factor = factor * UNDO * x[2][position]
             scales = [self.tensor_scale(weights[i][2], shared[i][2], expert) for i in range(self.plan.num_weights)]
-            value = self.thread.sum_partials(unit, stream, local, output % 16) * factor * scales[0]
+            value = self.thread.sum_partials(turn, stream, local, output % 16) * factor * scales[0]
             target = pair
             if cutlass.const_expr(self.config.step == "gate_up"):
-                up = self.thread.sum_partials(unit, 1, local, output % 16) * factor * scales[1]
+                up = self.thread.sum_partials(turn, 1, local, output % 16) * factor * scales[1]
                 route_weight = Float32(1.0)
                 if is_shared:
                     value, up = value.to(BFloat16).to(Float32), up.to(BFloat16).to(Float32)

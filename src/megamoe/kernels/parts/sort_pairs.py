@@ -17,6 +17,7 @@ from megamoe.kernels.store import kernel
 THREADS = 512
 MAX_EXPERTS = THREADS
 PASS_FIELDS = 4  # expert, first sorted position, number of pairs, unused
+NUM_COUNTERS = 3
 SHARED_EXPERT = -1  # in the expert's place, for the passes of the shared one
 
 
@@ -41,7 +42,7 @@ class SortedPairs:
         order: [pairs] int32, the pair at each sorted position; a pair is token * A + slot, or T * A + token of the
             shared expert.
         passes: [bound, 4] int32: expert or SHARED_EXPERT, first sorted position, number of pairs, unused.
-        num_passes: [1] int32.
+        num_passes: [3] int32: their number, and two counters that start at 0.
     """
 
     order: torch.Tensor
@@ -77,7 +78,7 @@ def sort_pairs(
     pairs = SortedPairs(
         torch.empty(num_pairs + num_shared, **on_device),
         torch.empty(num_passes, PASS_FIELDS, **on_device),
-        torch.empty(1, **on_device),
+        torch.empty(NUM_COUNTERS, **on_device),
     )
     launch = kernel(__name__, Config(num_experts, tokens_per_pass), expert_ids.device)
     launch(expert_ids.reshape(-1), pairs.order, pairs.passes, pairs.num_passes)

@@ -7,7 +7,7 @@ from cutlass import Int32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.parts.sort_pairs import PASS_FIELDS, SHARED_EXPERT, THREADS, Config
+from megamoe.kernels.parts.sort_pairs import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT, THREADS, Config
 
 WARPS = THREADS // 32
 
@@ -19,7 +19,7 @@ def program(config: Config):
         make_fake_tensor(Int64, (num_pairs,), (1,)),
         make_fake_tensor(Int32, (num_sorted,), (1,)),
         make_fake_tensor(Int32, (bound, PASS_FIELDS), (PASS_FIELDS, 1), assumed_align=16),
-        make_fake_tensor(Int32, (1,), (1,)),
+        make_fake_tensor(Int32, (NUM_COUNTERS,), (1,)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
     return SortPairs(config).sort, arguments
@@ -101,6 +101,8 @@ class SortPairs:
         routed_passes, shared_passes = scan_passes[THREADS - 1], (num_shared + (per_pass - 1)) // per_pass
         if tid == 0:
             num_passes[0] = routed_passes + shared_passes
+            num_passes[1] = Int32(0)
+            num_passes[2] = Int32(0)
         for index in cutlass.range(tid, shared_passes, THREADS, unroll=1):
             passes[routed_passes + index, 0] = Int32(SHARED_EXPERT)
             passes[routed_passes + index, 1] = num_pairs + index * per_pass

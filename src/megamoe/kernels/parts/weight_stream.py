@@ -44,6 +44,7 @@ class StreamPlan:
     num_weights: int
     num_tiles: int
     row_groups: int = 1
+    max_slots: int = 8
 
     @property
     def tiles_per_warp(self) -> int:
@@ -133,7 +134,7 @@ class StreamPlan:
 
     def _slots(self, buffers: int) -> int:
         left = SHARED_BYTES - WARPS * MAX_SLOTS * 8 - buffers * self.partial_bytes - self.token_bytes
-        return min(MAX_SLOTS, left // (self.used_warps * self.slot_bytes))
+        return min(self.max_slots, left // (self.used_warps * self.slot_bytes))
 
     @property
     def partial_buffers(self) -> int:
