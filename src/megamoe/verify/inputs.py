@@ -269,16 +269,12 @@ def _experts_streamed(dims: Mapping[str, int]) -> int:
     return expert_tiles.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
 
 
-def _few_experts_streamed(dims: Mapping[str, int]) -> int:
-    return expert_tiles.stream_limit(dims["A"], min(dims["A"] + 1, dims["E"]))
-
-
 def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
     """Return how a routed-experts operation is called: with a shared expert or not, with few tokens and with many."""
     per_token = EXPERTS_PER_TOKEN
     return (
         OpInputs(door, _experts, per_token, EXPERT_TILE, _experts_streamed),
-        OpInputs(door, _experts_shared, per_token, EXPERT_TILE, _few_experts_streamed),
+        OpInputs(door, _experts_shared, per_token, EXPERT_TILE, _experts_streamed),
         OpInputs(door, _experts, per_token, 43, _experts_streamed),  # passes of tiles that are full, and more than full
     )
 
