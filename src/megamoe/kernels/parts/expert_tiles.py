@@ -28,7 +28,7 @@ from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.store import kernel
 
 BOX_TOKENS = 16  # what one request to the copy engine brings
-PASS_TOKENS = (16, 32, 48, 64, 96, 112, 128)
+PASS_TOKENS = (16, 32, 64, 96, 112, 128)
 """Sizes of a pass, a kernel each: one with several would run out of registers, and wait after every instruction."""
 HALF_TILES = 8  # row tiles of 16 rows in half a block: w1 and w3, or the first and the second half of w2
 HALF_ROWS = HALF_TILES * 16
@@ -37,7 +37,8 @@ THREADS = CONSUMERS + 128
 SHARED_BYTES = 227 * 1024 - 2048  # but for barriers and alignment
 STEP_BYTES = 2 * HALF_TILES * (TILE_CODE_BYTES + TILE_SCALE_BYTES)  # of weights
 
-STREAMED_PAIRS = 4
+VARIANT: dict[str, Any] = {}
+STREAMED_PAIRS = 2
 """Pairs an expert, on average, up to which experts are streamed; more of them are multiplied in tiles."""
 
 
@@ -63,6 +64,7 @@ class Config:
     pass_tokens: int
     scaled: bool
     out: str
+    turns: bool = True
 
     @property
     def block_rows(self) -> int:
@@ -236,7 +238,7 @@ def down(
         out: [pairs, D] bf16, overwritten.
     """
     num_rows, num_columns = w2.shape[-2:]
-    config = Config("down", num_rows, num_columns, pass_tokens, tensor_scale is not None, DTYPE_NAMES[out.dtype])
+    config = Config("down", num_rows, num_columns, pass_tokens, tensor_scale is not None, DTYPE_NAMES[out.dtype], **VARIANT)
     blocks = min(num_multiprocessors(out.device), config.row_blocks * pairs.passes.shape[0])
     scales = () if tensor_scale is None else (tensor_scale,)
     kernel(__name__, config, out.device)(

@@ -42,6 +42,7 @@ OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 LOG2_E = 1.4426950408889634
 CODE_WORDS, SCALE_WORDS = TILE_CODE_BYTES // 4, TILE_SCALE_BYTES // 4
 BOX_BYTES = BOX_TOKENS * TILE_COLUMNS * 2
+TURN = 3  # named barriers 3 and 4: whose turn it is to issue products
 HALVES = 2  # groups of 64 rows of a warpgroup: w1 and w3, or the halves of a block of w2
 
 
@@ -211,6 +212,7 @@ class ExpertTiles:
         tid, _, _ = cute.arch.thread_idx()
         first_tile, _, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(tid // 32)
+        self.group = warp // 4  # the warpgroup
         allocator = cutlass.memory.SmemAllocator()
         barriers = allocator.allocate_array(Int64, 2 * stages)  # full, then empty
         shared_tokens = allocator.allocate_tensor(
@@ -253,6 +255,9 @@ class ExpertTiles:
         else:
             cute.arch.setmaxregister_increase(232)
             position = Int32(0)  # steps since the start, over all tiles
+            if cutlass.const_expr(self.config.turns):
+                if self.group == 1:  # the first turn is the other's
+                    cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=CONSUMERS)
             for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
                 this_pass = tile // row_blocks
                 address = passes.iterator.toint() + Int64(this_pass) * (PASS_FIELDS * 4)
@@ -279,6 +284,9 @@ class ExpertTiles:
                     count,
                 )
                 position = position + self.chunks
+            if cutlass.const_expr(self.config.turns):
+                if self.group == 0:
+                    cute.arch.barrier(barrier_id=TURN, number_of_threads=CONSUMERS)
 
     @cute.jit
     def produce(
@@ -448,10 +456,13 @@ class ExpertTiles:
         """Decode a step's weights and issue its products as one group."""
         stage = position % self.stages
         wait_barrier(full + stage * 8, position // self.stages & 1)
+        raw = []
         for half in range(HALVES):
             index = stage * HALVES + half
             words = load_shared(code_address + index * (HALF_TILES * TILE_CODE_BYTES), 4)
-            scale_words = load_shared_pair(scale_address + index * (HALF_TILES * TILE_SCALE_BYTES))
+            raw.append((words, load_shared_pair(scale_address + index * (HALF_TILES * TILE_SCALE_BYTES))))
+        for half in range(HALVES):
+            words, scale_words = raw[half]
             registers = cute.recast_tensor(weights[half], Uint32)
             flat = cute.make_tensor(registers.iterator, cute.make_layout(cute.size(registers)))
             upper, lower = block_scales(scale_words[0]), block_scales(scale_words[1])
@@ -459,6 +470,10 @@ class ExpertTiles:
                 fragment = weight_fragment(words[block], upper[block], lower[block])
                 for register in range(4):
                     flat[block * 4 + register] = fragment[register]
+        # An instruction whose operand is in registers is not issued before the one ahead of it has begun. So warpgroups
+        # take turns: one issues a step's products while the other decodes. Left alone they fall in step, and both wait.
+        if self.config.turns:
+            cute.arch.barrier(barrier_id=TURN + self.group, number_of_threads=CONSUMERS)
         warpgroup.fence()
         for block in range(4):
             for half in range(HALVES):
@@ -470,6 +485,8 @@ class ExpertTiles:
                     sums[half],
                 )
         warpgroup.commit_group()
+        if self.config.turns:
+            cute.arch.barrier_arrive(barrier_id=TURN + 1 - self.group, number_of_threads=CONSUMERS)
 
     @cute.jit
     def tensor_scale(self, routed: cute.Tensor, shared: cute.Tensor, expert: Int32) -> Float32:
