@@ -156,6 +156,14 @@ def test_sass_has_wide_accesses_and_no_spills(built: tuple[str, list[Built]]) ->
             assert any(name.startswith(wanted) for name in names), (str(one.request), wanted)
 
 
+def test_products_are_issued_without_waits_between_them(built: tuple[str, list[Built]]) -> None:
+    """Where registers run short, the compiler waits after every wgmma: right, and half as fast."""
+    for one in built[1]:
+        if one.request.module == "parts.expert_tiles":
+            waits = [name for name in sass_of(one.cubin) if name.startswith("WARPGROUP.DEPBAR")]
+            assert len(waits) == 3, str(one.request)  # one for each set of registers, one at the end
+
+
 def test_resources_are_within_limits(built: tuple[str, list[Built]]) -> None:
     for one in built[1]:
         usage = subprocess.run(

@@ -60,7 +60,8 @@ def test_rows_of_a_tile_are_each_stored_once() -> None:
 
 
 def test_the_path_and_the_pass_follow_from_counts_alone() -> None:
-    assert expert_tiles.stream_limit(6, 256) * 6 <= expert_tiles.STREAMED_PAIRS * 256
+    assert expert_tiles.stream_limit(6, 256) == expert_tiles.STREAMED_PAIRS * 256 // 6
+    assert expert_tiles.stream_limit(6, 8) == expert_tiles.FEW_TOKENS
     sizes = [expert_tiles.pass_tokens_for(num_pairs, 256) for num_pairs in range(0, 256 * 300, 64)]
     assert sizes == sorted(sizes) and sizes[0] == PASS_TOKENS[0] and sizes[-1] == PASS_TOKENS[-1]
 

@@ -28,7 +28,7 @@ from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.store import kernel
 
 BOX_TOKENS = 16  # what one request to the copy engine brings
-PASS_TOKENS = (16, 32, 64, 96, 112, 128)
+PASS_TOKENS = (32, 64, 112, 128)
 """Sizes of a pass, a kernel each: one with several would run out of registers, and wait after every instruction."""
 HALF_TILES = 8  # row tiles of 16 rows in half a block: w1 and w3, or the first and the second half of w2
 HALF_ROWS = HALF_TILES * 16
@@ -40,6 +40,8 @@ STEP_BYTES = 2 * HALF_TILES * (TILE_CODE_BYTES + TILE_SCALE_BYTES)  # of weights
 VARIANT: dict[str, Any] = {}
 STREAMED_PAIRS = 2
 """Pairs an expert, on average, up to which experts are streamed; more of them are multiplied in tiles."""
+FEW_TOKENS = 12
+"""Tokens up to which experts are streamed in any case."""
 
 
 Weights = tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor]
@@ -94,7 +96,7 @@ def stream_limit(num_slots: int, num_experts: int) -> int:
     From the measured crossover (benchmarks/h100/flash_layer.csv). Both paths have the operation's meaning, with sums
     in another order, so this number is where the last bits may change: a function of A and E alone.
     """
-    return STREAMED_PAIRS * num_experts // num_slots
+    return max(FEW_TOKENS, STREAMED_PAIRS * num_experts // num_slots)
 
 
 def pass_tokens_for(num_pairs: int, num_experts: int) -> int:

@@ -66,7 +66,7 @@ def program(config: Config):
         codes, scales = (matrix(Int32, row_tiles, chunks * words) for words in (CODE_WORDS, SCALE_WORDS))
         return codes, scales, vector(Float32, cute.sym_int32())
 
-    passes = (matrix(Int32, bound, PASS_FIELDS), vector(Int32, 1))
+    passes = (matrix(Int32, bound, PASS_FIELDS), vector(Int32, cute.sym_int32()))
     out = matrix(OUT_DTYPES[config.out], num_pairs, config.num_rows)
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     tiles = ExpertTiles(config)
