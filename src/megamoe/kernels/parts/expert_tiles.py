@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host side of the routed experts for many tokens an expert: both matrix products in tiles on wgmma.
 
-    sort_pairs     pairs by expert; a pass is up to 32, 64, 112 or 128 pairs of one
+    sort_pairs     pairs by expert; a pass is up to 32, 64 or 112 pairs of one
     gather_rows    their tokens side by side, NVFP4 ones expanded to bf16
     gate_up        h = clamped_swiglu(w1 x, w3 x) * route weight; a thread owns the same row of w1 and of w3
     down           w2 h, stored at the pair's place
@@ -28,7 +28,7 @@ from megamoe.kernels.parts.sort_pairs import SortedPairs
 from megamoe.kernels.store import kernel
 
 BOX_TOKENS = 16  # what one request to the copy engine brings
-PASS_TOKENS = (32, 64, 112, 128)
+PASS_TOKENS = (32, 64, 112)
 """Sizes of a pass, a kernel each: one with several would run out of registers, and wait after every instruction."""
 HALF_TILES = 8  # row tiles of 16 rows in half a block: w1 and w3, or the first and the second half of w2
 HALF_ROWS = HALF_TILES * 16
@@ -38,7 +38,7 @@ SHARED_BYTES = 227 * 1024 - 2048  # but for barriers and alignment
 STEP_BYTES = 2 * HALF_TILES * (TILE_CODE_BYTES + TILE_SCALE_BYTES)  # of weights
 
 VARIANT: dict[str, Any] = {}
-STREAMED_PAIRS = 2
+STREAMED_PAIRS = 4
 """Pairs an expert, on average, up to which experts are streamed; more of them are multiplied in tiles."""
 FEW_TOKENS = 12
 """Tokens up to which experts are streamed in any case."""
@@ -67,6 +67,7 @@ class Config:
     scaled: bool
     out: str
     turns: bool = True
+    overlaps: bool = True
 
     @property
     def block_rows(self) -> int:
@@ -240,7 +241,8 @@ def down(
         out: [pairs, D] bf16, overwritten.
     """
     num_rows, num_columns = w2.shape[-2:]
-    config = Config("down", num_rows, num_columns, pass_tokens, tensor_scale is not None, DTYPE_NAMES[out.dtype], **VARIANT)
+    scaled = tensor_scale is not None
+    config = Config("down", num_rows, num_columns, pass_tokens, scaled, DTYPE_NAMES[out.dtype], **VARIANT)
     blocks = min(num_multiprocessors(out.device), config.row_blocks * pairs.passes.shape[0])
     scales = () if tensor_scale is None else (tensor_scale,)
     kernel(__name__, config, out.device)(

@@ -182,7 +182,7 @@ class ExpertTiles:
             grid=(blocks, 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
-            use_pdl=True,
+            use_pdl=self.config.overlaps,
             min_blocks_per_mp=1,  # without it the compiler ignores setmaxnreg, and may wait after every instruction
         )
 
@@ -231,8 +231,9 @@ class ExpertTiles:
                 init_barrier(empty + stage * 8, Int32(CONSUMERS // 32))
             publish_barriers()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(self.config.overlaps):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         num_tiles = load_global_int(num_passes.iterator.toint()) * row_blocks
 
         if warp >= CONSUMERS // 32:
