@@ -37,11 +37,11 @@ THREADS = CONSUMERS + 128
 SHARED_BYTES = 227 * 1024 - 2048  # but for barriers and alignment
 STEP_BYTES = 2 * HALF_TILES * (TILE_CODE_BYTES + TILE_SCALE_BYTES)  # of weights
 
-VARIANT: dict[str, Any] = {}
 STREAMED_PAIRS = 4
 """Pairs an expert, on average, up to which experts are streamed; more of them are multiplied in tiles."""
 FEW_TOKENS = 12
-"""Tokens up to which experts are streamed in any case."""
+"""Tokens up to which experts are streamed in any case: very small steps have one order of sums, however many experts a
+GPU has."""
 
 
 Weights = tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor]
@@ -66,8 +66,6 @@ class Config:
     pass_tokens: int
     scaled: bool
     out: str
-    turns: bool = True
-    overlaps: bool = True
 
     @property
     def block_rows(self) -> int:
@@ -94,7 +92,7 @@ class Config:
 def stream_limit(num_slots: int, num_experts: int) -> int:
     """Return up to how many tokens experts are streamed; more of them are multiplied in tiles.
 
-    From the measured crossover (benchmarks/h100/flash_layer.csv). Both paths have the operation's meaning, with sums
+    From the measured crossover (docs/experiments.md, experts for many pairs). Both paths have the operation's meaning, with sums
     in another order, so this number is where the last bits may change: a function of A and E alone.
     """
     return max(FEW_TOKENS, STREAMED_PAIRS * num_experts // num_slots)
@@ -242,7 +240,7 @@ def down(
     """
     num_rows, num_columns = w2.shape[-2:]
     scaled = tensor_scale is not None
-    config = Config("down", num_rows, num_columns, pass_tokens, scaled, DTYPE_NAMES[out.dtype], **VARIANT)
+    config = Config("down", num_rows, num_columns, pass_tokens, scaled, DTYPE_NAMES[out.dtype])
     blocks = min(num_multiprocessors(out.device), config.row_blocks * pairs.passes.shape[0])
     scales = () if tensor_scale is None else (tensor_scale,)
     kernel(__name__, config, out.device)(

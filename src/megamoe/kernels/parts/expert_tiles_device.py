@@ -182,7 +182,7 @@ class ExpertTiles:
             grid=(blocks, 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
-            use_pdl=self.config.overlaps,
+            use_pdl=True,
             min_blocks_per_mp=1,  # without it the compiler ignores setmaxnreg, and may wait after every instruction
         )
 
@@ -231,9 +231,8 @@ class ExpertTiles:
                 init_barrier(empty + stage * 8, Int32(CONSUMERS // 32))
             publish_barriers()
         cute.arch.sync_threads()
-        if cutlass.const_expr(self.config.overlaps):
-            cute.arch.griddepcontrol_wait()
-            cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         num_tiles = load_global_int(num_passes.iterator.toint()) * row_blocks
 
         if warp >= CONSUMERS // 32:
@@ -256,9 +255,8 @@ class ExpertTiles:
         else:
             cute.arch.setmaxregister_increase(232)
             position = Int32(0)  # steps since the start, over all tiles
-            if cutlass.const_expr(self.config.turns):
-                if self.group == 1:  # the first turn is the other's
-                    cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=CONSUMERS)
+            if self.group == 1:  # the first turn is the other's
+                cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=CONSUMERS)
             for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
                 this_pass = tile // row_blocks
                 address = passes.iterator.toint() + Int64(this_pass) * (PASS_FIELDS * 4)
@@ -285,9 +283,8 @@ class ExpertTiles:
                     count,
                 )
                 position = position + self.chunks
-            if cutlass.const_expr(self.config.turns):
-                if self.group == 0:
-                    cute.arch.barrier(barrier_id=TURN, number_of_threads=CONSUMERS)
+            if self.group == 0:  # takes the other's last turn, so that none is left
+                cute.arch.barrier(barrier_id=TURN, number_of_threads=CONSUMERS)
 
     @cute.jit
     def produce(
@@ -461,7 +458,7 @@ class ExpertTiles:
         for half in range(HALVES):
             index = stage * HALVES + half
             words = load_shared(code_address + index * (HALF_TILES * TILE_CODE_BYTES), 4)
-            raw.append((words, load_shared_pair(scale_address + index * (HALF_TILES * TILE_SCALE_BYTES))))
+            raw.append((words, load_shared(scale_address + index * (HALF_TILES * TILE_SCALE_BYTES), 2)))
         for half in range(HALVES):
             words, scale_words = raw[half]
             registers = cute.recast_tensor(weights[half], Uint32)
@@ -471,10 +468,8 @@ class ExpertTiles:
                 fragment = weight_fragment(words[block], upper[block], lower[block])
                 for register in range(4):
                     flat[block * 4 + register] = fragment[register]
-        # An instruction whose operand is in registers is not issued before the one ahead of it has begun. So warpgroups
-        # take turns: one issues a step's products while the other decodes. Left alone they fall in step, and both wait.
-        if self.config.turns:
-            cute.arch.barrier(barrier_id=TURN + self.group, number_of_threads=CONSUMERS)
+        # Warpgroups take turns: one issues a step's products while the other decodes. Left alone they do both at once.
+        cute.arch.barrier(barrier_id=TURN + self.group, number_of_threads=CONSUMERS)
         warpgroup.fence()
         for block in range(4):
             for half in range(HALVES):
@@ -486,8 +481,7 @@ class ExpertTiles:
                     sums[half],
                 )
         warpgroup.commit_group()
-        if self.config.turns:
-            cute.arch.barrier_arrive(barrier_id=TURN + 1 - self.group, number_of_threads=CONSUMERS)
+        cute.arch.barrier_arrive(barrier_id=TURN + 1 - self.group, number_of_threads=CONSUMERS)
 
     @cute.jit
     def tensor_scale(self, routed: cute.Tensor, shared: cute.Tensor, expert: Int32) -> Float32:
@@ -585,8 +579,3 @@ def half_layout(words: int, stages: int):
     return cute.make_layout(
         (HALF_TILES, words, HALVES, stages), stride=(words, 1, HALF_TILES * words, HALVES * HALF_TILES * words)
     )
-
-
-def load_shared_pair(address):
-    """Return two words of shared memory."""
-    return load_shared(address, 2)

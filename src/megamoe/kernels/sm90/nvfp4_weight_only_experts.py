@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvfp4_weight_only_experts on Hopper: every chosen expert streams once, tokens in registers.
+"""nvfp4_weight_only_experts on Hopper: experts stream past tokens in registers, or are multiplied in tiles.
 
 Meaning    ops/nvfp4_weight_only_experts.py and ops/expert_common.py; this file only makes it fast
-Launches   sort_pairs, gate_up, down, sum_slots (parts/expert_stream.py); no host synchronization
-Many       tokens an expert: its weights are streamed once for every 16 of them
-Shared     expert: up to 64 tokens one more expert of the same launches, beyond that three linears and clamped_swiglu
+Few pairs  an expert: sort_pairs, gate_up, down, sum_slots (parts/expert_stream.py)
+Many       sort_pairs, gather_rows, gate_up, down, sum_slots: tiles on wgmma (parts/expert_tiles.py)
+Choice     by T, A and E alone: stream_limit of parts/expert_tiles.py. No host synchronization on either path
+Shared     expert: one more expert of the same launches; streaming more than 64 tokens, three linears and clamped_swiglu
 Limits     x bf16; weights in fragment order (w.fragments(), once at load); D and F multiples of 64 up to 8192; at most
            512 experts on a GPU
-Bound      memory: the bytes of the experts that were chosen, 0.5625 a value
-Order      of additions: a function of D and F alone, for the shared expert on either side of 64 tokens
+Bound      memory: the bytes of chosen experts, 0.5625 a value; from some 100 pairs an expert on, the tensor cores
+Order      of additions: a function of D, F and the path; streaming, for the shared expert on either side of 64 tokens
 """
 
 from __future__ import annotations
