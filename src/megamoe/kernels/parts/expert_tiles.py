@@ -92,8 +92,8 @@ class Config:
 def stream_limit(num_slots: int, num_experts: int) -> int:
     """Return up to how many tokens experts are streamed; more of them are multiplied in tiles.
 
-    From the measured crossover (docs/experiments.md, experts for many pairs). Both paths have the operation's meaning, with sums
-    in another order, so this number is where the last bits may change: a function of A and E alone.
+    From the measured crossover (docs/experiments.md, experts for many pairs). Both paths have the operation's meaning,
+    with sums in another order, so this number is where the last bits may change: a function of A and E alone.
     """
     return max(FEW_TOKENS, STREAMED_PAIRS * num_experts // num_slots)
 
