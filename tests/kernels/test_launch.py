@@ -121,8 +121,9 @@ WORKSPACES = {
     "route_experts": 1,
     "nvfp4_linear": 1,  # tokens expanded to bf16, where there are many
     "fp8_linear": 2,  # tokens expanded to fp16 and their scales, where there are many
-    "nvfp4_experts": 11,  # as below, and two quantized tensors of three parts
-    "nvfp4_weight_only_experts": 5,  # order, passes, their number, hidden values, outputs of the pairs
+    "nvfp4_experts": 15,  # as below, two quantized tensors of three parts, their scales by expert, h expanded
+    "nvfp4_weight_only_experts": 7,  # order, passes, their number, hidden values, outputs of the pairs; in tiles also
+    # tokens and route weights by expert
 }
 """Operations that need scratch memory, and in how many tensors; `run` allocates it in the open."""
 

@@ -18,7 +18,7 @@ from megamoe.formats import fp8, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
-from megamoe.kernels.parts.expert_stream import SHARED_TOKENS
+from megamoe.kernels.parts import expert_tiles
 from megamoe.kernels.parts.linear_stream import stream_limit
 from megamoe.kernels.parts.route_tiles import MANY_TOKENS
 from megamoe.kernels.sm90 import fp8_linear as sm90_fp8_linear
@@ -260,6 +260,7 @@ def _fp8_streamed(dims: Mapping[str, int]) -> int:
 
 
 EXPERT_TILE = 8  # tokens that share an instruction
+MAX_EXPERTS = 8
 EXPERTS_PER_TOKEN = ("x", "route_weights", "expert_ids")
 
 
@@ -282,7 +283,7 @@ def routing(num_tokens: int, num_slots: int, num_experts: int, generator: torch.
 
 def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     """Return arguments with at most 8 experts: kernels know the number only as the end of a loop."""
-    num_experts, width, inner_size, device = min(8, dims["E"]), dims["D"], dims["F"], generator.device
+    num_experts, width, inner_size, device = min(MAX_EXPERTS, dims["E"]), dims["D"], dims["F"], generator.device
     return {
         "x": scaled(generator, num_tokens, width).bfloat16(),
         "route_weights": torch.rand(num_tokens, dims["A"], generator=generator, device=device) + 0.1,
@@ -307,6 +308,20 @@ def _streamed(dims: Mapping[str, int]) -> int:
 
 def _untiled_routes(dims: Mapping[str, int]) -> int:
     return MANY_TOKENS
+
+
+def _experts_streamed(dims: Mapping[str, int]) -> int:
+    return expert_tiles.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
+
+
+def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
+    """Return how a routed-experts operation is called: with a shared expert or not, with few tokens and with many."""
+    per_token = EXPERTS_PER_TOKEN
+    return (
+        OpInputs(door, _experts, per_token, EXPERT_TILE, _experts_streamed),
+        OpInputs(door, _experts_shared, per_token, EXPERT_TILE, _experts_streamed),
+        OpInputs(door, _experts, per_token, 43, _experts_streamed),  # passes of tiles that are full, and more than full
+    )
 
 
 def _tied(values: torch.Tensor) -> torch.Tensor:
@@ -341,22 +356,8 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "nvfp4_weight_only_linear": (
         OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
     ),
-    "nvfp4_experts": (
-        OpInputs(nvfp4_experts, _experts, EXPERTS_PER_TOKEN, tile=EXPERT_TILE),
-        OpInputs(
-            nvfp4_experts, _experts_shared, EXPERTS_PER_TOKEN, tile=EXPERT_TILE, order_until=lambda _: SHARED_TOKENS
-        ),
-    ),
-    "nvfp4_weight_only_experts": (
-        OpInputs(nvfp4_weight_only_experts, _experts, EXPERTS_PER_TOKEN, tile=EXPERT_TILE),
-        OpInputs(
-            nvfp4_weight_only_experts,
-            _experts_shared,
-            EXPERTS_PER_TOKEN,
-            tile=EXPERT_TILE,
-            order_until=lambda _: SHARED_TOKENS,
-        ),
-    ),
+    "nvfp4_experts": _expert_calls(nvfp4_experts),
+    "nvfp4_weight_only_experts": _expert_calls(nvfp4_weight_only_experts),
     "fp8_linear": (OpInputs(fp8_linear, _fp8_linear, ("x",), order_until=_fp8_streamed),),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_pre_norm": (OpInputs(hyper_connection_pre_norm, _hyper_connection_pre_norm, ("x",)),),
