@@ -185,7 +185,7 @@ def test_products_are_issued_without_waits_between_them(built: tuple[str, list[B
     for one in built[1]:
         if one.request.module == "parts.expert_tiles":
             waits = [name for name in sass_of(one.cubin) if name.startswith("WARPGROUP.DEPBAR")]
-            assert len(waits) == 3, str(one.request)  # one for each set of registers, one at the end
+            assert len(waits) <= 4, str(one.request)  # one for each set of registers, and the end; else 16
 
 
 def test_resources_are_within_limits(built: tuple[str, list[Built]]) -> None:
