@@ -19,7 +19,13 @@ from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.kernels.parts.linear_stream import stream_limit
-from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
+from megamoe.kernels.parts.route_tiles import MANY_TOKENS
+from megamoe.ops.hyper_connection import (
+    hyper_connection_head,
+    hyper_connection_post,
+    hyper_connection_pre,
+    hyper_connection_pre_norm,
+)
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
 from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
@@ -146,6 +152,11 @@ def _hyper_connection_pre(dims: Mapping[str, int], num_tokens: int, generator: t
     return _mixing(dims, num_tokens, generator, (2 + dims["X"]) * dims["X"], 3)
 
 
+def _hyper_connection_pre_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    weight = (1.0 + scaled(generator, dims["D"], scale=0.2)).bfloat16()
+    return {**_hyper_connection_pre(dims, num_tokens, generator), "weight": weight}
+
+
 def _hyper_connection_head(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     return _mixing(dims, num_tokens, generator, dims["X"], 1)
 
@@ -236,6 +247,10 @@ def _streamed(dims: Mapping[str, int]) -> int:
     return stream_limit(dims["N"])
 
 
+def _untiled_routes(dims: Mapping[str, int]) -> int:
+    return MANY_TOKENS
+
+
 def _tied(values: torch.Tensor) -> torch.Tensor:
     """Return per-expert values with experts 0 and 1, and 2 and the last, alike and large: often chosen, always tied."""
     values = values.clone()
@@ -261,8 +276,8 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
     "clamped_swiglu": (OpInputs(clamped_swiglu, _clamped_swiglu, ("gate", "up")),),
     "route_experts": (
-        OpInputs(route_experts, _route_experts, ("x", "token_ids")),
-        OpInputs(route_experts, _route_experts_biased, ("x", "token_ids")),
+        OpInputs(route_experts, _route_experts, ("x", "token_ids"), tile=512, order_until=_untiled_routes),
+        OpInputs(route_experts, _route_experts_biased, ("x", "token_ids"), tile=512, order_until=_untiled_routes),
     ),
     "nvfp4_linear": (OpInputs(nvfp4_linear, _nvfp4_linear, ("x",), order_until=_streamed),),
     "nvfp4_weight_only_linear": (
@@ -272,6 +287,7 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),
     ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
+    "hyper_connection_pre_norm": (OpInputs(hyper_connection_pre_norm, _hyper_connection_pre_norm, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
     "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),
 }

@@ -223,3 +223,31 @@ def fill_slot(wanted, barrier, target, codes, code_bytes: int, scales, scale_byt
 def store_shared_floats(address, a, b, c, d):
     """Store four floats to shared memory."""
     inline_ptx("st.shared.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, a, b, c, d])
+
+
+def copy_16_bytes(shared_address, global_address, wanted):
+    """Start a copy of 16 bytes from global to shared memory, zeros if not `wanted`; wait_copies waits for it."""
+    inline_ptx(
+        "{ .reg .pred p; .reg .b32 size; setp.ne.b32 p, {$r2}, 0; selp.b32 size, 16, 0, p; "
+        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, size; }",
+        read_only_args=[shared_address, global_address, Int32(wanted)],
+    )
+
+
+def wait_copies():
+    """Wait for this thread's copies of 16 bytes."""
+    inline_ptx("cp.async.wait_all;")
+
+
+def prefetch_if(wanted, global_address, num_bytes):
+    """Ask for bytes, a multiple of 16, to be brought to the L2 cache."""
+    predicated(wanted, "cp.async.bulk.prefetch.L2.global [{$r1}], {$r2};", global_address, Int32(num_bytes))
+
+
+def load_matrices(address):
+    """Return four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8."""
+    return inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[address],
+    )
