@@ -122,6 +122,7 @@ WORKSPACES = {
     "hyper_connection_head": 1,
     "route_experts": 1,
     "nvfp4_linear": 1,  # tokens expanded to bf16, where there are many
+    "nvfp4_grouped_linear": 1,
     "nvfp4_weight_only_experts": 5,  # order, passes, their number, hidden values, outputs of the pairs
 }
 """Operations that need scratch memory, and in how many tensors; `run` allocates it in the open."""

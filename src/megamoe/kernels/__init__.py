@@ -19,6 +19,10 @@ KERNELS: dict[str, dict[str, str]] = {
     "nvfp4_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_linear"},
     "nvfp4_weight_only_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_linear"},
     "nvfp4_weight_only_experts": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_experts"},
+    "linear": {"sm90": "megamoe.kernels.sm90.linear"},
+    "grouped_linear": {"sm90": "megamoe.kernels.sm90.grouped_linear"},
+    "nvfp4_grouped_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_grouped_linear"},
+    "nvfp4_weight_only_grouped_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_grouped_linear"},
 }
 
 ARCHITECTURES = ("sm90", "sm100", "sm103")

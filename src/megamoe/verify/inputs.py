@@ -18,8 +18,11 @@ from megamoe.formats import nvfp4
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
+from megamoe.kernels.parts.grouped_stream import STREAM_LIMIT
 from megamoe.kernels.parts.linear_stream import stream_limit
+from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
 from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
+from megamoe.ops.linear import linear
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
 from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
@@ -216,6 +219,32 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
     return {**arguments, "x": nvfp4.quantize(arguments["x"], scale_per="row")}
 
 
+def _linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    num_rows, width = dims["N"], dims["K"]
+    x = _finite_squares(activations(generator, num_tokens, width))
+    return {"x": x, "w": scaled(generator, num_rows, width, scale=width**-0.5).bfloat16()}
+
+
+def _linear_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {**_linear(dims, num_tokens, generator), "out_dtype": torch.float32}
+
+
+def _grouped_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    num_groups, num_rows, width = dims["G"], dims["N"], dims["K"]
+    x = _finite_squares(activations(generator, num_tokens, num_groups, width))
+    return {"x": x, "w": scaled(generator, num_groups, num_rows, width, scale=width**-0.5).bfloat16()}
+
+
+def _weight_only_grouped_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    x = _finite_squares(activations(generator, num_tokens, dims["G"], dims["K"]))
+    return {"x": x, "w": _quantized_weight(generator, dims["G"], dims["N"], dims["K"])}
+
+
+def _nvfp4_grouped_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _weight_only_grouped_linear(dims, num_tokens, generator)
+    return {**arguments, "x": nvfp4.quantize(arguments["x"], scale_per="row")}
+
+
 def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     """Return arguments with at most 8 experts: kernels know the number only as the end of a loop."""
     num_experts, width, inner_size, device = min(8, dims["E"]), dims["D"], dims["F"], generator.device
@@ -234,6 +263,10 @@ def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generato
 
 def _streamed(dims: Mapping[str, int]) -> int:
     return stream_limit(dims["N"])
+
+
+def _grouped_streamed(dims: Mapping[str, int]) -> int:
+    return STREAM_LIMIT
 
 
 def _tied(values: torch.Tensor) -> torch.Tensor:
@@ -270,6 +303,19 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     ),
     "nvfp4_weight_only_experts": (
         OpInputs(nvfp4_weight_only_experts, _experts, ("x", "route_weights", "expert_ids"), tile=8),
+    ),
+    "linear": (
+        OpInputs(linear, _linear, ("x",)),
+        OpInputs(linear, _linear_fp32, ("x",)),
+    ),
+    "grouped_linear": (OpInputs(grouped_linear, _grouped_linear, ("x",)),),
+    "nvfp4_grouped_linear": (
+        OpInputs(nvfp4_grouped_linear, _nvfp4_grouped_linear, ("x",), order_until=_grouped_streamed),
+    ),
+    "nvfp4_weight_only_grouped_linear": (
+        OpInputs(
+            nvfp4_weight_only_grouped_linear, _weight_only_grouped_linear, ("x",), order_until=_grouped_streamed
+        ),
     ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
