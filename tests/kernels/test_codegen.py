@@ -157,6 +157,14 @@ def test_sass_has_wide_accesses_and_no_spills(built: tuple[str, list[Built]]) ->
             assert any(name.startswith(wanted) for name in names), (str(one.request), wanted)
 
 
+def test_wgmma_instructions_overlap(built: tuple[str, list[Built]]) -> None:
+    """Where the compiler cannot see that sums stay in place between instructions, it waits after every single one."""
+    for one in built[1]:
+        names = sass_of(one.cubin)
+        products, groups = (sum(name.startswith(start) for name in names) for start in ("HGMMA", "WARPGROUP.ARRIVE"))
+        assert products >= 4 * groups, str(one.request)
+
+
 def test_resources_are_within_limits(built: tuple[str, list[Built]]) -> None:
     for one in built[1]:
         usage = subprocess.run(

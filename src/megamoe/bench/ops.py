@@ -186,7 +186,7 @@ def _cublas_plain(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype | Non
 
 
 def _bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(x.transpose(0, 1), w.transpose(1, 2))  # [G, T, N]: the copy to [T, G, N] is left out
+    return torch.bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)  # strided; a contiguous copy is left out
 
 
 def _bmm_weight_only(x: torch.Tensor, w: NvFp4Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@ Math       y[t, g, n] = sum_k  x[t, g, k] * w[g, n, k]
 Numerics   as linear, nvfp4_linear and nvfp4_weight_only_linear: products and sum in fp32, one rounding to out_dtype.
            Each of the three is an operation of its own; the format of x and w decides which. Row-invariant.
 Tolerance  verify/tolerance.py, "grouped_linear", "nvfp4_grouped_linear", "nvfp4_weight_only_grouped_linear"
-Kernels    sm90: NVFP4 weights stream past up to 16 tokens, more go through wgmma; the two paths add in different orders.
-           bf16 weights always go through wgmma, in one order.
+Kernels    sm90: NVFP4 weights stream past up to 16 tokens, more go through wgmma; the two paths add in different
+           orders. bf16 weights always go through wgmma, in one order.
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code (`wo_a`)
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of y[:, g] = x[:, g] w[g]^T for few tokens: the weights of all groups streamed once (parts/weight_stream.py).
+"""Host side of y[:, g] = x[:, g] w[g]^T for few tokens: all weights streamed once (parts/weight_stream.py).
 
 A unit of work is a few row tiles of one group. Blocks get contiguous runs of units, so that most stay within one or two
 groups and load tokens once or twice.

@@ -16,6 +16,8 @@ How large a tile is decides no bit: every output is the sum over K in steps of 1
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -112,7 +114,7 @@ class Config:
         return RESERVED_BYTES + self.out_bytes + self.stages * self.stage_bytes
 
 
-NVFP4_TILES = {(256, 128): 1060, (128, 128): 560, (128, 64): 320}
+NVFP4_TILES = {(256, 128): 1060, (128, 256): 1080, (128, 128): 560, (128, 64): 320}
 """Rows and tokens of the tiles that exist → clocks of a step."""
 
 BF16_TILES = {(128, 256): 1100, (128, 128): 640, (64, 64): 640, (64, 16): 640}
@@ -131,6 +133,24 @@ def best_tile(
         return -(-count // blocks) * (-(-num_columns // TILE_COLUMNS) * tiles[tile] + TILE_CLOCKS)
 
     return min(tiles, key=clocks)
+
+
+def place(
+    tile: Any, group_blocks: Any, row_blocks: Any, token_blocks: Any, minimum: Callable[[Any, Any], Any] = min
+) -> tuple[Any, Any, Any]:
+    """Return group, row block within the group, and token block of a tile: bands of tokens, all rows of a band.
+
+    Args:
+        tile: its number; like everything here an int, or a number of the device.
+        group_blocks, row_blocks, token_blocks: row blocks of a group, of all groups; token blocks.
+        minimum: of two such numbers.
+    """
+    first = tile // (row_blocks * BAND) * BAND
+    width = minimum(token_blocks - first, BAND)
+    rest = tile - first * row_blocks
+    row_block = rest // width
+    group = row_block // group_blocks
+    return group, row_block - group * group_blocks, first + rest - row_block * width
 
 
 def tile_keys(weight: str, scaled: bool, out: str) -> list[Config]:
@@ -218,7 +238,5 @@ def _launch(
     config = Config(weight, len(arguments) == 4, DTYPE_NAMES[out_dtype], *tile)
     num_tiles = num_groups * -(-num_rows // config.rows) * -(-num_tokens // config.tokens)
     blocks = blocks or min(multiprocessors, num_tiles)
-    kernel(__name__, config, x.device)(
-        x.view(num_tokens, -1), *arguments, out.view(num_tokens, -1), num_groups, blocks
-    )
+    kernel(__name__, config, x.device)(x.view(num_tokens, -1), *arguments, out.view(num_tokens, -1), num_groups, blocks)
     return out

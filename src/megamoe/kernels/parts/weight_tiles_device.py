@@ -24,7 +24,7 @@ from megamoe.kernels.parts.memory_device import (
     store_matrices_transposed,
     wait_barrier,
 )
-from megamoe.kernels.parts.weight_tiles import BAND, GROUP_ROWS, Config
+from megamoe.kernels.parts.weight_tiles import GROUP_ROWS, Config, place
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 CODE_WORDS = TILE_CODE_BYTES // 4
@@ -258,13 +258,7 @@ class WeightTiles:
 
     def place(self, tile):
         """Return group, row block within the group, and token block of a tile."""
-        band = tile // (self.row_blocks * BAND)
-        first = band * BAND
-        width = cutlass.min(self.token_blocks - first, Int32(BAND))
-        rest = tile - first * self.row_blocks
-        row_block = rest // width
-        group = row_block // self.group_blocks
-        return group, row_block - group * self.group_blocks, first + rest - row_block * width
+        return place(tile, self.group_blocks, self.row_blocks, self.token_blocks, cutlass.min)
 
     @cute.jit
     def produce(
@@ -382,13 +376,18 @@ class WeightTiles:
         thread_mma = mma.get_slice(tid % 128)
         token_fragments = mma.make_fragment_B(thread_mma.partition_B(shared_tokens))
         groups = config.row_groups
-        sums = [cute.make_rmem_tensor(mma.partition_shape_C((GROUP_ROWS, config.tokens)), Float32) for _ in range(groups)]
+        sums = [
+            cute.make_rmem_tensor(mma.partition_shape_C((GROUP_ROWS, config.tokens)), Float32) for _ in range(groups)
+        ]
         if cutlass.const_expr(config.weight == "bf16"):
             weights = mma.make_fragment_A(thread_mma.partition_A(shared_weights[0]))
             addresses = None
         else:
             weights = [
-                [cute.make_rmem_tensor(mma.partition_shape_A((GROUP_ROWS, TILE_COLUMNS)), BFloat16) for _ in range(groups)]
+                [
+                    cute.make_rmem_tensor(mma.partition_shape_A((GROUP_ROWS, TILE_COLUMNS)), BFloat16)
+                    for _ in range(groups)
+                ]
                 for _ in range(2)
             ]
             # This warp's row tiles: 16 rows in each group of 64 of its warpgroup.
@@ -407,16 +406,12 @@ class WeightTiles:
             for turn in cutlass.range(num_steps // unrolled, unroll=1):
                 for half in cutlass.range_constexpr(unrolled):
                     before = stage
-                    stage, parity = self.step(
-                        mma, sums, weights, half, token_fragments, addresses, stage, parity, warp
-                    )
+                    stage, parity = self.step(mma, sums, weights, half, token_fragments, addresses, stage, parity, warp)
                     warpgroup.wait_group(1)
                     self.release((lane == 0) & (turn * unrolled + half > 0), before)
             warpgroup.wait_group(0)
             self.release(lane == 0, stage)
-            finished_parity = self.finish(
-                sums, tensor_scale, token_scales, out, tile, finished_parity, lane, warp
-            )
+            finished_parity = self.finish(sums, tensor_scale, token_scales, out, tile, finished_parity, lane, warp)
 
     def release(self, wanted, stage):
         """Let the producer overwrite the stage before `stage`."""
