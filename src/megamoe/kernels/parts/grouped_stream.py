@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host side of y[:, g] = x[:, g] w[g]^T for few tokens: all weights streamed once (parts/weight_stream.py).
 
-A unit of work is a few row tiles of one group. Blocks get contiguous runs of units, so that most stay within one or two
-groups and load tokens once or twice.
+A unit of work is a few row tiles of one group. Every block belongs to one group and loads that group's tokens once;
+tokens of a second group would come in the middle of the stream, and everyone would wait for that block.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def stream_grouped(x: tuple[torch.Tensor, ...], x_name: str, w: NvFp4Tensor, out
     if out.numel() == 0:
         return out
     config = Config(num_columns, -(-num_tokens // TOKENS_PER_TILE), x_name, DTYPE_NAMES[out_dtype])
-    blocks = min(num_multiprocessors(w.device), num_groups * config.plan.num_units(num_rows // 16))
+    per_group = max(1, num_multiprocessors(w.device) // num_groups)
+    blocks = min(per_group, config.plan.num_units(num_rows // 16))  # of a group
     kernel(__name__, config, w.device)(
         *(one.view(num_tokens, -1) for one in x),
         w.codes.view(-1, num_columns // 2),

@@ -63,7 +63,7 @@ class GroupedStream:
     def launch(self, x, codes, scales, tensor_scale, out, num_blocks, stream):
         """Launch the kernel; it may start before the kernel ahead of it has finished (see the wait inside)."""
         self.kernel(x, codes, scales, tensor_scale, out, num_blocks).launch(
-            grid=(num_blocks, 1, 1),
+            grid=(num_blocks, tensor_scale.shape[0], 1),
             block=(THREADS, 1, 1),
             smem=self.plan.shared_bytes,
             stream=stream,
@@ -75,10 +75,9 @@ class GroupedStream:
         plan = self.plan
         self.num_tokens, num_rows = out.shape
         self.num_groups = tensor_scale.shape[0]
-        self.group_tiles = num_rows // 16 // self.num_groups
-        self.group_units = plan.num_units(self.group_tiles)
-        num_units = self.group_units * self.num_groups
-        block, _, _ = cute.arch.block_idx()
+        self.num_row_tiles = num_rows // 16 // self.num_groups  # of a group
+        num_units = plan.num_units(self.num_row_tiles)
+        block, self.group, _ = cute.arch.block_idx()
         begin, end = block * num_units // num_blocks, (block + 1) * num_units // num_blocks
 
         self.thread = StreamThread(plan)
@@ -89,22 +88,17 @@ class GroupedStream:
         self.fill(begin, end, 0, EARLY_SLOTS)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        here = begin // self.group_units
-        self.request_tokens(x, here)
+        self.request_tokens(x)
         self.fill(begin, end, EARLY_SLOTS, plan.num_slots)
-        self.arrange_tokens(x, here)
+        self.arrange_tokens(x)
+        scale = load_global_float(tensor_scale.iterator.toint() + Int64(self.group) * 4)
 
         ring_slot, ring_parity = Int32(0), Int32(0)
         for unit in cutlass.range(begin, end, unroll=1):
-            group = unit // self.group_units
-            if group != here:
-                here = group
-                self.request_tokens(x, group)
-                self.arrange_tokens(x, group)
             if self.thread.warp < plan.used_warps:
                 ring_slot, ring_parity = self.stream_unit(ring_slot, ring_parity, unit, end)
             self.thread.after_partials()
-            self.finish(x, tensor_scale, out, unit, group)
+            self.finish(x, scale, out, unit)
 
     def fill(self, begin, end, first_slot: int, last_slot: int):
         """Fill slots of the empty ring."""
@@ -112,40 +106,37 @@ class GroupedStream:
         for index in range(first_slot, last_slot):
             self.issue(begin + index // per_unit, end, Int32(index), index % per_unit)
 
-    def row_tile(self, unit, group, index):
-        """Return a row tile of a unit within its group; the last unit of a group repeats the last one."""
-        local = unit - group * self.group_units
+    def row_tile(self, unit, index):
+        """Return a row tile of a unit; the last unit repeats the last one."""
         if self.plan.tiles_per_unit == 1:
-            return local
-        return cutlass.min(local * self.plan.tiles_per_unit + index, self.group_tiles - 1)
+            return unit
+        return cutlass.min(unit * self.plan.tiles_per_unit + index, self.num_row_tiles - 1)
 
     def issue(self, unit, end, slot, position: int):
         """Fill a ring slot with a stage of a unit, if the block has that unit."""
         stages = len(self.plan.stage_chunks)
-        group = unit // self.group_units
-        row_tile = group * self.group_tiles + self.row_tile(unit, group, position // stages)
-        code_address, scale_address = self.thread.slice_addresses(
-            self.codes, self.scales, Int64(row_tile) * self.plan.chunks
-        )
+        row_tile = self.group * self.num_row_tiles + self.row_tile(unit, position // stages)
+        chunk = Int64(row_tile) * self.plan.chunks
+        code_address, scale_address = self.thread.slice_addresses(self.codes, self.scales, chunk)
         self.thread.issue(unit < end, slot, code_address, scale_address, position % stages)
 
-    def token_access(self, x, group):
-        """Return load_raw and arrange for the tokens of a group."""
+    def token_access(self, x):
+        """Return load_raw and arrange for the group's tokens."""
         columns = self.num_groups * self.config.num_columns
         rows = [tile * TOKENS_PER_TILE + self.thread.row for tile in range(self.plan.num_tiles)]
-        arguments = (columns, group * self.plan.chunks, self.thread.column, rows)
+        arguments = (columns, self.group * self.plan.chunks, self.thread.column, rows)
         if self.config.x == "bf16":
             return plain_tokens(x[0].iterator.toint(), *arguments)
         return nvfp4_tokens(x[0].iterator.toint(), x[1].iterator.toint(), *arguments)
 
-    def request_tokens(self, x, group):
-        """Start loading a group's tokens."""
-        load_raw, _ = self.token_access(x, group)
+    def request_tokens(self, x):
+        """Start loading the group's tokens."""
+        load_raw, _ = self.token_access(x)
         self.thread.request_tokens(load_raw, self.num_tokens)
 
-    def arrange_tokens(self, x, group):
-        """Have a group's tokens in place."""
-        load_raw, arrange = self.token_access(x, group)
+    def arrange_tokens(self, x):
+        """Have the group's tokens in place."""
+        load_raw, arrange = self.token_access(x)
         self.thread.arrange_tokens(load_raw, arrange, self.num_tokens)
 
     def stream_unit(self, slot, parity, unit, end):
@@ -168,14 +159,13 @@ class GroupedStream:
         return ring.slot, ring.parity
 
     @cute.jit
-    def finish(self, x, tensor_scale: cute.Tensor, out: cute.Tensor, unit: Int32, group: Int32):
+    def finish(self, x, scale: Float32, out: cute.Tensor, unit: Int32):
         """Add up the warps' sums and store the outputs of a unit."""
         output, per_tile = self.thread.output(unit), self.plan.num_tiles * TOKENS_PER_TILE * 16
         stream, token = output // per_tile, output // 16 % (self.plan.num_tiles * TOKENS_PER_TILE)
         if (output < self.plan.outputs_per_unit) & (token < self.num_tokens):
-            row = (group * self.group_tiles + self.row_tile(unit, group, stream)) * 16 + output % 16
-            scale = load_global_float(tensor_scale.iterator.toint() + Int64(group) * 4)
+            row = (self.group * self.num_row_tiles + self.row_tile(unit, stream)) * 16 + output % 16
             value = self.thread.sum_partials(unit, stream, token, output % 16) * UNDO * scale
             if cutlass.const_expr(self.config.x == "nvfp4"):
-                value = value * UNDO * x[2][token, group]
+                value = value * UNDO * x[2][token, self.group]
             out[token, row] = value.to(out.element_type)
