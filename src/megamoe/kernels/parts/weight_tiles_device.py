@@ -11,17 +11,27 @@ from cutlass.utils import hopper_helpers
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_ROWS, TILE_SCALE_BYTES
 from megamoe.kernels.parts.fragment import UNDO
-from megamoe.kernels.parts.fragment_device import block_scales, weight_fragment
+from megamoe.kernels.parts.fragment_device import (
+    block_scales,
+    expanding_scales,
+    multiply_bf16x2,
+    row_major_pairs,
+    weight_fragment,
+)
 from megamoe.kernels.parts.memory_device import (
     arrive_if,
     expect_bytes_if,
     init_barrier,
     load_global_float,
+    load_global_if,
+    load_global_vector_if,
     load_shared,
     pack_bf16,
     publish_barriers,
+    publish_to_matrix_unit,
     store_global_vector_if,
     store_matrices_transposed,
+    store_shared,
     wait_barrier,
 )
 from megamoe.kernels.parts.weight_tiles import GROUP_ROWS, Config, place
@@ -29,7 +39,6 @@ from megamoe.kernels.parts.weight_tiles import GROUP_ROWS, Config, place
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 CODE_WORDS = TILE_CODE_BYTES // 4
 SCALE_WORDS = TILE_SCALE_BYTES // 4
-STORERS = 3  # warps that carry finished tiles to global memory
 STEPS = TILE_COLUMNS // 16  # instructions of a stage and row group
 
 
@@ -44,7 +53,13 @@ def program(config: Config):
     """Return the launcher and its symbolic arguments."""
     num_tokens, num_rows = cute.sym_int32(), cute.sym_int32(divisibility=16 if config.weight == "nvfp4" else 1)
     out_divisibility = 16 if config.weight == "nvfp4" else 1
-    arguments = [matrix(BFloat16, num_tokens, cute.sym_int32(divisibility=8), 8)]
+    if config.x == "nvfp4":
+        arguments = [
+            matrix(Uint8, num_tokens, cute.sym_int32(divisibility=32), 32),
+            matrix(Uint8, num_tokens, cute.sym_int32(divisibility=4), 4),
+        ]
+    else:
+        arguments = [matrix(BFloat16, num_tokens, cute.sym_int32(divisibility=8), 8)]
     if config.weight == "bf16":
         arguments.append(matrix(BFloat16, num_rows, cute.sym_int32(divisibility=8), 8))
     else:
@@ -53,12 +68,13 @@ def program(config: Config):
             matrix(Uint8, num_rows, cute.sym_int32(divisibility=4), 4),
             make_fake_tensor(Float32, (cute.sym_int32(),), (1,)),
         ]
-    if config.scaled:
+    if config.x != "bf16":
         arguments.append(make_fake_tensor(Float32, (cute.sym_int32(),), (1,)))
     out = matrix(OUT_DTYPES[config.out], num_tokens, num_rows, out_divisibility)
     arguments += [out, Int32(0), Int32(0), make_fake_stream(use_tvm_ffi_env_stream=True)]
     tiles = WeightTiles(config)
-    launcher = tiles.plain if config.weight == "bf16" else tiles.scaled if config.scaled else tiles.weight_only
+    launcher = {"bf16": tiles.weight_only, "expanded": tiles.expanded, "nvfp4": tiles.both_nvfp4}[config.x]
+    launcher = tiles.plain if config.weight == "bf16" else launcher
     return launcher, tuple(arguments)
 
 
@@ -84,14 +100,31 @@ class WeightTiles:
 
     @cute.jit
     def plain(self, x, w, out, num_groups: Int32, num_blocks: Int32, stream):
-        self.launch(x, (w,), None, None, out, num_groups, num_blocks, stream)
+        self.launch((x,), (w,), None, None, out, num_groups, num_blocks, stream)
 
     @cute.jit
     def weight_only(self, x, codes, scales, tensor_scale, out, num_groups: Int32, num_blocks: Int32, stream):
-        self.launch(x, (codes, scales), tensor_scale, None, out, num_groups, num_blocks, stream)
+        self.launch((x,), (codes, scales), tensor_scale, None, out, num_groups, num_blocks, stream)
 
     @cute.jit
-    def scaled(self, x, codes, scales, tensor_scale, token_scales, out, num_groups: Int32, num_blocks: Int32, stream):
+    def expanded(self, x, codes, scales, tensor_scale, token_scales, out, num_groups: Int32, num_blocks: Int32, stream):
+        self.launch((x,), (codes, scales), tensor_scale, token_scales, out, num_groups, num_blocks, stream)
+
+    @cute.jit
+    def both_nvfp4(
+        self,
+        x_codes,
+        x_scales,
+        codes,
+        scales,
+        tensor_scale,
+        token_scales,
+        out,
+        num_groups: Int32,
+        num_blocks: Int32,
+        stream,
+    ):
+        x = (x_codes, x_scales)
         self.launch(x, (codes, scales), tensor_scale, token_scales, out, num_groups, num_blocks, stream)
 
     def launch(self, x, w, tensor_scale, token_scales, out, num_groups, num_blocks, stream):
@@ -109,7 +142,10 @@ class WeightTiles:
         )
         tile = (GROUP_ROWS, config.tokens, TILE_COLUMNS)
         token_layout = hopper_helpers.make_smem_layout_b(LayoutEnum.ROW_MAJOR, tile, BFloat16, config.stages)
-        token_copy, tokens = tma(x, cute.slice_(token_layout, (None, None, 0)), (config.tokens, TILE_COLUMNS))
+        token_copy, tokens = None, x
+        if config.x != "nvfp4":
+            box = cute.slice_(token_layout, (None, None, 0))
+            token_copy, tokens = tma(x[0], box, (config.tokens, TILE_COLUMNS))
         if config.weight == "bf16":
             groups = config.rows // GROUP_ROWS  # stage s has its groups of 64 rows at groups * s and after
             weight_layout = hopper_helpers.make_smem_layout_a(
@@ -154,8 +190,8 @@ class WeightTiles:
     def kernel(
         self,
         mma: cute.TiledMma,
-        token_copy: cute.CopyAtom,
-        tokens: cute.Tensor,
+        token_copy,
+        tokens,
         token_layout: cute.ComposedLayout,
         weight_copies,
         weights,
@@ -211,10 +247,10 @@ class WeightTiles:
         self.carried = self.finished + 8
         if tid == 0:
             for stage in cutlass.range_constexpr(config.stages):
-                init_barrier(self.full + stage * 8, Int32(1))
+                init_barrier(self.full + stage * 8, Int32(config.full_arrivals))
                 init_barrier(self.empty + stage * 8, Int32(config.consumers // 32))
             init_barrier(self.finished, Int32(config.consumers // 32))
-            init_barrier(self.carried, Int32(STORERS))
+            init_barrier(self.carried, Int32(config.carriers))
             publish_barriers()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()
@@ -223,7 +259,24 @@ class WeightTiles:
         first_other = config.consumers // 32
         if warp >= first_other:
             cute.arch.setmaxregister_decrease(40)
-            if warp == first_other:
+            if cutlass.const_expr(config.x == "nvfp4"):
+                self.feed(
+                    tokens,
+                    shared_tokens.iterator.toint(),
+                    weight_copies,
+                    weights,
+                    shared_weights,
+                    barriers,
+                    out,
+                    num_chunks,
+                    num_steps,
+                    first_tile,
+                    num_tiles,
+                    num_blocks,
+                    warp - first_other,
+                    tid - config.consumers,
+                )
+            elif warp == first_other:
                 self.produce(
                     token_copy,
                     tokens,
@@ -265,8 +318,8 @@ class WeightTiles:
     @cute.jit
     def produce(
         self,
-        token_copy: cute.CopyAtom,
-        tokens: cute.Tensor,
+        token_copy,
+        tokens,
         shared_tokens: cute.Tensor,
         weight_copies,
         weights,
@@ -282,79 +335,153 @@ class WeightTiles:
         config = self.config
         lane = cute.arch.lane_idx()
         stage, parity = Int32(0), Int32(1)
-        groups = config.rows // GROUP_ROWS
         for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
             group, row_block, token_block = self.place(tile)
-            block_tokens = cute.local_tile(tokens, (config.tokens, TILE_COLUMNS), (token_block, None))
-            to_tokens, from_tokens = partition(token_copy, shared_tokens, block_tokens)
+            if cutlass.const_expr(config.x != "nvfp4"):
+                block_tokens = cute.local_tile(tokens, (config.tokens, TILE_COLUMNS), (token_block, None))
+                to_tokens, from_tokens = partition(token_copy, shared_tokens, block_tokens)
             first_row = group * self.group_rows + row_block * config.rows
-            if cutlass.const_expr(config.weight == "bf16"):
-                rows = cute.domain_offset((first_row, 0), weights[0])
-                parts = [
-                    partition(
-                        weight_copies[0],
-                        shared_weights[0],
-                        cute.local_tile(rows, (GROUP_ROWS, TILE_COLUMNS), (index, None)),
-                    )
-                    for index in range(groups)
-                ]
-            else:
-                parts = [
-                    partition(
-                        weight_copies[index],
-                        shared_weights[index],
-                        cute.local_tile(
-                            cute.domain_offset((first_row // TILE_ROWS, 0), weights[index]),
-                            (config.row_tiles, words),
-                            (0, None),
-                        ),
-                    )
-                    for index, words in enumerate((CODE_WORDS, SCALE_WORDS))
-                ]
+            parts = self.weight_parts(weight_copies, weights, shared_weights, first_row)
             for step in cutlass.range(num_steps, unroll=1):
                 wait_barrier(self.empty + stage * 8, parity)
-                expect_bytes_if(lane == 0, self.full + stage * 8, Int32(config.stage_bytes))
+                expect_bytes_if(lane == 0, self.full + stage * 8, Int32(config.copied_bytes))
                 full = barriers + stage
-                column = group * num_chunks + step
-                cute.copy(token_copy, from_tokens[(None, column)], to_tokens[(None, stage)], tma_bar_ptr=full)
-                for index in cutlass.range_constexpr(len(parts)):
-                    to_weights, from_weights = parts[index]
-                    if cutlass.const_expr(config.weight == "bf16"):
-                        copy, target = weight_copies[0], stage * groups + index
-                    else:
-                        copy, target = weight_copies[index], stage
-                    cute.copy(copy, from_weights[(None, step)], to_weights[(None, target)], tma_bar_ptr=full)
+                if cutlass.const_expr(config.x != "nvfp4"):
+                    column = group * num_chunks + step
+                    cute.copy(token_copy, from_tokens[(None, column)], to_tokens[(None, stage)], tma_bar_ptr=full)
+                self.copy_weights(weight_copies, parts, step, stage, full)
                 at = Place(config, stage, parity)
                 at.advance()
                 stage, parity = at.stage, at.parity
+
+    def weight_parts(self, copies, weights, shared, first_row):
+        """Return what `copy_weights` copies of the rows from one on: stages, and steps of global memory."""
+        config = self.config
+        if config.weight == "bf16":
+            rows = cute.domain_offset((first_row, 0), weights[0])
+            return [
+                partition(copies[0], shared[0], cute.local_tile(rows, (GROUP_ROWS, TILE_COLUMNS), (index, None)))
+                for index in range(config.rows // GROUP_ROWS)
+            ]
+        parts = []
+        for index, words in enumerate((CODE_WORDS, SCALE_WORDS)):
+            rows = cute.domain_offset((first_row // TILE_ROWS, 0), weights[index])
+            tile = cute.local_tile(rows, (config.row_tiles, words), (0, None))
+            parts.append(partition(copies[index], shared[index], tile))
+        return parts
+
+    def copy_weights(self, copies, parts, step, stage, full):
+        """Start the copies of a step's weights into a stage."""
+        for index, (to_weights, from_weights) in enumerate(parts):
+            plain = self.config.weight == "bf16"
+            copy, target = (copies[0], stage * len(parts) + index) if plain else (copies[index], stage)
+            cute.copy(copy, from_weights[(None, step)], to_weights[(None, target)], tma_bar_ptr=full)
+
+    @cute.jit
+    def feed(
+        self,
+        x,
+        shared_tokens: Int32,
+        weight_copies,
+        weights,
+        shared_weights,
+        barriers,
+        out: cute.Tensor,
+        num_chunks: Int32,
+        num_steps: Int32,
+        first_tile: Int32,
+        num_tiles: Int32,
+        num_blocks: Int32,
+        warp: Int32,
+        thread: Int32,
+    ):
+        """Do everything but multiply, with NVFP4 tokens: expand them in place of copies, and carry finished tiles."""
+        config = self.config
+        codes, scales = x
+        threads = 128 // config.tokens  # of a token
+        words = 8 // threads  # of a thread, eight codes each
+        row, part = thread // threads, thread % threads
+        lane = thread % 32
+        target = shared_tokens + row * (TILE_COLUMNS * 2)
+        stage, parity, finished_parity = Int32(0), Int32(1), Int32(0)
+        carry_step = cutlass.min(num_steps, Int32(config.stages)) - 1  # the ring is full, and consumers busy
+        raw = cute.make_rmem_tensor(cute.make_layout((words + 1,)), Uint32)
+        for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
+            group, row_block, token_block = self.place(tile)
+            parts = self.weight_parts(
+                weight_copies, weights, shared_weights, group * self.group_rows + row_block * config.rows
+            )
+            token = Int64(cutlass.min(token_block * config.tokens + row, self.num_tokens - 1))
+            chunk = group * num_chunks
+            code_address = codes.iterator.toint() + token * codes.shape[1] + chunk * 32 + part * (32 // threads)
+            scale_address = scales.iterator.toint() + token * scales.shape[1] + chunk * 4 + part * (4 // threads)
+            self.request(raw, code_address, scale_address, threads)
+            for step in cutlass.range(num_steps, unroll=1):
+                wait_barrier(self.empty + stage * 8, parity)
+                if warp == 0:
+                    expect_bytes_if(lane == 0, self.full + stage * 8, Int32(config.copied_bytes))
+                    self.copy_weights(weight_copies, parts, step, stage, barriers + stage)
+                factors = expanding_scales(raw[words])
+                for index in cutlass.range_constexpr(words):
+                    pairs = [multiply_bf16x2(pair, factors[index // 2]) for pair in row_major_pairs(raw[index])]
+                    column = (part * words + index) ^ (row & 7)
+                    store_shared(target + stage * (config.tokens * TILE_COLUMNS * 2) + column * 16, *pairs)
+                following = cutlass.min(step + 1, num_chunks - 1)
+                self.request(raw, code_address + following * 32, scale_address + following * 4, threads)
+                publish_to_matrix_unit()
+                cute.arch.sync_warp()
+                arrive_if(lane == 0, self.full + stage * 8)
+                if cutlass.const_expr(config.out == "bf16"):
+                    if (step == carry_step) & (tile > first_tile):
+                        finished_parity = self.carry_tile(out, tile - num_blocks, finished_parity, warp, lane)
+                at = Place(config, stage, parity)
+                at.advance()
+                stage, parity = at.stage, at.parity
+        if cutlass.const_expr(config.out == "bf16"):
+            last = first_tile + (num_tiles - 1 - first_tile) // num_blocks * num_blocks
+            self.carry_tile(out, last, finished_parity, warp, lane)
+
+    def request(self, raw, code_address, scale_address, threads: int):
+        """Start loading a thread's codes and scales of a chunk."""
+        words = []
+        for index in range(2 // threads):
+            words += load_global_vector_if(Int32(1), code_address + index * 16, 4)
+        words.append(load_global_if(Int32(1), scale_address, 32 // threads))
+        for index, word in enumerate(words):
+            raw[index] = word
 
     @cute.jit
     def carry(
         self, out: cute.Tensor, first_tile: Int32, num_tiles: Int32, num_blocks: Int32, carrier: Int32, lane: Int32
     ):
-        """Store finished tiles, whole rows of a token."""
+        """Store all finished tiles."""
+        parity = Int32(0)
+        for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
+            parity = self.carry_tile(out, tile, parity, carrier, lane)
+
+    @cute.jit
+    def carry_tile(self, out: cute.Tensor, tile: Int32, parity: Int32, carrier: Int32, lane: Int32):
+        """Store a finished tile, whole rows of a token; return the parity of the next one."""
         config = self.config
         lanes = config.rows // 8  # a token's rows, 16 bytes a lane
         together = max(1, 32 // lanes)
-        parity = Int32(0)
-        for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
-            group, row_block, token_block = self.place(tile)
-            row = lane % lanes * 8
-            is_row = row_block * config.rows + row < self.group_rows
-            first_row = group * self.group_rows + row_block * config.rows + row
-            for piece in cutlass.range_constexpr(config.tokens // config.staged_tokens):
-                first_token = token_block * config.tokens + piece * config.staged_tokens
-                wait_barrier(self.finished, parity)
-                for index in cutlass.range(carrier, config.staged_tokens // together, STORERS, unroll=1):
-                    local = index * together + lane // lanes
-                    address = self.finished_tile + (local * config.out_stride + row) * 2
-                    words = load_shared(address, 4)
-                    token = first_token + local
-                    target = out.iterator.toint() + (Int64(token) * self.num_rows + first_row) * 2
-                    store_global_vector_if(is_row & (token < self.num_tokens), target, *words)
-                cute.arch.sync_warp()
-                arrive_if(lane == 0, self.carried)
-                parity = parity ^ 1
+        group, row_block, token_block = self.place(tile)
+        row = lane % lanes * 8
+        is_row = row_block * config.rows + row < self.group_rows
+        first_row = group * self.group_rows + row_block * config.rows + row
+        for piece in cutlass.range_constexpr(config.tokens // config.staged_tokens):
+            first_token = token_block * config.tokens + piece * config.staged_tokens
+            wait_barrier(self.finished, parity)
+            for index in cutlass.range(carrier, config.staged_tokens // together, config.carriers, unroll=1):
+                local = index * together + lane // lanes
+                words = load_shared(self.finished_tile + (local * config.out_stride + row) * 2, 4)
+                token = first_token + local
+                target = out.iterator.toint() + (Int64(token) * self.num_rows + first_row) * 2
+                store_global_vector_if(is_row & (token < self.num_tokens), target, *words)
+            cute.arch.sync_warp()
+            arrive_if(lane == 0, self.carried)
+            parity = parity ^ 1
+        return parity
 
     @cute.jit
     def consume(
@@ -478,7 +605,7 @@ class WeightTiles:
             factor = load_global_float(tensor_scale.iterator.toint() + Int64(group) * 4) * UNDO
             factors = [factor, factor]
             for block in cutlass.range_constexpr(config.tokens // 8):
-                if cutlass.const_expr(config.scaled):
+                if cutlass.const_expr(config.x != "bf16"):
                     for index in cutlass.range_constexpr(2):
                         token = cutlass.min(first_token + block * 8 + lane % 4 * 2 + index, self.num_tokens - 1)
                         factors[index] = factor * UNDO * token_scales[token * self.num_groups + group]
