@@ -30,6 +30,7 @@ GROUP_ROWS = 64  # rows of an instruction
 MAX_STAGES = 24
 SHARED_BYTES = 226 * 1024
 RESERVED_BYTES = 1024  # barriers, and padding up to the first tile
+RAW_SLOTS = 4  # steps of codes and scales on their way to the threads that expand tokens
 BAND = 8  # token blocks that are visited side by side
 
 
@@ -120,14 +121,19 @@ class Config:
         return self.staged_tokens * self.out_stride * 2 if self.out == "bf16" else 0
 
     @property
+    def raw_bytes(self) -> int:
+        """Shared memory of tokens before they are expanded."""
+        return RAW_SLOTS * (4096 + 512) if self.x == "nvfp4" else 0
+
+    @property
     def stages(self) -> int:
         """Stages that fit."""
-        return min(MAX_STAGES, (SHARED_BYTES - RESERVED_BYTES - self.out_bytes) // self.stage_bytes)
+        return min(MAX_STAGES, (SHARED_BYTES - RESERVED_BYTES - self.out_bytes - self.raw_bytes) // self.stage_bytes)
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        return RESERVED_BYTES + self.out_bytes + self.stages * self.stage_bytes
+        return RESERVED_BYTES + self.out_bytes + self.raw_bytes + self.stages * self.stage_bytes
 
 
 NVFP4_TILES = {(128, 256): 600, (256, 128): 620, (128, 128): 350, (128, 64): 255, (64, 128): 225, (64, 64): 215}

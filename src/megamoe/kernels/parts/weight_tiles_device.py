@@ -4,6 +4,7 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
+from cutlass.cute.arch import inline_ptx
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.tensor_utils import LayoutEnum
@@ -23,8 +24,6 @@ from megamoe.kernels.parts.memory_device import (
     expect_bytes_if,
     init_barrier,
     load_global_float,
-    load_global_if,
-    load_global_vector_if,
     load_shared,
     pack_bf16,
     publish_barriers,
@@ -34,7 +33,7 @@ from megamoe.kernels.parts.memory_device import (
     store_shared,
     wait_barrier,
 )
-from megamoe.kernels.parts.weight_tiles import GROUP_ROWS, Config, place
+from megamoe.kernels.parts.weight_tiles import GROUP_ROWS, RAW_SLOTS, Config, place
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 CODE_WORDS = TILE_CODE_BYTES // 4
@@ -233,6 +232,12 @@ class WeightTiles:
                 allocator.allocate_tensor(Uint32, self.words_layout(words, config.stages), byte_alignment=128)
                 for words in (CODE_WORDS, SCALE_WORDS)
             )
+        self.raw = Int32(0)
+        if cutlass.const_expr(config.x == "nvfp4"):
+            raw = allocator.allocate_tensor(
+                Uint32, cute.make_layout((RAW_SLOTS * (4096 + 512) // 4,)), byte_alignment=128
+            )
+            self.raw = raw.iterator.toint()
         self.finished_tile = Int32(0)
         if cutlass.const_expr(config.out == "bf16"):
             shared_out = allocator.allocate_tensor(
@@ -398,14 +403,12 @@ class WeightTiles:
         """Do everything but multiply, with NVFP4 tokens: expand them in place of copies, and carry finished tiles."""
         config = self.config
         codes, scales = x
-        threads = 128 // config.tokens  # of a token
-        words = 8 // threads  # of a thread, eight codes each
-        row, part = thread // threads, thread % threads
-        lane = thread % 32
+        row, lane = thread, thread % 32
         target = shared_tokens + row * (TILE_COLUMNS * 2)
+        slots, scale_slots = self.raw + thread * 16, self.raw + RAW_SLOTS * 4096 + thread * 4
+        position = Int32(0)
         stage, parity, finished_parity = Int32(0), Int32(1), Int32(0)
         carry_step = cutlass.min(num_steps, Int32(config.stages)) - 1  # the ring is full, and consumers busy
-        raw = cute.make_rmem_tensor(cute.make_layout((words + 1,)), Uint32)
         for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
             group, row_block, token_block = self.place(tile)
             parts = self.weight_parts(
@@ -413,21 +416,39 @@ class WeightTiles:
             )
             token = Int64(cutlass.min(token_block * config.tokens + row, self.num_tokens - 1))
             chunk = group * num_chunks
-            code_address = codes.iterator.toint() + token * codes.shape[1] + chunk * 32 + part * (32 // threads)
-            scale_address = scales.iterator.toint() + token * scales.shape[1] + chunk * 4 + part * (4 // threads)
-            self.request(raw, code_address, scale_address, threads)
+            code_address = codes.iterator.toint() + token * codes.shape[1] + chunk * 32
+            scale_address = scales.iterator.toint() + token * scales.shape[1] + chunk * 4
+            for ahead in cutlass.range_constexpr(RAW_SLOTS - 1):
+                following = cutlass.min(Int32(ahead), num_chunks - 1)
+                slot = (position + ahead) % RAW_SLOTS
+                request(
+                    slots + slot * 4096,
+                    code_address + following * 32,
+                    scale_slots + slot * 512,
+                    scale_address + following * 4,
+                )
             for step in cutlass.range(num_steps, unroll=1):
                 wait_barrier(self.empty + stage * 8, parity)
                 if warp == 0:
                     expect_bytes_if(lane == 0, self.full + stage * 8, Int32(config.copied_bytes))
                     self.copy_weights(weight_copies, parts, step, stage, barriers + stage)
-                factors = expanding_scales(raw[words])
-                for index in cutlass.range_constexpr(words):
-                    pairs = [multiply_bf16x2(pair, factors[index // 2]) for pair in row_major_pairs(raw[index])]
-                    column = (part * words + index) ^ (row & 7)
+                following = cutlass.min(step + (RAW_SLOTS - 1), num_chunks - 1)
+                slot = (position + (RAW_SLOTS - 1)) % RAW_SLOTS
+                request(
+                    slots + slot * 4096,
+                    code_address + following * 32,
+                    scale_slots + slot * 512,
+                    scale_address + following * 4,
+                )
+                wait_copies(RAW_SLOTS - 1)
+                slot = position % RAW_SLOTS
+                position = position + 1
+                factors = expanding_scales(load_shared(scale_slots + slot * 512, 1))
+                words = [*load_shared(slots + slot * 4096, 4), *load_shared(slots + slot * 4096 + 2048, 4)]
+                for index in cutlass.range_constexpr(8):
+                    pairs = [multiply_bf16x2(pair, factors[index // 2]) for pair in row_major_pairs(words[index])]
+                    column = index ^ (row & 7)
                     store_shared(target + stage * (config.tokens * TILE_COLUMNS * 2) + column * 16, *pairs)
-                following = cutlass.min(step + 1, num_chunks - 1)
-                self.request(raw, code_address + following * 32, scale_address + following * 4, threads)
                 publish_to_matrix_unit()
                 cute.arch.sync_warp()
                 arrive_if(lane == 0, self.full + stage * 8)
@@ -440,15 +461,6 @@ class WeightTiles:
         if cutlass.const_expr(config.out == "bf16"):
             last = first_tile + (num_tiles - 1 - first_tile) // num_blocks * num_blocks
             self.carry_tile(out, last, finished_parity, warp, lane)
-
-    def request(self, raw, code_address, scale_address, threads: int):
-        """Start loading a thread's codes and scales of a chunk."""
-        words = []
-        for index in range(2 // threads):
-            words += load_global_vector_if(Int32(1), code_address + index * 16, 4)
-        words.append(load_global_if(Int32(1), scale_address, 32 // threads))
-        for index, word in enumerate(words):
-            raw[index] = word
 
     @cute.jit
     def carry(
@@ -641,6 +653,20 @@ class WeightTiles:
             token = blocks * 16 + lane // 16 * 8 + lane % 8
             row = first_row + lane // 8 % 2 * 8
             store_matrices_transposed(self.finished_tile + (token * config.out_stride + row) * 2, *words)
+
+
+def request(slot, codes, scale_slot, scales):
+    """Start copying 32 bytes of codes and 4 of scales to a thread's own slot, as one group."""
+    inline_ptx(
+        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16; cp.async.cg.shared.global [{$r2}], [{$r3}], 16; "
+        "cp.async.ca.shared.global [{$r4}], [{$r5}], 4; cp.async.commit_group;",
+        read_only_args=[slot, codes, slot + 2048, codes + 16, scale_slot, scales],
+    )
+
+
+def wait_copies(pending: int):
+    """Wait until all but some groups of this thread's copies are there."""
+    inline_ptx(f"cp.async.wait_group {pending};")
 
 
 def tma(source, layout, tile):
