@@ -418,6 +418,7 @@ class WeightTiles:
             chunk = group * num_chunks
             code_address = codes.iterator.toint() + token * codes.shape[1] + chunk * 32
             scale_address = scales.iterator.toint() + token * scales.shape[1] + chunk * 4
+            wait_copies(0)  # requests past the end of the tile before went to the same slots
             for ahead in cutlass.range_constexpr(RAW_SLOTS - 1):
                 following = cutlass.min(Int32(ahead), num_chunks - 1)
                 slot = (position + ahead) % RAW_SLOTS
