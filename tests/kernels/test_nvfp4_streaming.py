@@ -11,16 +11,7 @@ from megamoe.formats.e2m1 import decode_packed
 from megamoe.formats.e4m3 import lookup_e4m3
 from megamoe.formats.fragment_layout import codes_to_fragments
 from megamoe.kernels.parts import expert_stream, sort_pairs
-from megamoe.kernels.parts.fragment import (
-    SCALE_BITS,
-    TWO_TO_112,
-    TWO_TO_113,
-    TWO_TO_127,
-    UNDO,
-    code_pairs,
-    plain_pair,
-    row_major_values,
-)
+from megamoe.kernels.parts.fragment import SCALE_BITS, TWO_TO_112, TWO_TO_127, UNDO, code_pairs, plain_pair
 from megamoe.kernels.parts.linear_stream import column_parts, stream_configs, stream_keys, stream_limit
 from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, SHARED_BYTES, WARPS, StreamPlan, unit_range
 from megamoe.kernels.sm90 import nvfp4_linear, nvfp4_weight_only_experts, nvfp4_weight_only_linear
@@ -57,33 +48,6 @@ def test_every_code_times_every_scale_is_exact() -> None:
         want = decode_packed(torch.tensor([[byte]], dtype=torch.uint8)).view(2, 1).double() * want_scales.double()
         assert torch.equal(got, want), byte
         assert torch.equal(got.signbit() | (got == 0), want.signbit() | (want == 0))
-
-
-def permute_bytes(a: int, b: int, selector: int) -> int:
-    """Do what prmt.b32 does."""
-    source, result = a | b << 32, 0
-    for index in range(4):
-        nibble = selector >> 4 * index & 15
-        byte = source >> 8 * (nibble & 7) & 0xFF
-        result |= ((0xFF if byte & 0x80 else 0) if nibble & 8 else byte) << 8 * index
-    return result
-
-
-def test_a_row_major_word_gives_its_eight_values(seed: int) -> None:
-    words = torch.randint(0, 1 << 32, (300,)).tolist() + [0x76543210, 0xFEDCBA98]
-    for word in words:
-        pairs = torch.tensor(row_major_values(word, int, permute_bytes))
-        want = decode_packed(torch.tensor([[word >> 8 * index & 0xFF for index in range(4)]], dtype=torch.uint8))
-        got = bf16_halves(pairs).flatten()
-        assert torch.equal(got.float(), want.flatten().float()), hex(word)
-        assert torch.equal(got.signbit(), want.flatten().signbit()), "zeros have signs"
-
-
-def test_scales_for_row_major_values_are_exact() -> None:
-    scale_bytes = torch.arange(127)
-    factors = bf16_halves((scale_bytes << 4) & SCALE_BITS)[..., 0] * bf16_halves(torch.tensor(TWO_TO_113))[0]
-    want = lookup_e4m3(scale_bytes.to(torch.uint8).view(torch.float8_e4m3fn)).double()
-    assert torch.equal(factors.double() * UNDO, want)
 
 
 def test_a_word_in_fragment_order_gives_its_four_pairs(seed: int) -> None:

@@ -15,8 +15,10 @@ from megamoe.kernels.parts.weight_tiles import BF16_TILES, NVFP4_TILES, Config, 
 from megamoe.kernels.sm90 import grouped_linear, linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
 
-ALL = [Config("nvfp4", x, out, *tile) for tile in NVFP4_TILES for x in ("bf16", "expanded") for out in ("bf16", "f32")]
-ALL += [Config("bf16", "bf16", out, *tile) for tile in BF16_TILES for out in ("bf16", "f32")]
+ALL = [
+    Config("nvfp4", scaled, out, *tile) for tile in NVFP4_TILES for scaled in (False, True) for out in ("bf16", "f32")
+]
+ALL += [Config("bf16", False, out, *tile) for tile in BF16_TILES for out in ("bf16", "f32")]
 
 
 @pytest.mark.parametrize("config", ALL, ids=str)
@@ -56,7 +58,7 @@ def test_a_weight_comes_from_memory_once_a_band() -> None:
 def test_the_tile_is_one_that_is_compiled(num_groups: int, num_rows: int, num_columns: int, num_tokens: int) -> None:
     for weight, tiles in (("nvfp4", NVFP4_TILES), ("bf16", BF16_TILES)):
         tile = best_tile(tiles, num_groups, num_rows, num_columns, num_tokens, 132)
-        assert any((key.rows, key.tokens) == tile for key in tile_keys(weight, "bf16", "bf16"))
+        assert any((key.rows, key.tokens) == tile for key in tile_keys(weight, False, "bf16"))
 
 
 def test_many_tokens_take_the_largest_tile() -> None:

@@ -11,7 +11,6 @@ SIGNS = 0x80008000
 SCALE_BITS = 0x07F007F0
 TWO_TO_127 = 0x7F007F00  # two bf16 numbers
 TWO_TO_112 = 0x77807780
-TWO_TO_113 = 0x78007800
 UNDO = 2.0**7
 """What a sum over one decoded operand is multiplied by, besides the tensor scale."""
 
@@ -37,22 +36,3 @@ def plain_pair(byte: Any, constant: Callable[[int], Any] = int) -> Any:
     low = ((byte << 6) & constant(0x1C0)) | ((byte << 12) & constant(0x8000))
     high = ((byte << 18) & constant(0x1C00000)) | ((byte << 24) & constant(0x80000000))
     return low | high
-
-
-def row_major_values(word: Any, constant: Callable[[int], Any], permute: Callable[[Any, Any, Any], Any]) -> list[Any]:
-    """Return the eight codes of a row-major word as four words of two bf16 numbers, by looking up their bytes.
-
-    Args:
-        word: 32 bits, the first code in the lowest ones.
-        constant: makes such a number of an int.
-        permute: prmt.b32: (a, b, selector) -> four bytes of b:a; a selector of 8 and more repeats the byte's top bit.
-    """
-    pairs = []
-    for half in (word, word >> 16):
-        magnitudes = half & constant(0x7777)
-        low = permute(constant(0xC0800000), constant(0xC0804000), magnitudes)  # 0, 0.5, 1, 1.5 and 2, 3, 4, 6
-        high = permute(constant(0x3F3F3F00), constant(0x40404040), magnitudes)
-        signs = permute(constant(0x80808080), constant(0x80808080), half)  # 0xFF where negative, else 0x80
-        high = high | ((signs << 1) & constant(0x80808080))
-        pairs += [permute(low, high, constant(0x5140)), permute(low, high, constant(0x7362))]
-    return pairs

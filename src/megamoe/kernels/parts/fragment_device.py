@@ -12,7 +12,7 @@ constants, and the tests repeat the arithmetic for every code and scale.
 from cutlass import Float32, Uint32
 from cutlass.cute.arch import inline_ptx
 
-from megamoe.kernels.parts.fragment import SCALE_BITS, TWO_TO_112, TWO_TO_113, TWO_TO_127, code_pairs, row_major_values
+from megamoe.kernels.parts.fragment import SCALE_BITS, TWO_TO_112, TWO_TO_127, code_pairs
 
 
 def multiply_bf16x2(a, b):
@@ -25,15 +25,6 @@ def times_two_to_239(scales):
     return inline_ptx(
         f"{{ .reg .b32 first, second; mov.b32 first, {TWO_TO_127}; mov.b32 second, {TWO_TO_112}; "
         "mul.rn.bf16x2 {$w0}, {$r0}, first; mul.rn.bf16x2 {$w0}, {$w0}, second; }",
-        write_only_types=[Uint32],
-        read_only_args=[scales],
-    )
-
-
-def times_two_to_113(scales):
-    """Return a pair of bf16 numbers times 2^113."""
-    return inline_ptx(
-        f"{{ .reg .b32 factor; mov.b32 factor, {TWO_TO_113}; mul.rn.bf16x2 {{$w0}}, {{$r0}}, factor; }}",
         write_only_types=[Uint32],
         read_only_args=[scales],
     )
@@ -73,25 +64,6 @@ def weight_fragment(word, upper_scale, lower_scale):
         multiply_bf16x2(pairs[2], upper_scale),
         multiply_bf16x2(pairs[3], lower_scale),
     )
-
-
-def permute_bytes(a, b, selector):
-    """Return four of the eight bytes of b and a, chosen by the low 16 bits of a selector (prmt.b32)."""
-    return inline_ptx(
-        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Uint32], read_only_args=[a, b, selector]
-    )
-
-
-def row_major_pairs(word):
-    """Return the eight codes of a row-major word as four pairs of bf16 numbers."""
-    return row_major_values(word, Uint32, permute_bytes)
-
-
-def expanding_scales(word):
-    """Return the scales of a word's four bytes, each twice in a register, times 2^-7."""
-    even, odd = (word << 4) & Uint32(SCALE_BITS), (word >> 4) & Uint32(SCALE_BITS)
-    even, odd = times_two_to_113(even), times_two_to_113(odd)
-    return low_twice(even), low_twice(odd), high_twice(even), high_twice(odd)
 
 
 def select(condition, a, b):

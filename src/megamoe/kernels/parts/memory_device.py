@@ -167,8 +167,3 @@ def store_matrices_transposed(address, a, b, c, d):
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
         read_only_args=[address, a, b, c, d],
     )
-
-
-def publish_to_matrix_unit():
-    """Make this thread's stores to shared memory visible to wgmma, which reads it as the copy engine does."""
-    inline_ptx("fence.proxy.async.shared::cta;")

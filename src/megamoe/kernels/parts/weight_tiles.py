@@ -30,7 +30,6 @@ GROUP_ROWS = 64  # rows of an instruction
 MAX_STAGES = 24
 SHARED_BYTES = 226 * 1024
 RESERVED_BYTES = 1024  # barriers, and padding up to the first tile
-RAW_SLOTS = 4  # steps of codes and scales on their way to the threads that expand tokens
 BAND = 8  # token blocks that are visited side by side
 
 
@@ -40,15 +39,14 @@ class Config:
 
     Attributes:
         weight: "nvfp4" in fragment order, or "bf16" row-major.
-        x: "bf16", or NVFP4 activations, of which each token and group has a tensor scale: "nvfp4" as they are,
-            "expanded" to code * block scale * 2^-7 in bf16.
+        scaled: x is code * block scale * 2^-7 of NVFP4 activations, and each token and group has a tensor scale.
         out: "bf16" or "f32".
         rows: weight rows of a tile, 64, 128 or 256.
         tokens: tokens of a tile.
     """
 
     weight: str
-    x: str
+    scaled: bool
     out: str
     rows: int
     tokens: int
@@ -65,13 +63,8 @@ class Config:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: consumers and a warpgroup that feeds them."""
+        """Threads of a block: consumers, a producer warp, three storing warps."""
         return self.consumers + 128
-
-    @property
-    def carriers(self) -> int:
-        """Warps that carry finished tiles to global memory; the producer does not, unless all produce."""
-        return 4 if self.x == "nvfp4" else 3
 
     @property
     def row_groups(self) -> int:
@@ -96,16 +89,6 @@ class Config:
         return self.tokens * TILE_COLUMNS * 2 + self.weight_bytes
 
     @property
-    def copied_bytes(self) -> int:
-        """Bytes of a stage that the copy engine brings."""
-        return self.weight_bytes if self.x == "nvfp4" else self.stage_bytes
-
-    @property
-    def full_arrivals(self) -> int:
-        """Warps that announce a stage: the producer, and those that expand tokens."""
-        return 1 + (4 if self.x == "nvfp4" else 0)
-
-    @property
     def out_stride(self) -> int:
         """Values between tokens of the finished tile in shared memory: rows start in other banks."""
         return self.rows + 8
@@ -121,19 +104,14 @@ class Config:
         return self.staged_tokens * self.out_stride * 2 if self.out == "bf16" else 0
 
     @property
-    def raw_bytes(self) -> int:
-        """Shared memory of tokens before they are expanded."""
-        return RAW_SLOTS * (4096 + 512) if self.x == "nvfp4" else 0
-
-    @property
     def stages(self) -> int:
         """Stages that fit."""
-        return min(MAX_STAGES, (SHARED_BYTES - RESERVED_BYTES - self.out_bytes - self.raw_bytes) // self.stage_bytes)
+        return min(MAX_STAGES, (SHARED_BYTES - RESERVED_BYTES - self.out_bytes) // self.stage_bytes)
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        return RESERVED_BYTES + self.out_bytes + self.raw_bytes + self.stages * self.stage_bytes
+        return RESERVED_BYTES + self.out_bytes + self.stages * self.stage_bytes
 
 
 NVFP4_TILES = {(128, 256): 600, (256, 128): 620, (128, 128): 350, (128, 64): 255, (64, 128): 225, (64, 64): 215}
@@ -174,9 +152,9 @@ def place(
     return group, row_block - group * group_blocks, first + rest - row_block * width
 
 
-def tile_keys(weight: str, x: str, out: str) -> list[Config]:
+def tile_keys(weight: str, scaled: bool, out: str) -> list[Config]:
     """Return the compile keys for every number of rows, columns and tokens."""
-    return [Config(weight, x, out, *tile) for tile in (NVFP4_TILES if weight == "nvfp4" else BF16_TILES)]
+    return [Config(weight, scaled, out, *tile) for tile in (NVFP4_TILES if weight == "nvfp4" else BF16_TILES)]
 
 
 def require_bf16(op: str, x: torch.Tensor, w: torch.Tensor, multiple: int) -> None:
@@ -194,7 +172,7 @@ def require_bf16(op: str, x: torch.Tensor, w: torch.Tensor, multiple: int) -> No
 
 
 def tile_linear(
-    x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
     x_tensor_scale: torch.Tensor | None,
     w: NvFp4Tensor,
     out_dtype: torch.dtype,
@@ -204,8 +182,8 @@ def tile_linear(
     """Multiply by NVFP4 weights.
 
     Args:
-        x: [T, K] or [T, G, K] bf16, contiguous; or codes [T, .., K/2] and scales [T, .., K/16] as bytes.
-        x_tensor_scale: [T] or [T, G] fp32 of NVFP4 activations, or None.
+        x: [T, K] or [T, G, K] bf16, contiguous.
+        x_tensor_scale: [T] or [T, G] fp32 of expanded NVFP4 activations, or None.
         w: [N, K] or [G, N, K] in fragment order; for G above 1, K is a multiple of 128.
         out_dtype: bf16 or fp32.
     """
@@ -216,9 +194,7 @@ def tile_linear(
         w.scales.view(torch.uint8).view(-1, num_columns // 16),
         w.tensor_scale.view(-1),
     )
-    name = "nvfp4" if isinstance(x, tuple) else "bf16" if x_tensor_scale is None else "expanded"
-    tokens = x if isinstance(x, tuple) else (x,)
-    return _launch("nvfp4", name, tokens, tuple(w.shape), (*weight, *token_scales), out_dtype, tile, blocks)
+    return _launch("nvfp4", x, tuple(w.shape), (*weight, *token_scales), out_dtype, tile, blocks)
 
 
 def plain_tile_linear(
@@ -237,14 +213,13 @@ def plain_tile_linear(
     """
     weight = (w.view(-1, w.shape[-1]),)
     if out_dtype == torch.bfloat16 and w.shape[-2] % 8:  # rows of the result would not be 16-byte aligned
-        return _launch("bf16", "bf16", (x,), tuple(w.shape), weight, torch.float32, tile, blocks).to(out_dtype)
-    return _launch("bf16", "bf16", (x,), tuple(w.shape), weight, out_dtype, tile, blocks)
+        return _launch("bf16", x, tuple(w.shape), weight, torch.float32, tile, blocks).to(out_dtype)
+    return _launch("bf16", x, tuple(w.shape), weight, out_dtype, tile, blocks)
 
 
 def _launch(
     weight: str,
-    x_name: str,
-    x: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
     w_shape: tuple[int, ...],
     arguments: tuple[torch.Tensor, ...],
     out_dtype: torch.dtype,
@@ -252,16 +227,15 @@ def _launch(
     blocks: int | None,
 ) -> torch.Tensor:
     *groups, num_rows, num_columns = w_shape
-    num_tokens, num_groups = x[0].shape[0], groups[0] if groups else 1
-    out = torch.empty(num_tokens, *groups, num_rows, dtype=out_dtype, device=x[0].device)
+    num_tokens, num_groups = x.shape[0], groups[0] if groups else 1
+    out = torch.empty(num_tokens, *groups, num_rows, dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
-    multiprocessors = num_multiprocessors(x[0].device)
+    multiprocessors = num_multiprocessors(x.device)
     tiles = NVFP4_TILES if weight == "nvfp4" else BF16_TILES
     tile = tile or best_tile(tiles, num_groups, num_rows, num_columns, num_tokens, multiprocessors)
-    config = Config(weight, x_name, DTYPE_NAMES[out_dtype], *tile)
+    config = Config(weight, len(arguments) == 4, DTYPE_NAMES[out_dtype], *tile)
     num_tiles = num_groups * -(-num_rows // config.rows) * -(-num_tokens // config.tokens)
     blocks = blocks or min(multiprocessors, num_tiles)
-    tokens = (one.view(num_tokens, -1) for one in x)
-    kernel(__name__, config, x[0].device)(*tokens, *arguments, out.view(num_tokens, -1), num_groups, blocks)
+    kernel(__name__, config, x.device)(x.view(num_tokens, -1), *arguments, out.view(num_tokens, -1), num_groups, blocks)
     return out

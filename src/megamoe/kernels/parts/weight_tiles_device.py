@@ -4,7 +4,6 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
-from cutlass.cute.arch import inline_ptx
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.tensor_utils import LayoutEnum
@@ -12,13 +11,7 @@ from cutlass.utils import hopper_helpers
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_ROWS, TILE_SCALE_BYTES
 from megamoe.kernels.parts.fragment import UNDO
-from megamoe.kernels.parts.fragment_device import (
-    block_scales,
-    expanding_scales,
-    multiply_bf16x2,
-    row_major_pairs,
-    weight_fragment,
-)
+from megamoe.kernels.parts.fragment_device import block_scales, weight_fragment
 from megamoe.kernels.parts.memory_device import (
     arrive_if,
     expect_bytes_if,
@@ -27,17 +20,16 @@ from megamoe.kernels.parts.memory_device import (
     load_shared,
     pack_bf16,
     publish_barriers,
-    publish_to_matrix_unit,
     store_global_vector_if,
     store_matrices_transposed,
-    store_shared,
     wait_barrier,
 )
-from megamoe.kernels.parts.weight_tiles import GROUP_ROWS, RAW_SLOTS, Config, place
+from megamoe.kernels.parts.weight_tiles import GROUP_ROWS, Config, place
 
 OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 CODE_WORDS = TILE_CODE_BYTES // 4
 SCALE_WORDS = TILE_SCALE_BYTES // 4
+STORERS = 3  # warps that carry finished tiles to global memory
 STEPS = TILE_COLUMNS // 16  # instructions of a stage and row group
 
 
@@ -52,13 +44,7 @@ def program(config: Config):
     """Return the launcher and its symbolic arguments."""
     num_tokens, num_rows = cute.sym_int32(), cute.sym_int32(divisibility=16 if config.weight == "nvfp4" else 1)
     out_divisibility = 16 if config.weight == "nvfp4" else 1
-    if config.x == "nvfp4":
-        arguments = [
-            matrix(Uint8, num_tokens, cute.sym_int32(divisibility=32), 32),
-            matrix(Uint8, num_tokens, cute.sym_int32(divisibility=4), 4),
-        ]
-    else:
-        arguments = [matrix(BFloat16, num_tokens, cute.sym_int32(divisibility=8), 8)]
+    arguments = [matrix(BFloat16, num_tokens, cute.sym_int32(divisibility=8), 8)]
     if config.weight == "bf16":
         arguments.append(matrix(BFloat16, num_rows, cute.sym_int32(divisibility=8), 8))
     else:
@@ -67,13 +53,12 @@ def program(config: Config):
             matrix(Uint8, num_rows, cute.sym_int32(divisibility=4), 4),
             make_fake_tensor(Float32, (cute.sym_int32(),), (1,)),
         ]
-    if config.x != "bf16":
+    if config.scaled:
         arguments.append(make_fake_tensor(Float32, (cute.sym_int32(),), (1,)))
     out = matrix(OUT_DTYPES[config.out], num_tokens, num_rows, out_divisibility)
     arguments += [out, Int32(0), Int32(0), make_fake_stream(use_tvm_ffi_env_stream=True)]
     tiles = WeightTiles(config)
-    launcher = {"bf16": tiles.weight_only, "expanded": tiles.expanded, "nvfp4": tiles.both_nvfp4}[config.x]
-    launcher = tiles.plain if config.weight == "bf16" else launcher
+    launcher = tiles.plain if config.weight == "bf16" else tiles.scaled if config.scaled else tiles.weight_only
     return launcher, tuple(arguments)
 
 
@@ -99,31 +84,14 @@ class WeightTiles:
 
     @cute.jit
     def plain(self, x, w, out, num_groups: Int32, num_blocks: Int32, stream):
-        self.launch((x,), (w,), None, None, out, num_groups, num_blocks, stream)
+        self.launch(x, (w,), None, None, out, num_groups, num_blocks, stream)
 
     @cute.jit
     def weight_only(self, x, codes, scales, tensor_scale, out, num_groups: Int32, num_blocks: Int32, stream):
-        self.launch((x,), (codes, scales), tensor_scale, None, out, num_groups, num_blocks, stream)
+        self.launch(x, (codes, scales), tensor_scale, None, out, num_groups, num_blocks, stream)
 
     @cute.jit
-    def expanded(self, x, codes, scales, tensor_scale, token_scales, out, num_groups: Int32, num_blocks: Int32, stream):
-        self.launch((x,), (codes, scales), tensor_scale, token_scales, out, num_groups, num_blocks, stream)
-
-    @cute.jit
-    def both_nvfp4(
-        self,
-        x_codes,
-        x_scales,
-        codes,
-        scales,
-        tensor_scale,
-        token_scales,
-        out,
-        num_groups: Int32,
-        num_blocks: Int32,
-        stream,
-    ):
-        x = (x_codes, x_scales)
+    def scaled(self, x, codes, scales, tensor_scale, token_scales, out, num_groups: Int32, num_blocks: Int32, stream):
         self.launch(x, (codes, scales), tensor_scale, token_scales, out, num_groups, num_blocks, stream)
 
     def launch(self, x, w, tensor_scale, token_scales, out, num_groups, num_blocks, stream):
@@ -141,10 +109,7 @@ class WeightTiles:
         )
         tile = (GROUP_ROWS, config.tokens, TILE_COLUMNS)
         token_layout = hopper_helpers.make_smem_layout_b(LayoutEnum.ROW_MAJOR, tile, BFloat16, config.stages)
-        token_copy, tokens = None, x
-        if config.x != "nvfp4":
-            box = cute.slice_(token_layout, (None, None, 0))
-            token_copy, tokens = tma(x[0], box, (config.tokens, TILE_COLUMNS))
+        token_copy, tokens = tma(x, cute.slice_(token_layout, (None, None, 0)), (config.tokens, TILE_COLUMNS))
         if config.weight == "bf16":
             groups = config.rows // GROUP_ROWS  # stage s has its groups of 64 rows at groups * s and after
             weight_layout = hopper_helpers.make_smem_layout_a(
@@ -176,7 +141,7 @@ class WeightTiles:
             num_steps,
             num_groups,
             num_blocks,
-        ).launch(grid=(num_blocks, 1, 1), block=(config.threads, 1, 1), stream=stream, use_pdl=True)
+        ).launch(grid=(num_blocks, 1, 1), block=(config.threads, 1, 1), stream=stream)
 
     def words_layout(self, words: int, stages: int):
         """Return where the words of some row tiles lie in shared memory."""
@@ -189,8 +154,8 @@ class WeightTiles:
     def kernel(
         self,
         mma: cute.TiledMma,
-        token_copy,
-        tokens,
+        token_copy: cute.CopyAtom,
+        tokens: cute.Tensor,
         token_layout: cute.ComposedLayout,
         weight_copies,
         weights,
@@ -232,12 +197,6 @@ class WeightTiles:
                 allocator.allocate_tensor(Uint32, self.words_layout(words, config.stages), byte_alignment=128)
                 for words in (CODE_WORDS, SCALE_WORDS)
             )
-        self.raw = Int32(0)
-        if cutlass.const_expr(config.x == "nvfp4"):
-            raw = allocator.allocate_tensor(
-                Uint32, cute.make_layout((RAW_SLOTS * (4096 + 512) // 4,)), byte_alignment=128
-            )
-            self.raw = raw.iterator.toint()
         self.finished_tile = Int32(0)
         if cutlass.const_expr(config.out == "bf16"):
             shared_out = allocator.allocate_tensor(
@@ -252,36 +211,17 @@ class WeightTiles:
         self.carried = self.finished + 8
         if tid == 0:
             for stage in cutlass.range_constexpr(config.stages):
-                init_barrier(self.full + stage * 8, Int32(config.full_arrivals))
+                init_barrier(self.full + stage * 8, Int32(1))
                 init_barrier(self.empty + stage * 8, Int32(config.consumers // 32))
             init_barrier(self.finished, Int32(config.consumers // 32))
-            init_barrier(self.carried, Int32(config.carriers))
+            init_barrier(self.carried, Int32(STORERS))
             publish_barriers()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
 
         first_other = config.consumers // 32
         if warp >= first_other:
             cute.arch.setmaxregister_decrease(40)
-            if cutlass.const_expr(config.x == "nvfp4"):
-                self.feed(
-                    tokens,
-                    shared_tokens.iterator.toint(),
-                    weight_copies,
-                    weights,
-                    shared_weights,
-                    barriers,
-                    out,
-                    num_chunks,
-                    num_steps,
-                    first_tile,
-                    num_tiles,
-                    num_blocks,
-                    warp - first_other,
-                    tid - config.consumers,
-                )
-            elif warp == first_other:
+            if warp == first_other:
                 self.produce(
                     token_copy,
                     tokens,
@@ -323,8 +263,8 @@ class WeightTiles:
     @cute.jit
     def produce(
         self,
-        token_copy,
-        tokens,
+        token_copy: cute.CopyAtom,
+        tokens: cute.Tensor,
         shared_tokens: cute.Tensor,
         weight_copies,
         weights,
@@ -340,161 +280,79 @@ class WeightTiles:
         config = self.config
         lane = cute.arch.lane_idx()
         stage, parity = Int32(0), Int32(1)
+        groups = config.rows // GROUP_ROWS
         for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
             group, row_block, token_block = self.place(tile)
-            if cutlass.const_expr(config.x != "nvfp4"):
-                block_tokens = cute.local_tile(tokens, (config.tokens, TILE_COLUMNS), (token_block, None))
-                to_tokens, from_tokens = partition(token_copy, shared_tokens, block_tokens)
+            block_tokens = cute.local_tile(tokens, (config.tokens, TILE_COLUMNS), (token_block, None))
+            to_tokens, from_tokens = partition(token_copy, shared_tokens, block_tokens)
             first_row = group * self.group_rows + row_block * config.rows
-            parts = self.weight_parts(weight_copies, weights, shared_weights, first_row)
+            if cutlass.const_expr(config.weight == "bf16"):
+                rows = cute.domain_offset((first_row, 0), weights[0])
+                parts = [
+                    partition(
+                        weight_copies[0],
+                        shared_weights[0],
+                        cute.local_tile(rows, (GROUP_ROWS, TILE_COLUMNS), (index, None)),
+                    )
+                    for index in range(groups)
+                ]
+            else:
+                parts = [
+                    partition(
+                        weight_copies[index],
+                        shared_weights[index],
+                        cute.local_tile(
+                            cute.domain_offset((first_row // TILE_ROWS, 0), weights[index]),
+                            (config.row_tiles, words),
+                            (0, None),
+                        ),
+                    )
+                    for index, words in enumerate((CODE_WORDS, SCALE_WORDS))
+                ]
             for step in cutlass.range(num_steps, unroll=1):
                 wait_barrier(self.empty + stage * 8, parity)
-                expect_bytes_if(lane == 0, self.full + stage * 8, Int32(config.copied_bytes))
+                expect_bytes_if(lane == 0, self.full + stage * 8, Int32(config.stage_bytes))
                 full = barriers + stage
-                if cutlass.const_expr(config.x != "nvfp4"):
-                    column = group * num_chunks + step
-                    cute.copy(token_copy, from_tokens[(None, column)], to_tokens[(None, stage)], tma_bar_ptr=full)
-                self.copy_weights(weight_copies, parts, step, stage, full)
+                column = group * num_chunks + step
+                cute.copy(token_copy, from_tokens[(None, column)], to_tokens[(None, stage)], tma_bar_ptr=full)
+                for index in cutlass.range_constexpr(len(parts)):
+                    to_weights, from_weights = parts[index]
+                    if cutlass.const_expr(config.weight == "bf16"):
+                        copy, target = weight_copies[0], stage * groups + index
+                    else:
+                        copy, target = weight_copies[index], stage
+                    cute.copy(copy, from_weights[(None, step)], to_weights[(None, target)], tma_bar_ptr=full)
                 at = Place(config, stage, parity)
                 at.advance()
                 stage, parity = at.stage, at.parity
-
-    def weight_parts(self, copies, weights, shared, first_row):
-        """Return what `copy_weights` copies of the rows from one on: stages, and steps of global memory."""
-        config = self.config
-        if config.weight == "bf16":
-            rows = cute.domain_offset((first_row, 0), weights[0])
-            return [
-                partition(copies[0], shared[0], cute.local_tile(rows, (GROUP_ROWS, TILE_COLUMNS), (index, None)))
-                for index in range(config.rows // GROUP_ROWS)
-            ]
-        parts = []
-        for index, words in enumerate((CODE_WORDS, SCALE_WORDS)):
-            rows = cute.domain_offset((first_row // TILE_ROWS, 0), weights[index])
-            tile = cute.local_tile(rows, (config.row_tiles, words), (0, None))
-            parts.append(partition(copies[index], shared[index], tile))
-        return parts
-
-    def copy_weights(self, copies, parts, step, stage, full):
-        """Start the copies of a step's weights into a stage."""
-        for index, (to_weights, from_weights) in enumerate(parts):
-            plain = self.config.weight == "bf16"
-            copy, target = (copies[0], stage * len(parts) + index) if plain else (copies[index], stage)
-            cute.copy(copy, from_weights[(None, step)], to_weights[(None, target)], tma_bar_ptr=full)
-
-    @cute.jit
-    def feed(
-        self,
-        x,
-        shared_tokens: Int32,
-        weight_copies,
-        weights,
-        shared_weights,
-        barriers,
-        out: cute.Tensor,
-        num_chunks: Int32,
-        num_steps: Int32,
-        first_tile: Int32,
-        num_tiles: Int32,
-        num_blocks: Int32,
-        warp: Int32,
-        thread: Int32,
-    ):
-        """Do everything but multiply, with NVFP4 tokens: expand them in place of copies, and carry finished tiles."""
-        config = self.config
-        codes, scales = x
-        row, lane = thread, thread % 32
-        target = shared_tokens + row * (TILE_COLUMNS * 2)
-        slots, scale_slots = self.raw + thread * 16, self.raw + RAW_SLOTS * 4096 + thread * 4
-        position = Int32(0)
-        stage, parity, finished_parity = Int32(0), Int32(1), Int32(0)
-        carry_step = cutlass.min(num_steps, Int32(config.stages)) - 1  # the ring is full, and consumers busy
-        for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
-            group, row_block, token_block = self.place(tile)
-            parts = self.weight_parts(
-                weight_copies, weights, shared_weights, group * self.group_rows + row_block * config.rows
-            )
-            token = Int64(cutlass.min(token_block * config.tokens + row, self.num_tokens - 1))
-            chunk = group * num_chunks
-            code_address = codes.iterator.toint() + token * codes.shape[1] + chunk * 32
-            scale_address = scales.iterator.toint() + token * scales.shape[1] + chunk * 4
-            wait_copies(0)  # requests past the end of the tile before went to the same slots
-            for ahead in cutlass.range_constexpr(RAW_SLOTS - 1):
-                following = cutlass.min(Int32(ahead), num_chunks - 1)
-                slot = (position + ahead) % RAW_SLOTS
-                request(
-                    slots + slot * 4096,
-                    code_address + following * 32,
-                    scale_slots + slot * 512,
-                    scale_address + following * 4,
-                )
-            for step in cutlass.range(num_steps, unroll=1):
-                wait_barrier(self.empty + stage * 8, parity)
-                if warp == 0:
-                    expect_bytes_if(lane == 0, self.full + stage * 8, Int32(config.copied_bytes))
-                    self.copy_weights(weight_copies, parts, step, stage, barriers + stage)
-                following = cutlass.min(step + (RAW_SLOTS - 1), num_chunks - 1)
-                slot = (position + (RAW_SLOTS - 1)) % RAW_SLOTS
-                request(
-                    slots + slot * 4096,
-                    code_address + following * 32,
-                    scale_slots + slot * 512,
-                    scale_address + following * 4,
-                )
-                wait_copies(RAW_SLOTS - 1)
-                slot = position % RAW_SLOTS
-                position = position + 1
-                factors = expanding_scales(load_shared(scale_slots + slot * 512, 1))
-                words = [*load_shared(slots + slot * 4096, 4), *load_shared(slots + slot * 4096 + 2048, 4)]
-                for index in cutlass.range_constexpr(8):
-                    pairs = [multiply_bf16x2(pair, factors[index // 2]) for pair in row_major_pairs(words[index])]
-                    column = index ^ (row & 7)
-                    store_shared(target + stage * (config.tokens * TILE_COLUMNS * 2) + column * 16, *pairs)
-                publish_to_matrix_unit()
-                cute.arch.sync_warp()
-                arrive_if(lane == 0, self.full + stage * 8)
-                if cutlass.const_expr(config.out == "bf16"):
-                    if (step == carry_step) & (tile > first_tile):
-                        finished_parity = self.carry_tile(out, tile - num_blocks, finished_parity, warp, lane)
-                at = Place(config, stage, parity)
-                at.advance()
-                stage, parity = at.stage, at.parity
-        if cutlass.const_expr(config.out == "bf16"):
-            last = first_tile + (num_tiles - 1 - first_tile) // num_blocks * num_blocks
-            self.carry_tile(out, last, finished_parity, warp, lane)
 
     @cute.jit
     def carry(
         self, out: cute.Tensor, first_tile: Int32, num_tiles: Int32, num_blocks: Int32, carrier: Int32, lane: Int32
     ):
-        """Store all finished tiles."""
-        parity = Int32(0)
-        for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
-            parity = self.carry_tile(out, tile, parity, carrier, lane)
-
-    @cute.jit
-    def carry_tile(self, out: cute.Tensor, tile: Int32, parity: Int32, carrier: Int32, lane: Int32):
-        """Store a finished tile, whole rows of a token; return the parity of the next one."""
+        """Store finished tiles, whole rows of a token."""
         config = self.config
         lanes = config.rows // 8  # a token's rows, 16 bytes a lane
         together = max(1, 32 // lanes)
-        group, row_block, token_block = self.place(tile)
-        row = lane % lanes * 8
-        is_row = row_block * config.rows + row < self.group_rows
-        first_row = group * self.group_rows + row_block * config.rows + row
-        for piece in cutlass.range_constexpr(config.tokens // config.staged_tokens):
-            first_token = token_block * config.tokens + piece * config.staged_tokens
-            wait_barrier(self.finished, parity)
-            for index in cutlass.range(carrier, config.staged_tokens // together, config.carriers, unroll=1):
-                local = index * together + lane // lanes
-                words = load_shared(self.finished_tile + (local * config.out_stride + row) * 2, 4)
-                token = first_token + local
-                target = out.iterator.toint() + (Int64(token) * self.num_rows + first_row) * 2
-                store_global_vector_if(is_row & (token < self.num_tokens), target, *words)
-            cute.arch.sync_warp()
-            arrive_if(lane == 0, self.carried)
-            parity = parity ^ 1
-        return parity
+        parity = Int32(0)
+        for tile in cutlass.range(first_tile, num_tiles, num_blocks, unroll=1):
+            group, row_block, token_block = self.place(tile)
+            row = lane % lanes * 8
+            is_row = row_block * config.rows + row < self.group_rows
+            first_row = group * self.group_rows + row_block * config.rows + row
+            for piece in cutlass.range_constexpr(config.tokens // config.staged_tokens):
+                first_token = token_block * config.tokens + piece * config.staged_tokens
+                wait_barrier(self.finished, parity)
+                for index in cutlass.range(carrier, config.staged_tokens // together, STORERS, unroll=1):
+                    local = index * together + lane // lanes
+                    address = self.finished_tile + (local * config.out_stride + row) * 2
+                    words = load_shared(address, 4)
+                    token = first_token + local
+                    target = out.iterator.toint() + (Int64(token) * self.num_rows + first_row) * 2
+                    store_global_vector_if(is_row & (token < self.num_tokens), target, *words)
+                cute.arch.sync_warp()
+                arrive_if(lane == 0, self.carried)
+                parity = parity ^ 1
 
     @cute.jit
     def consume(
@@ -618,7 +476,7 @@ class WeightTiles:
             factor = load_global_float(tensor_scale.iterator.toint() + Int64(group) * 4) * UNDO
             factors = [factor, factor]
             for block in cutlass.range_constexpr(config.tokens // 8):
-                if cutlass.const_expr(config.x != "bf16"):
+                if cutlass.const_expr(config.scaled):
                     for index in cutlass.range_constexpr(2):
                         token = cutlass.min(first_token + block * 8 + lane % 4 * 2 + index, self.num_tokens - 1)
                         factors[index] = factor * UNDO * token_scales[token * self.num_groups + group]
@@ -654,20 +512,6 @@ class WeightTiles:
             token = blocks * 16 + lane // 16 * 8 + lane % 8
             row = first_row + lane // 8 % 2 * 8
             store_matrices_transposed(self.finished_tile + (token * config.out_stride + row) * 2, *words)
-
-
-def request(slot, codes, scale_slot, scales):
-    """Start copying 32 bytes of codes and 4 of scales to a thread's own slot, as one group."""
-    inline_ptx(
-        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16; cp.async.cg.shared.global [{$r2}], [{$r3}], 16; "
-        "cp.async.ca.shared.global [{$r4}], [{$r5}], 4; cp.async.commit_group;",
-        read_only_args=[slot, codes, slot + 2048, codes + 16, scale_slot, scales],
-    )
-
-
-def wait_copies(pending: int):
-    """Wait until all but some groups of this thread's copies are there."""
-    inline_ptx(f"cp.async.wait_group {pending};")
 
 
 def tma(source, layout, tile):

@@ -21,7 +21,7 @@ from megamoe.kernels.parts.weight_tiles import plain_tile_linear, require_bf16, 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
-    yield from tile_keys("bf16", "bf16", "bf16")
+    yield from tile_keys("bf16", False, "bf16")
 
 
 def run(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -22,7 +22,7 @@ from megamoe.kernels.parts.weight_tiles import plain_tile_linear, require_bf16, 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     for out in ("bf16", "f32"):  # attention, and everything that is summed or compared in fp32 afterwards
-        yield from tile_keys("bf16", "bf16", out)
+        yield from tile_keys("bf16", False, out)
 
 
 def run(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -28,7 +28,7 @@ def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from stream_keys(dims["K"], "nvfp4", "bf16")
     yield expand_nvfp4.Config()
-    yield from tile_keys("nvfp4", "expanded", "bf16")
+    yield from tile_keys("nvfp4", True, "bf16")
 
 
 def run(x: NvFp4Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:

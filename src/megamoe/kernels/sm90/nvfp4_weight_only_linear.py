@@ -30,7 +30,7 @@ from megamoe.kernels.parts.weight_tiles import tile_keys, tile_linear
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from stream_keys(dims["N"], dims["K"], "bf16", "bf16")
-    yield from tile_keys("nvfp4", "bf16", "bf16")
+    yield from tile_keys("nvfp4", False, "bf16")
 
 
 def run(x: torch.Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:
