@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NVFP4 linears and experts beside cuBLAS on one GPU, weights rotated so that L2 does not help.
 
-python benchmarks/matrix_kernels.py OUT.csv [linears] [experts] [layers]
+python benchmarks/matrix_kernels.py OUT.csv [linears] [experts] [layers] [grouped] [plain]
 
 `megamoe bench` rotates tokens and keeps the weight, which is right for kernels that are bound by tokens. Here the
 weight is what has to come from memory: every call of a captured graph takes another copy of it, at least 450 MB in all.
@@ -22,6 +22,8 @@ import torch
 
 from megamoe.formats import nvfp4
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
+from megamoe.ops.linear import linear
 from megamoe.ops.nvfp4_experts import nvfp4_experts
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
@@ -33,6 +35,8 @@ from megamoe.ops.swiglu import clamped_swiglu
 SHAPES = ((8192, 8192), (4096, 7168), (7168, 3072), (6144, 7168), (16384, 1536), (65536, 1536))
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 EXPERTS = {"V4-Pro, rank of 8": (48, 7168, 3072, 6, 64), "V4-Flash, rank of 8": (32, 4096, 2048, 6, 64)}
+GROUPED = {"V4-Flash wo_a": (8, 1024, 4096), "V4-Pro wo_a": (16, 1024, 4096)}
+PLAIN = ((129280, 7168), (1024, 7168), (512, 7168), (64, 7168), (129280, 4096), (1024, 4096), (64, 4096))
 ROTATED_BYTES = 450_000_000
 
 
@@ -181,6 +185,59 @@ def layers(bandwidth: float) -> list[dict[str, object]]:
     return rows
 
 
+def grouped(bandwidth: float) -> list[dict[str, object]]:
+    """Measure the three grouped projections beside torch.bmm in bf16, whose result is not copied to [T, G, N]."""
+    rows: list[dict[str, object]] = []
+    for name, (num_groups, num_rows, width) in GROUPED.items():
+        values = num_groups * num_rows * width
+        base = nvfp4.quantize(torch.randn(num_groups, num_rows, width, device="cuda")).fragments()
+        weights = copies(base, ROTATED_BYTES // (values * 9 // 16) + 1)
+        count = ROTATED_BYTES // (2 * values) + 1
+        plain = [torch.randn(num_groups, num_rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        for num_tokens in TOKENS:
+            x = torch.randn(num_tokens, num_groups, width, device="cuda", dtype=torch.bfloat16)
+            by_group, quantized, replays = x.transpose(0, 1), quantize_nvfp4(x), 9 if num_tokens <= 64 else 5
+            cublas = graph_us([functools.partial(torch.bmm, by_group, w.transpose(1, 2)) for w in plain], replays)
+            for op, calls, weight_bytes in (
+                ("grouped_linear", [functools.partial(grouped_linear, x, w) for w in plain], 2 * values),
+                (
+                    "nvfp4_weight_only_grouped_linear",
+                    [functools.partial(nvfp4_weight_only_grouped_linear, x, w) for w in weights],
+                    values * 9 // 16,
+                ),
+                (
+                    "nvfp4_grouped_linear",
+                    [functools.partial(nvfp4_grouped_linear, quantized, w) for w in weights],
+                    values * 9 // 16,
+                ),
+            ):
+                us = graph_us(calls, replays)
+                rows.append(row(op, name, num_tokens, us, weight_bytes, bandwidth, cublas))
+        del weights, plain, base
+        torch.cuda.empty_cache()
+    return rows
+
+
+def plain(bandwidth: float) -> list[dict[str, object]]:
+    """Measure linear with bf16 weights and fp32 output beside cuBLAS, which stores bf16."""
+    rows: list[dict[str, object]] = []
+    for num_rows, width in PLAIN:
+        count = max(2, min(32, ROTATED_BYTES // (2 * num_rows * width) + 1))
+        weights = [torch.randn(num_rows, width, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        for num_tokens in (1, 8, 16, 64, 256, 1024):
+            x = torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16)
+            cublas = graph_us([functools.partial(torch.matmul, x, w.T) for w in weights], 5)
+            us = graph_us([functools.partial(linear, x, w, out_dtype=torch.float32) for w in weights], 5)
+            shape = f"{num_rows}x{width}"
+            rows.append(row("linear", shape, num_tokens, us, 2 * num_rows * width, bandwidth, cublas))
+        del weights
+        torch.cuda.empty_cache()
+    return rows
+
+
+PARTS = {"linears": linears, "experts": experts, "layers": layers, "grouped": grouped, "plain": plain}
+
+
 def row(
     op: str, shape: str, num_tokens: int, us: float, weight_bytes: int, bandwidth: float, baseline: float | None
 ) -> dict[str, object]:
@@ -201,9 +258,9 @@ def row(
 
 
 if __name__ == "__main__":
-    parts = sys.argv[2:] or ["linears", "experts", "layers"]
+    parts = sys.argv[2:] or list(PARTS)
     measured = copy_gbps()
-    table = [line for part in parts for line in {"linears": linears, "experts": experts, "layers": layers}[part](measured)]
+    table = [line for part in parts for line in PARTS[part](measured)]
     with pathlib.Path(sys.argv[1]).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()

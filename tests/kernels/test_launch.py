@@ -124,6 +124,7 @@ WORKSPACES = {
     "nvfp4_experts": 15,  # as below, two quantized tensors of three parts, their scales by expert, h expanded
     "nvfp4_weight_only_experts": 7,  # order, passes, their number, hidden values, outputs of the pairs; in tiles also
     # tokens and route weights by expert
+    "nvfp4_grouped_linear": 1,
 }
 """Operations that need scratch memory, and in how many tensors; `run` allocates it in the open."""
 

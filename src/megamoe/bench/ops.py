@@ -217,6 +217,22 @@ def _eager_experts(
     return out.bfloat16()
 
 
+def _cublas_plain(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    return x @ w.T  # bf16 where the operation may return fp32: cuBLAS writes less
+
+
+def _bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)  # strided; a contiguous copy is left out
+
+
+def _bmm_weight_only(x: torch.Tensor, w: NvFp4Tensor) -> torch.Tensor:
+    return _bmm(x, _bf16(w))
+
+
+def _bmm_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor) -> torch.Tensor:
+    return _bmm(nvfp4.dequantize(x, torch.bfloat16), _bf16(w))
+
+
 BASELINES: dict[str, Baseline] = {
     "rms_norm": Baseline("torch F.rms_norm", _eager_rms_norm),
     "rms_norm_quantize_nvfp4": Baseline("torch eager", _eager_rms_norm_quantize),
@@ -232,6 +248,10 @@ BASELINES: dict[str, Baseline] = {
         functools.partial(_eager_experts, rounded=_eager_rounded),
     ),
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
+    "linear": Baseline("cuBLAS bf16", _cublas_plain),
+    "grouped_linear": Baseline("torch.bmm bf16", _bmm),
+    "nvfp4_grouped_linear": Baseline("torch.bmm bf16 after dequantizing x", _bmm_nvfp4),
+    "nvfp4_weight_only_grouped_linear": Baseline("torch.bmm bf16", _bmm_weight_only),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
@@ -251,6 +271,10 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "fp8_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "nvfp4_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
     "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
+    "linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
+    "grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
+    "nvfp4_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
+    "nvfp4_weight_only_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
 }
 """Operation → products and sums that run on the matrix units; absent where memory alone counts."""
 

@@ -27,6 +27,10 @@ KERNELS: dict[str, dict[str, str]] = {
     "nvfp4_experts": {"sm90": "megamoe.kernels.sm90.nvfp4_experts"},
     "nvfp4_weight_only_experts": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_experts"},
     "fp8_linear": {"sm90": "megamoe.kernels.sm90.fp8_linear"},
+    "linear": {"sm90": "megamoe.kernels.sm90.linear"},
+    "grouped_linear": {"sm90": "megamoe.kernels.sm90.grouped_linear"},
+    "nvfp4_grouped_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_grouped_linear"},
+    "nvfp4_weight_only_grouped_linear": {"sm90": "megamoe.kernels.sm90.nvfp4_weight_only_grouped_linear"},
 }
 
 WEIGHT_LAYOUTS: dict[str, dict[str, CodeLayout]] = {

@@ -5,7 +5,8 @@ Math       y[t, g, n] = sum_k  x[t, g, k] * w[g, n, k]
 Numerics   as linear, nvfp4_linear and nvfp4_weight_only_linear: products and sum in fp32, one rounding to out_dtype.
            Each of the three is an operation of its own; the format of x and w decides which. Row-invariant.
 Tolerance  verify/tolerance.py, "grouped_linear", "nvfp4_grouped_linear", "nvfp4_weight_only_grouped_linear"
-Kernels    none yet
+Kernels    sm90: NVFP4 weights stream past up to 16 tokens, more go through wgmma; the two paths add in different
+           orders. bf16 weights always go through wgmma, in one order.
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code (`wo_a`)
 """
 
@@ -15,8 +16,9 @@ import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor, dequantize
 from megamoe.ops.check import FLOATS, OUT_DTYPES, check
+from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.dequant_cache import Weight, dequantized
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.matmul import row_invariant_matmul
 
 
@@ -105,3 +107,64 @@ def reference(x: torch.Tensor, w: Weight, out_dtype: torch.dtype) -> torch.Tenso
 def reference_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Compute nvfp4_grouped_linear in plain torch."""
     return reference(dequantize(x, torch.float32), w, out_dtype)
+
+
+def _run(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return pick("grouped_linear", x.device, reference)(x, w, out_dtype)  # type: ignore[no-any-return]
+
+
+def _fake(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*x.shape[:2], w.shape[1], dtype=out_dtype, device=x.device)
+
+
+def _run_nvfp4(
+    x: list[torch.Tensor], x_form: str, w: list[torch.Tensor], w_form: str, out_dtype: torch.dtype
+) -> torch.Tensor:
+    run = pick("nvfp4_grouped_linear", x[0].device, reference_nvfp4)
+    return run(unpacked(x, x_form), unpacked(w, w_form), out_dtype)  # type: ignore[no-any-return]
+
+
+def _fake_nvfp4(
+    x: list[torch.Tensor], x_form: str, w: list[torch.Tensor], w_form: str, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return _fake(x[0], w[0], out_dtype)
+
+
+def _call_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return torch.ops.megamoe.nvfp4_grouped_linear(*packed(x), *packed(w), out_dtype)  # type: ignore[no-any-return]
+
+
+def _run_weight_only(x: torch.Tensor, w: list[torch.Tensor], form: str, out_dtype: torch.dtype) -> torch.Tensor:
+    run = pick("nvfp4_weight_only_grouped_linear", x.device, reference)
+    return run(x, unpacked(w, form), out_dtype)  # type: ignore[no-any-return]
+
+
+def _fake_weight_only(x: torch.Tensor, w: list[torch.Tensor], form: str, out_dtype: torch.dtype) -> torch.Tensor:
+    return _fake(x, w[0], out_dtype)
+
+
+def _call_weight_only(x: torch.Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    operator = torch.ops.megamoe.nvfp4_weight_only_grouped_linear
+    return operator(x, *packed(w), out_dtype)  # type: ignore[no-any-return]
+
+
+traced(
+    "grouped_linear",
+    {"grouped_linear": "(Tensor x, Tensor w, ScalarType out_dtype) -> Tensor"},
+    {"grouped_linear": _run},
+    {"grouped_linear": _fake},
+)
+traced(
+    "nvfp4_grouped_linear",
+    {"nvfp4_grouped_linear": "(Tensor[] x, str x_form, Tensor[] w, str w_form, ScalarType out_dtype) -> Tensor"},
+    {"nvfp4_grouped_linear": _run_nvfp4},
+    {"nvfp4_grouped_linear": _fake_nvfp4},
+    _call_nvfp4,
+)
+traced(
+    "nvfp4_weight_only_grouped_linear",
+    {"nvfp4_weight_only_grouped_linear": "(Tensor x, Tensor[] w, str form, ScalarType out_dtype) -> Tensor"},
+    {"nvfp4_weight_only_grouped_linear": _run_weight_only},
+    {"nvfp4_weight_only_grouped_linear": _fake_weight_only},
+    _call_weight_only,
+)

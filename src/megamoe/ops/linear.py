@@ -5,7 +5,7 @@ Math       y[t, n] = sum_k  x[t, k] * w[n, k]
 Numerics   products and sum in fp32 (bf16 inputs are widened, every product of them is exact); one rounding to
            out_dtype. Row-invariant.
 Tolerance  verify/tolerance.py, "linear"
-Kernels    none yet
+Kernels    sm90: wgmma on bf16 x and w, one order of sums for any number of tokens
 Source     docs/numerics.md, section "Operations"
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from megamoe.ops.check import FLOATS, OUT_DTYPES, check
 from megamoe.ops.dequant_cache import dequantized
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.matmul import row_invariant_matmul
 
 
@@ -43,3 +43,19 @@ def linear(x: torch.Tensor, w: torch.Tensor, *, out_dtype: torch.dtype | None = 
 def reference(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Compute linear in plain torch."""
     return row_invariant_matmul(x.float(), dequantized(w)).to(out_dtype)
+
+
+def _run(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return pick("linear", x.device, reference)(x, w, out_dtype)  # type: ignore[no-any-return]
+
+
+def _fake(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(x.shape[0], w.shape[0], dtype=out_dtype, device=x.device)
+
+
+traced(
+    "linear",
+    {"linear": "(Tensor x, Tensor w, ScalarType out_dtype) -> Tensor"},
+    {"linear": _run},
+    {"linear": _fake},
+)

@@ -19,16 +19,19 @@ from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.kernels.parts import expert_tiles
+from megamoe.kernels.parts.grouped_stream import STREAM_LIMIT
 from megamoe.kernels.parts.linear_stream import stream_limit
 from megamoe.kernels.parts.route_tiles import MANY_TOKENS
 from megamoe.kernels.sm90 import fp8_linear as sm90_fp8_linear
 from megamoe.ops.fp8_linear import fp8_linear
+from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
 from megamoe.ops.hyper_connection import (
     hyper_connection_head,
     hyper_connection_post,
     hyper_connection_pre,
     hyper_connection_pre_norm,
 )
+from megamoe.ops.linear import linear
 from megamoe.ops.nvfp4_experts import nvfp4_experts
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
@@ -40,6 +43,10 @@ from megamoe.ops.route_experts import route_experts
 from megamoe.ops.swiglu import clamped_swiglu
 
 Arguments = dict[str, Any]
+
+MOST_ROWS = 8256
+"""Rows of a plain weight that is made on the CPU, for verify: the head's 129,280 would take the reference minutes, and
+a kernel knows their number only as the end of a loop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +266,34 @@ def _fp8_streamed(dims: Mapping[str, int]) -> int:
     return sm90_fp8_linear.stream_limit(dims["N"])
 
 
+def _linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    num_rows, width = dims["N"], dims["K"]
+    if generator.device.type == "cpu":
+        num_rows = min(num_rows, MOST_ROWS)
+    x = _finite_squares(activations(generator, num_tokens, width))
+    return {"x": x, "w": scaled(generator, num_rows, width, scale=width**-0.5).bfloat16()}
+
+
+def _linear_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {**_linear(dims, num_tokens, generator), "out_dtype": torch.float32}
+
+
+def _grouped_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    num_groups, num_rows, width = dims["G"], dims["N"], dims["K"]
+    x = _finite_squares(activations(generator, num_tokens, num_groups, width))
+    return {"x": x, "w": scaled(generator, num_groups, num_rows, width, scale=width**-0.5).bfloat16()}
+
+
+def _weight_only_grouped_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    x = _finite_squares(activations(generator, num_tokens, dims["G"], dims["K"]))
+    return {"x": x, "w": _quantized_weight(generator, dims["G"], dims["N"], dims["K"])}
+
+
+def _nvfp4_grouped_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _weight_only_grouped_linear(dims, num_tokens, generator)
+    return {**arguments, "x": nvfp4.quantize(arguments["x"], scale_per="row")}
+
+
 EXPERT_TILE = 8  # tokens that share an instruction
 MAX_EXPERTS = 8
 EXPERTS_PER_TOKEN = ("x", "route_weights", "expert_ids")
@@ -324,6 +359,10 @@ def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
     )
 
 
+def _grouped_streamed(dims: Mapping[str, int]) -> int:
+    return STREAM_LIMIT
+
+
 def _tied(values: torch.Tensor) -> torch.Tensor:
     """Return per-expert values with experts 0 and 1, and 2 and the last, alike and large: often chosen, always tied."""
     values = values.clone()
@@ -359,6 +398,17 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "nvfp4_experts": _expert_calls(nvfp4_experts),
     "nvfp4_weight_only_experts": _expert_calls(nvfp4_weight_only_experts),
     "fp8_linear": (OpInputs(fp8_linear, _fp8_linear, ("x",), order_until=_fp8_streamed),),
+    "linear": (
+        OpInputs(linear, _linear, ("x",)),
+        OpInputs(linear, _linear_fp32, ("x",)),
+    ),
+    "grouped_linear": (OpInputs(grouped_linear, _grouped_linear, ("x",)),),
+    "nvfp4_grouped_linear": (
+        OpInputs(nvfp4_grouped_linear, _nvfp4_grouped_linear, ("x",), order_until=_grouped_streamed),
+    ),
+    "nvfp4_weight_only_grouped_linear": (
+        OpInputs(nvfp4_weight_only_grouped_linear, _weight_only_grouped_linear, ("x",), order_until=_grouped_streamed),
+    ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_pre_norm": (OpInputs(hyper_connection_pre_norm, _hyper_connection_pre_norm, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),

@@ -26,7 +26,7 @@ def program(config: Config):
 @cute.jit
 def expand(codes: cute.Tensor, scales: cute.Tensor, x: cute.Tensor, num_blocks: Int32, stream):
     expand_kernel(codes, scales, x, num_blocks).launch(
-        grid=((num_blocks + (THREADS - 1)) // THREADS, 1, 1), block=(THREADS, 1, 1), stream=stream
+        grid=((num_blocks + (THREADS - 1)) // THREADS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
     )
 
 
@@ -35,6 +35,8 @@ def expand_kernel(codes: cute.Tensor, scales: cute.Tensor, x: cute.Tensor, num_b
     """Let each thread expand one block of 16."""
     tid, _, _ = cute.arch.thread_idx()
     bidx, _, _ = cute.arch.block_idx()
+    cute.arch.griddepcontrol_wait()
+    cute.arch.griddepcontrol_launch_dependents()
     block = bidx * THREADS + tid
     if block < num_blocks:
         words = load_global_vector(codes.iterator.toint() + Int64(block) * 8, 2)

@@ -18,7 +18,7 @@ import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
-from megamoe.kernels.parts import expand_nvfp4, weight_tiles
+from megamoe.kernels.parts import expand_nvfp4
 from megamoe.kernels.parts.linear_stream import (
     aligned,
     require_fragments,
@@ -26,14 +26,14 @@ from megamoe.kernels.parts.linear_stream import (
     stream_limit,
     stream_linear,
 )
-from megamoe.kernels.parts.weight_tiles import tile_linear
+from megamoe.kernels.parts.weight_tiles import tile_keys, tile_linear
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from stream_keys(dims["N"], dims["K"], "nvfp4", "bf16")
     yield expand_nvfp4.Config()
-    yield weight_tiles.Config(dims["K"], True, "bf16")
+    yield from tile_keys("nvfp4", True, "bf16")
 
 
 def run(x: NvFp4Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.parts import weight_tiles
 from megamoe.kernels.parts.linear_stream import (
     aligned,
     require_fragments,
@@ -25,13 +24,13 @@ from megamoe.kernels.parts.linear_stream import (
     stream_limit,
     stream_linear,
 )
-from megamoe.kernels.parts.weight_tiles import tile_linear
+from megamoe.kernels.parts.weight_tiles import tile_keys, tile_linear
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from stream_keys(dims["N"], dims["K"], "bf16", "bf16")
-    yield weight_tiles.Config(dims["K"], False, "bf16")
+    yield from tile_keys("nvfp4", False, "bf16")
 
 
 def run(x: torch.Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:
