@@ -141,7 +141,7 @@ class WeightTiles:
             num_steps,
             num_groups,
             num_blocks,
-        ).launch(grid=(num_blocks, 1, 1), block=(config.threads, 1, 1), stream=stream)
+        ).launch(grid=(num_blocks, 1, 1), block=(config.threads, 1, 1), stream=stream, use_pdl=True)
 
     def words_layout(self, words: int, stages: int):
         """Return where the words of some row tiles lie in shared memory."""
@@ -217,6 +217,8 @@ class WeightTiles:
             init_barrier(self.carried, Int32(STORERS))
             publish_barriers()
         cute.arch.sync_threads()
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
 
         first_other = config.consumers // 32
         if warp >= first_other:
