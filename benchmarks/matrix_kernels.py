@@ -176,8 +176,6 @@ def layers(bandwidth: float) -> list[dict[str, object]]:
                 calls = [functools.partial(layer, x, v) for x, v in zip(xs, shared, strict=True)]
                 name = f"V4-Flash layer, shared expert {what}"
                 rows.append(row(door.__name__, name, num_tokens, graph_us(calls, 9), num_bytes, bandwidth, None))
-    del weights, shared
-    torch.cuda.empty_cache()
     return rows
 
 
@@ -203,7 +201,9 @@ def row(
 if __name__ == "__main__":
     parts = sys.argv[2:] or ["linears", "experts", "layers"]
     measured = copy_gbps()
-    table = [line for part in parts for line in {"linears": linears, "experts": experts, "layers": layers}[part](measured)]
+    table = [
+        line for part in parts for line in {"linears": linears, "experts": experts, "layers": layers}[part](measured)
+    ]
     with pathlib.Path(sys.argv[1]).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()

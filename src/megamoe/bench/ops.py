@@ -201,7 +201,8 @@ BASELINES: dict[str, Baseline] = {
     "nvfp4_linear": Baseline("cuBLAS bf16 after dequantizing x", _cublas_nvfp4),
     "nvfp4_weight_only_linear": Baseline("cuBLAS bf16", _cublas),
     "nvfp4_experts": Baseline(
-        "every expert through cuBLAS bf16, activations rounded", functools.partial(_eager_experts, rounded=_eager_rounded)
+        "every expert through cuBLAS bf16, activations rounded",
+        functools.partial(_eager_experts, rounded=_eager_rounded),
     ),
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),

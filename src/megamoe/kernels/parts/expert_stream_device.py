@@ -102,7 +102,9 @@ def store_shared_int(address, value):
 
 def add_global_int(address, value):
     """Add to an int32 of global memory and return what it was."""
-    return inline_ptx("atom.global.add.s32 {$w0}, [{$r0}], {$r1};", write_only_types=[Int32], read_only_args=[address, value])
+    return inline_ptx(
+        "atom.global.add.s32 {$w0}, [{$r0}], {$r1};", write_only_types=[Int32], read_only_args=[address, value]
+    )
 
 
 def in_order(raw):
@@ -345,9 +347,9 @@ class ExpertStream:
         address = self.pass_base + Int64(index) * (PASS_FIELDS * 4)
         return load_global_int(address), load_global_int(address + 4), load_global_int(address + 8)
 
-    # The queue: which units the block has in this and the coming turns, in shared memory; thread 0 extends it. First come
-    # the units of a contiguous run of the block's own, then chunks from the pool, which all blocks take from as they
-    # become free: multiprocessors do not get the same bandwidth. Who computes a unit changes no bit of it.
+    # The queue: which units the block has in this and the coming turns, in shared memory; thread 0 extends it. First
+    # come the units of a contiguous run of the block's own, then chunks from the pool, which all blocks take from as
+    # they become free: multiprocessors do not get the same bandwidth. Who computes a unit changes no bit of it.
 
     @cute.jit
     def start_queue(self, begin: Int32, end: Int32):
