@@ -172,6 +172,7 @@ class FakeModel:
         self.device = torch.device("cpu")
         self.name = "fake"
         self.notes: tuple[str, ...] = ()
+        self.conversions: tuple[str, ...] = ()
         self.steps: list[int] = []  # number of tokens of every call of run or step
         self.fed: list[list[int]] = []  # and the tokens
 
@@ -202,6 +203,9 @@ class FakeModel:
             assert len(cache.ids) <= cache.max_tokens
             logits.append(self.logits_after(cache.ids))
         return torch.stack(logits)
+
+    def op_calls(self, *, with_drafts: bool) -> list[tuple[str, dict[str, int]]]:
+        return [("rms_norm", {"K": 256})]
 
     def capacity(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> CapacityReport:
         spec = LayerCacheSpec(1, RowFormat.FP32, FAKE_WINDOW, ratio=1, index_width=1, index_format=RowFormat.FP32)

@@ -241,3 +241,4 @@ def test_ci_runs_tests_and_lint(repository: pathlib.Path) -> None:
     assert path.stat().st_mode & 0o111
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines.index("make test") < lines.index("make lint") and "set -euo pipefail" in lines
+    assert "make test-kernels" in lines  # every kernel is compiled where there is no GPU

@@ -18,7 +18,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import click
@@ -46,6 +46,8 @@ def cli() -> None:
 @click.option("--seed", type=int, metavar="N", help="Makes sampling reproducible.  [default: a fresh one]")
 @click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="exact, w4a16 or w4a4.")
 @click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu or cuda[:N].")
+@click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernel pack, on a GPU.")
+@click.option("--explain", is_flag=True, help="First print which kernels were loaded, on standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def generate(
     prompt: str,
@@ -56,6 +58,8 @@ def generate(
     seed: int | None,
     recipe: str,
     device: str,
+    pack: pathlib.Path | None,
+    explain: bool,
     as_json: bool,
 ) -> int:
     """Continue a text; then print tokens, tokens/s, recipe and device."""
@@ -63,7 +67,9 @@ def generate(
     text = _read_standard_input() if prompt == "-" else prompt
     from megamoe.text.llm import LLM
 
-    llm = LLM(model, recipe=recipe, device=device)
+    llm = LLM(model, recipe=recipe, device=device, pack=pack)
+    if explain:
+        print(llm.explain(), file=sys.stderr)
     for note in llm.model.notes:
         print(f"megamoe: note: {note}", file=sys.stderr)
     prompt_ids = llm.encode(text)
@@ -117,6 +123,7 @@ class Bytes(click.ParamType[int]):
 @click.option("--served-name", metavar="NAME", help="What clients call the model.  [default: --model's last part]")
 @click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="exact, w4a16 or w4a4.")
 @click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu or cuda[:N].")
+@click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernel pack, on a GPU.")
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option(
@@ -143,7 +150,7 @@ class Bytes(click.ParamType[int]):
 @click.option("--max-open-requests", default=512, show_default=True, metavar="N", help="Beyond it: 429.")
 @click.option("--request-timeout", default=600.0, show_default=True, metavar="S", help="Seconds for one request.")
 @click.option("--shutdown-timeout", default=30.0, show_default=True, metavar="S", help="Seconds to finish in.")
-@click.option("--explain", is_flag=True, help="Print the resolved plan as JSON and exit.")
+@click.option("--explain", is_flag=True, help="Print the resolved plan and the kernels, as JSON, and exit.")
 def serve(model: str, recipe: str, device: str, host: str, port: int, explain: bool, **options: Any) -> int:
     """Serve OpenAI's API, a chat page at / and metrics until SIGTERM or SIGINT; see docs/serving.md."""
     for package in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
@@ -159,6 +166,7 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
     from megamoe.engine.config import EngineConfig
     from megamoe.engine.engine import Engine
     from megamoe.engine.model import load_model
+    from megamoe.engine.warm_up import warm_up
     from megamoe.server import run
     from megamoe.server.settings import ServerSettings
 
@@ -172,8 +180,9 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         prefix_cache=not options["no_prefix_cache"],
         speculative_tokens=options["speculative_tokens"],
     )
-    loaded = load_model(model, recipe=recipe, device=device, dtype=None)
+    loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"])
     engine = Engine(loaded, config)
+    warm_up(engine)
     settings = ServerSettings(
         model_name=options["served_name"] or pathlib.Path(model).name,
         recipe=loaded.recipe.name,
@@ -373,15 +382,22 @@ def bench(
 @click.option("--model", "models", required=True, multiple=True, metavar="M", help="tiny, flash, pro or a checkpoint.")
 @click.option("--arch", required=True, metavar="A", help="sm90a, sm100a or sm103a.")
 @click.option("--out", required=True, type=click.Path(path_type=pathlib.Path), metavar="PACK", help="New directory.")
-def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path) -> int:
-    """Build a pack of all kernels a model needs, on any machine; repeat --model for several."""
+@click.option(
+    "--recipe", "recipes", multiple=True, metavar="R", help="Of a checkpoint: w4a16 or w4a4.  [default: both]"
+)
+def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path, recipes: tuple[str, ...]) -> int:
+    """Build a pack of all kernels a model needs, on any machine; repeat --model for several.
+
+    tiny, flash and pro stand for those models in every format and recipe. Of a checkpoint's directory config.json and
+    the headers of its tensors are read, drafts included; with config.json alone, kernels for every format are built.
+    """
     from megamoe.kernels.compile import CompileError
     from megamoe.kernels.pack import build_pack
-    from megamoe.kernels.plan import requests_for
-    from megamoe.models.deepseek_v4.shapes import op_calls
+    from megamoe.kernels.plan import module_for, requests_for
 
     start = time.perf_counter()
-    calls = [(call.op, call.dims) for model in models for call in op_calls(_shapes_of(model))]
+    calls = [call for model in models for call in _calls_of(model, recipes)]
+    without = sorted({op for op, _ in calls if module_for(op, arch) is None})
     try:
         pack = build_pack(
             requests_for(calls, arch), arch, out, version=megamoe.__version__, model=" ".join(map(str, models))
@@ -392,17 +408,26 @@ def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path) -> int:
     num_bytes = sum(one.path.stat().st_size for one in pack.objects.values())
     seconds = time.perf_counter() - start
     print(f"{len(pack.objects)} kernels for {pack.target} in {out}: {num_bytes} bytes, {seconds:.1f} s")
+    if without:
+        print(f"without a kernel for {pack.target}: {', '.join(without)}")
     return 0
 
 
-def _shapes_of(model: str) -> str:
-    """Return the name in models/deepseek_v4/shapes.py of a model that is named or lies in a directory."""
-    from megamoe.models.deepseek_v4.shapes import MODELS, known_model
+def _calls_of(model: str, recipes: Sequence[str]) -> list[tuple[str, Mapping[str, int]]]:
+    """Return the operation calls of a model that is named or lies in a directory."""
+    from megamoe.models.deepseek_v4.calls import checkpoint_calls, pairs
+    from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
+    from megamoe.models.recipe import get_recipe
 
     if model in MODELS:
-        return model
-    config = json.loads((pathlib.Path(model) / "config.json").read_text(encoding="utf-8"))
-    return known_model(int(config["hidden_size"]), int(config["n_routed_experts"]))
+        if recipes:
+            raise ValueError(
+                f"compile: --recipe goes with a checkpoint's directory; got {recipes[0]!r} with the name {model}, "
+                "which stands for every recipe. Leave --recipe out."
+            )
+        return list(pairs(op_calls(model)))
+    chosen = [get_recipe(name) for name in recipes or ("w4a16", "w4a4")]
+    return list(pairs(checkpoint_calls(model, chosen)))
 
 
 @cli.command()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import pathlib
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from megamoe.bench import ops as benching
-from megamoe.bench import report, timing
+from megamoe.bench import public, report, timing
 from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats.nvfp4 import quantize
 from megamoe.kernels import KERNELS
@@ -30,6 +31,7 @@ ROW = report.Row(
     timing.Timing(4.0, 3.5, 5.0, False),
     "torch",
     timing.Timing(8.0, 7.0, 9.0, False),
+    public_note="none comes with torch",
 )
 
 
@@ -57,13 +59,73 @@ def test_sets_exceed_the_cache_twice(set_bytes: int, sets: int) -> None:
         assert count * set_bytes > 2 * (50 << 20)
 
 
+def test_weights_are_rotated_over_more_memory() -> None:
+    l2 = 50 << 20
+    assert timing.num_sets(38 << 20, l2, 8 << 30, has_weights=True) == 13  # 8192 x 8192 in NVFP4
+    assert timing.num_sets(1 << 20, l2, 8 << 30, has_weights=True) == timing.MAX_WEIGHT_SETS
+    assert timing.num_sets(2 << 20, l2, 8 << 30, has_weights=True) * (2 << 20) >= 9 * l2
+
+
+# public kernels
+
+
+def experts() -> tuple[dict[str, Any], torch.Tensor]:
+    inputs = INPUTS["nvfp4_weight_only_experts"][0]
+    call = op_shapes("nvfp4_weight_only_experts")[0]
+    arguments = inputs.make(call.dims, 7, torch.Generator().manual_seed(4))
+    return arguments, inputs.door(**arguments)
+
+
+def test_the_grouped_product_is_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    arguments, wanted = experts()
+    name, calls = public.bound("nvfp4_weight_only_experts", [arguments, arguments], wanted)
+    assert name == f"grouped_mm bf16 (torch {torch.__version__})" and len(calls) == 2
+    assert not isinstance(calls, str)
+    got = calls[1]()
+    assert float((got.float() - wanted.float()).norm() / wanted.float().norm()) < 0.02
+
+
+def _refuses(arguments: dict[str, Any]) -> Any:
+    raise RuntimeError("K must be a multiple of 999\nand more")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reason"),
+    [
+        (
+            public.Public("theirs", lambda arguments: lambda: torch.zeros(7, 256), lambda: None),
+            "is 1.00 away from ours",
+        ),
+        (public.Public("theirs", _refuses, lambda: None), "refused: K must be a multiple of 999"),
+        (public.Public("theirs", _refuses, public._has(torch, "no_such")), f"torch {torch.__version__} has no no_such"),
+    ],
+    ids=["wrong", "refuses", "missing"],
+)
+def test_a_public_kernel_that_cannot_be_timed_says_why(
+    kernel: public.Public, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setitem(public.PUBLIC, "nvfp4_weight_only_experts", kernel)
+    arguments, wanted = experts()
+    name, calls = public.bound("nvfp4_weight_only_experts", [arguments], wanted)
+    assert name.startswith("theirs (torch ") and isinstance(calls, str) and calls.endswith(reason)
+    assert public.bound("rms_norm", [arguments], wanted) == ("", "none comes with torch")
+
+
 def test_medians() -> None:
     assert timing.summary([5.0, 1.0, 2.0], True) == timing.Timing(2.0, 1.0, 5.0, True)
 
 
 def test_rows_say_share_and_speedup() -> None:
     assert ROW.share == 0.5 and ROW.speedup == 2.0
-    assert report.table_line(ROW) == "| rms_norm | flash norm K=4096 | 64 | 2.00 | 4.00 | 50 % | torch | 8.00 | 2.00 |"
+    line = "| rms_norm | flash norm K=4096 | 64 | 2.00 | 4.00 | 50 % | torch | 8.00 | 2.00 |"
+    assert report.table_line(ROW) == f"{line} – | – (none comes with torch) |"
+    beside = dataclasses.replace(ROW, public_name="theirs (torch 3)", public=ROW.baseline, public_note="")
+    assert report.table_line(beside) == f"{line} theirs (torch 3) | 8.00 |"
+    assert beside.flat()["public"] == "theirs (torch 3)" and beside.flat()["public_us"] == 8.0
+    assert ROW.flat()["public_us"] == "" and ROW.flat()["public_note"] == "none comes with torch"
+    assert report.HEADER.splitlines()[0].count("|") == report.table_line(ROW).count("|")
     (row,) = csv.DictReader(io.StringIO(report.as_csv([ROW])))
     assert row["kernel_us"] == "4.0" and row["share_of_ceiling"] == "0.5" and row["num_tokens"] == "64"
     document = json.loads(json.dumps(report.as_document([ROW], {"gpu": "x"}, {"copy_gbps": 1.0})))
@@ -75,7 +137,8 @@ def test_committed_results_have_the_columns_a_run_writes(repository: pathlib.Pat
     assert files
     for path in files:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-        assert list(rows[0]) == list(ROW.flat())
+        columns = list(ROW.flat())
+        assert list(rows[0]) in (columns, columns[: columns.index("public")])  # earlier runs had no public kernels
         for row in rows:
             share = float(row["ceiling_us"]) / float(row["kernel_us"])
             assert float(row["share_of_ceiling"]) == pytest.approx(share, rel=0.02, abs=0.002)

@@ -12,11 +12,18 @@ import torch
 import megamoe
 from megamoe.cli import main
 from megamoe.kernels import pack as packing
-from megamoe.kernels.compile import CompileError
+from megamoe.kernels.compile import CompileError, Request
 from megamoe.kernels.pack import open_pack
 from megamoe.kernels.plan import requests_for
+from megamoe.models.deepseek_v4.calls import checkpoint_calls, model_calls, pairs
+from megamoe.models.deepseek_v4.config import load_config
 from megamoe.models.deepseek_v4.shapes import op_calls
+from megamoe.models.load import BUNDLED, load
+from megamoe.models.recipe import get_recipe
 
+from ..fake_files import fake
+from ..models.deepseek_v4.checkpoints import PRO
+from ..models.deepseek_v4.test_calls import UNUSED
 from .objects import FakeCompiler
 
 
@@ -37,17 +44,61 @@ def test_compile_builds_what_the_models_need(
     assert capsys.readouterr().out.startswith(f"{len(compiler.compiled)} kernels for sm90a in {out}: ")
 
 
-def test_compile_knows_a_checkpoint_by_its_config(tmp_path: pathlib.Path, compiler: FakeCompiler) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4096, "n_routed_experts": 256}))
-    assert main(["compile", "--model", str(tmp_path), "--arch", "sm100a", "--out", str(tmp_path / "pack")]) == 0
-    assert open_pack(tmp_path / "pack", version=megamoe.__version__).target == "sm100a"
+def packed(out: pathlib.Path, *arguments: str) -> set[Request]:
+    assert main(["compile", "--arch", "sm90a", "--out", str(out), *arguments]) == 0
+    return set(open_pack(out, version=megamoe.__version__).objects)
+
+
+@pytest.mark.parametrize(
+    ("layout", "op", "absent"),
+    [
+        ("nvfp4", "nvfp4_weight_only_linear", "quantize_fp8_rows"),  # every linear in NVFP4
+        ("preview", "nvfp4_weight_only_experts", "nvfp4_weight_only_linear"),  # MXFP4 experts run as NVFP4, FP8 linears
+        ("bf16", "rms_norm", "nvfp4_weight_only_experts"),
+    ],
+)
+def test_compile_reads_config_and_headers_of_any_checkpoint(
+    layout: str, op: str, absent: str, tmp_path: pathlib.Path, compiler: FakeCompiler
+) -> None:
+    """Sizes that no table has: those of the small fake model, in the formats its tensors have."""
+    fake.write_fake(tmp_path / "checkpoint", "small", layout)
+    found = packed(tmp_path / "pack", "--model", str(tmp_path / "checkpoint"), "--recipe", "w4a16")
+    calls = checkpoint_calls(tmp_path / "checkpoint", [get_recipe("w4a16")])
+    assert found == set(requests_for(pairs(calls), "sm90a")) and len(found) > 8
+    ops = {call.op for call in calls}
+    assert op in ops and absent not in ops
+    hidden = load_config(tmp_path / "checkpoint").hidden_size
+    assert all(call.dims["D"] == hidden for call in calls if call.op == "route_experts")
+    every = model_calls(load_config(tmp_path / "checkpoint"), None, get_recipe("w4a16"), num_mtp=1)
+    assert found < set(requests_for(pairs(every), "sm90a"))
+
+
+def test_compile_of_a_checkpoint_is_what_its_model_will_ask_for(tmp_path: pathlib.Path, compiler: FakeCompiler) -> None:
+    wanted = set()
+    for recipe in ("w4a16", "w4a4"):
+        model = load("tiny", recipe=recipe)
+        wanted |= set(requests_for(model.op_calls(with_drafts=True), "sm90a"))
+    assert packed(tmp_path / "pack", "--model", str(BUNDLED["tiny"])) == wanted
+
+
+def test_compile_with_config_alone_builds_for_every_format(
+    tmp_path: pathlib.Path, compiler: FakeCompiler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PRO))
+    found = packed(tmp_path / "pack", "--model", str(tmp_path))
+    named = packed(tmp_path / "named", "--model", "pro")
+    # The table also has what a DSpark draft calls, and fused operations that the model does not call yet.
+    more = [one for one in op_calls("pro") if one.where.startswith("mtp.") or one.op in UNUSED]
+    assert found < named and named - found <= set(requests_for(pairs(more), "sm90a"))
+    assert "without a kernel for sm90a: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "flash", "--arch", "sm80"], "--arch must be one of sm90a, sm100a, sm103a; got 'sm80'"),
-        (["--model", "nowhere", "--arch", "sm90a"], "No such file or directory: nowhere/config.json"),
+        (["--model", "nowhere", "--arch", "sm90a"], "config: no file nowhere/config.json. Pass a checkpoint's folder."),
+        (["--model", "flash", "--arch", "sm90a", "--recipe", "w4a4"], "goes with a checkpoint's directory; got 'w4a4'"),
         (["--arch", "sm90a"], "Missing option '--model'"),
     ],
 )
@@ -62,14 +113,14 @@ def test_compile_refuses_bad_input(
     assert message in capsys.readouterr().err and compiler.compiled == []
 
 
-def test_compile_refuses_models_it_has_no_sizes_of(
+def test_compile_refuses_a_checkpoint_that_is_none(
     tmp_path: pathlib.Path, compiler: FakeCompiler, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 1000, "n_routed_experts": 3}))
     assert main(["compile", "--model", str(tmp_path), "--arch", "sm90a", "--out", str(tmp_path / "pack")]) == 2
-    assert (
-        "must be those of tiny (256, 8), flash (4096, 256), pro (7168, 384); got (1000, 3)" in capsys.readouterr().err
-    )
+    assert "is missing. Use the config.json that belongs to the weights." in capsys.readouterr().err
+    assert main(["compile", "--model", str(tmp_path), "--recipe", "w1", "--arch", "sm90a", "--out", "x"]) == 2
+    assert "unknown recipe 'w1'; allowed are exact, w4a16, w4a4" in capsys.readouterr().err
 
 
 def test_compile_prints_the_compilers_words(

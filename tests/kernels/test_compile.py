@@ -6,14 +6,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pathlib
+import re
 import shutil
 
 import pytest
 
+from megamoe.kernels import KERNELS
 from megamoe.kernels import compile as compiling
 from megamoe.kernels.compile import CompileError, Request, compile_objects, num_workers, source_hash
 from megamoe.kernels.portable import rms_norm
 from megamoe.kernels.portable.rms_norm import Config
+from megamoe.models.deepseek_v4.shapes import op_shapes
 
 CONFIG = Config(4096, "bf16", "bf16", "bf16")
 
@@ -121,3 +124,26 @@ def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_device_halves_exist_for_every_request_module() -> None:
     for module in ("portable.rms_norm", "parts.route_scores", "portable.hyper_connection_pre"):
         assert importlib.util.find_spec(f"megamoe.kernels.{module}_device") is not None
+
+
+def test_nothing_else_compiles(repository: pathlib.Path) -> None:
+    """One place makes objects; device halves describe kernels, and only that place imports them."""
+    root = repository / "src/megamoe"
+    calls = re.compile(r"\bcute\.compile\(|\bimport_module\([^)]*_device|\bimport triton\b|cpp_extension|nvrtc")
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if calls.search(path.read_text("utf-8"))}
+    assert found == {"kernels/compile.py"}
+    for path in root.rglob("*.py"):
+        if not path.stem.endswith("_device"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"^\s*(from|import) megamoe\.kernels\.\S*_device", text, re.MULTILINE), path
+
+
+@pytest.mark.parametrize("module", sorted({module for table in KERNELS.values() for module in table.values()}))
+def test_compile_keys_are_frozen_and_plain(module: str) -> None:
+    """dtypes, static sizes and tile choices: what is in a key decides the object, and nothing else may."""
+    op = module.rpartition(".")[2]
+    configs = list(importlib.import_module(module).configs(op_shapes(op)[0].dims))
+    assert configs
+    for config in configs:
+        assert type(config).__dataclass_params__.frozen
+        assert all(isinstance(value, str | int | bool | None) for value in dataclasses.asdict(config).values())

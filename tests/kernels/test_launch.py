@@ -118,11 +118,29 @@ def test_current_stream_no_synchronization_nothing_hidden(call: OpCall, inputs: 
 
 
 WORKSPACES = {
-    "hyper_connection_pre": 1,
-    "hyper_connection_head": 1,
     "route_experts": 1,
     "nvfp4_linear": 1,  # tokens expanded to bf16, where there are many
-    "nvfp4_experts": 11,  # as below, and two quantized tensors of three parts
-    "nvfp4_weight_only_experts": 5,  # order, passes, their number, hidden values, outputs of the pairs
+    "fp8_linear": 2,  # tokens expanded to fp16 and their scales, where there are many
+    "nvfp4_experts": 15,  # as below, two quantized tensors of three parts, their scales by expert, h expanded
+    "nvfp4_weight_only_experts": 7,  # order, passes, their number, hidden values, outputs of the pairs; in tiles also
+    # tokens and route weights by expert
 }
 """Operations that need scratch memory, and in how many tensors; `run` allocates it in the open."""
+
+
+MANY_TILES = ("hyper_connection_pre", "hyper_connection_pre_norm", "hyper_connection_head")
+
+
+@pytest.mark.parametrize("op", MANY_TILES)
+@pytest.mark.parametrize("model", ["tiny", "flash"])
+def test_f9_blocks_that_stay_take_every_tile_in_turn(op: str, model: str, seed: int) -> None:
+    """More tiles than blocks hold at once: every group goes round several times, and no token's bits change by it."""
+    (call,) = [one for one in op_shapes(op) if one.model == model]
+    (inputs,) = INPUTS[op]
+    num_tokens = 4000 if model == "tiny" else 1300
+    arguments = make(call, inputs, num_tokens, seed)
+    got = parts(inputs.door(**arguments))
+    for start in range(0, num_tokens, 130):
+        some = parts(inputs.door(**{**arguments, "x": arguments["x"][start : start + 130]}))
+        for name, part in some.items():
+            assert torch.equal(part, got[name][start : start + 130]), (name, start)

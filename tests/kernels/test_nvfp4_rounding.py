@@ -79,28 +79,55 @@ def test_without_refinement_codes_would_differ() -> None:
     assert wrong > 100
 
 
-def magic_code(x: np.ndarray) -> np.ndarray:
-    """Return the E2M1 magnitude code by the kernel's additions (kernels/parts/ptx_device.py, e2m1_magnitude)."""
-    bits = x.view(np.int32)
-    binade = np.maximum(bits & 0x7F800000, 0x3F800000)
-    magic = binade + 0x0B400000
-    total = (magic.view(np.float32) + x).view(np.int32)
-    return total - magic + (binade >> 22) - 254
+def code_by_lines(x: np.ndarray, lowest: int = 12582912) -> np.ndarray:
+    """Return the E2M1 magnitude code by the kernel's additions (kernels/parts/ptx_device.py, e2m1_bits).
+
+    Products by a power of two are exact, and a sum in fp64 of fp32 values of these sizes is rounded once to fp32.
+    """
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore"):
+        low, middle, high = (
+            line.astype(np.float32) for line in (2 * wide + lowest, wide + (lowest + 2), wide / 2 + (lowest + 4))
+        )
+    least = np.minimum(np.minimum(low, middle), np.minimum(high, np.float32(lowest + 7)))
+    return least.view(np.int32) - 0x4B400000
 
 
-def test_the_rounding_trick_gives_every_code() -> None:
+def magnitudes() -> np.ndarray:
     thresholds = np.array([float(one) for one in THRESHOLDS], dtype=np.float32)
     near = np.concatenate([thresholds.view(np.int32) + offset for offset in range(-4, 5)]).view(np.float32)
     spread = np.linspace(0.0, 6.0, 200_001, dtype=np.float32)
     tiny = np.array([0.0, 1e-45, 1e-38, 2.0**-126, 0.1], dtype=np.float32)
-    x = np.concatenate([near, spread, tiny, np.array([6.0, 4.0, 2.0], dtype=np.float32)])
-    np.testing.assert_array_equal(magic_code(x), round_to_e2m1(torch.from_numpy(x)).numpy())
+    return np.concatenate([near, spread, tiny, np.array([6.0, 4.0, 2.0], dtype=np.float32)])
 
 
-@pytest.mark.parametrize("constant", [0x0AC00000, 0x0BC00000])
-def test_another_constant_would_not(constant: int) -> None:
-    x = np.linspace(0.0, 6.0, 1001, dtype=np.float32)
-    binade = np.maximum(x.view(np.int32) & 0x7F800000, 0x3F800000)
-    magic = binade + constant
-    codes = (magic.view(np.float32) + x).view(np.int32) - magic + (binade >> 22) - 254
-    assert (codes != round_to_e2m1(torch.from_numpy(x)).numpy()).any()
+def test_the_rounding_trick_gives_every_code() -> None:
+    x = magnitudes()
+    np.testing.assert_array_equal(code_by_lines(x), round_to_e2m1(torch.from_numpy(x)).numpy())
+
+
+def test_the_rounding_trick_saturates() -> None:
+    x = np.array([6.5, 7.0, 7.5, 8.0, 1e6, 3e38], dtype=np.float32)
+    np.testing.assert_array_equal(code_by_lines(x), np.full(6, 7))
+
+
+@pytest.mark.parametrize("lowest", [12582912 // 2, 12582913])
+def test_another_constant_would_not(lowest: int) -> None:
+    x = magnitudes()
+    assert (code_by_lines(x, lowest) != round_to_e2m1(torch.from_numpy(x)).numpy()).any()
+
+
+def test_signs_land_on_their_codes() -> None:
+    """The byte shuffles of kernels/parts/nvfp4_device.py, pair_signs, in Python."""
+
+    def gathered(a: int, b: int, selector: int) -> int:
+        data = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+        return int.from_bytes(bytes(data[selector >> 4 * place & 15] for place in range(4)), "little")
+
+    generator = np.random.default_rng(0)
+    for words in generator.integers(0, 2**32, (200, 4)).tolist():
+        first, second = gathered(words[0], words[1], 0x7351), gathered(words[2], words[3], 0x7351)
+        low, high = gathered(first, second, 0x5410), gathered(first, second, 0x7632)
+        signs = low >> 4 & 0x08080808 | high & 0x80808080
+        values = [word >> 16 * half & 0xFFFF for word in words for half in range(2)]
+        assert signs == sum((value >> 15) << 4 * place + 3 for place, value in enumerate(values))

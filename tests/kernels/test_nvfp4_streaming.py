@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ from megamoe.formats.e4m3 import lookup_e4m3
 from megamoe.formats.fragment_layout import codes_to_fragments
 from megamoe.kernels.parts import expert_stream, sort_pairs
 from megamoe.kernels.parts.fragment import SCALE_BITS, TWO_TO_112, TWO_TO_127, UNDO, code_pairs, plain_pair
-from megamoe.kernels.parts.linear_stream import column_parts, stream_configs, stream_keys, stream_limit
+from megamoe.kernels.parts.linear_stream import LinearPlan, column_parts, stream_configs, stream_keys, stream_limit
 from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, SHARED_BYTES, WARPS, StreamPlan, unit_range
 from megamoe.kernels.sm90 import nvfp4_linear, nvfp4_weight_only_experts, nvfp4_weight_only_linear
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
@@ -110,6 +113,147 @@ def test_units_are_dealt_out_once(num_blocks: int, num_units: int) -> None:
     assert [unit for first, last in ranges for unit in range(first, last)] == list(range(num_units))
     sizes = {last - first for first, last in ranges}
     assert max(sizes) - min(sizes) <= 1
+
+
+LINEAR_SIZES = sorted({64, 448, 1088, 4160, 6144, *(k for k in LINEARS if k <= MAX_COLUMNS)})
+
+
+@pytest.mark.parametrize("num_columns", LINEAR_SIZES)
+@pytest.mark.parametrize(("num_tiles", "wide"), [(1, False), (2, False), (2, True)])
+def test_linear_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int, wide: bool) -> None:
+    plan = LinearPlan(num_columns, num_tiles, wide)
+    added = [
+        chunk for rank in range(plan.ranks) for warp in range(plan.rank_warps) for chunk in plan.own_chunks(rank, warp)
+    ]
+    assert [chunk for chunk in added if chunk < plan.chunks] == list(range(plan.chunks))
+    assert plan.cluster * plan.groups * plan.segments == plan.ranks and len(plan.stage_chunks) == plan.segments
+    if plan.uneven and plan.segments == 2:  # the device's order: the long segment first
+        for rank in range(0, plan.ranks, 2):
+            for warp in range(plan.rank_warps):
+                later = (warp + warp // 4) % 2
+                sizes = [len(plan.own_chunks(rank + one, warp)) for one in (later, 1 - later)]
+                assert tuple(sizes) == plan.stage_chunks
+    assert 8 * plan.slice_chunks * num_tiles <= 64, "registers of a thread for tokens"
+    assert plan.blocks_per_multiprocessor * (plan.shared_bytes + 1024) <= 228 * 1024 and plan.num_slots >= 3
+    assert plan.blocks_per_multiprocessor * plan.threads <= 512, "128 registers a thread"
+    assert plan.ring_offset % 128 == plan.exchange_offset % 16 == plan.slot_bytes % 64 == 0, "copies need alignment"
+
+
+@pytest.mark.parametrize("num_columns", LINEAR_SIZES)
+def test_the_order_of_sums_of_a_linear_does_not_depend_on_the_number_of_tokens(num_columns: int) -> None:
+    plans = [LinearPlan(num_columns, *kind) for kind in ((1, False), (2, False), (2, True))]
+    assert len({(plan.ranks, plan.rank_warps, plan.segment_chunks) for plan in plans}) == 1
+
+
+def test_places_of_sums_hit_every_bank_once() -> None:
+    """`store_sums` and `rank_sum` of linear_stream_device: a lane writes 16 bytes and reads 4."""
+    written = {}
+    for lane in range(32):
+        row, column = divmod(lane, 4)
+        for index in range(4):
+            place = (column * 8 + (row + column * 2 & 7)) * 16 + index * 4
+            written[row + index // 2 * 8, column * 2 + index % 2] = place
+    assert sorted(written.values()) == list(range(0, 512, 4))
+    for first in range(0, 32, 8):  # a quarter of a warp stores at once
+        groups = {written[lane // 4, lane % 4 * 2] // 16 % 8 for lane in range(first, first + 8)}
+        assert len(groups) == 8
+    for token in range(0, 8, 2):
+        read = {written[row, one] for row in range(16) for one in (token, token + 1)}
+        assert len({place // 4 % 32 for place in read}) == 32
+    for token in range(8):
+        for row in range(16):
+            column = token % 8 // 2
+            place = (column * 8 + (row + column * 2 & 7)) * 16 + (row // 8 * 2 + token % 2) * 4
+            assert place == written[row, token]
+
+
+def test_blocks_fill_the_multiprocessors() -> None:
+    assert LinearPlan(8192, 1).num_clusters(512, 132, 1) == 66
+    assert LinearPlan(8192, 2).num_clusters(512, 132, 1) == 30, "clusters of 4 leave some"
+    assert LinearPlan(8192, 2, True).num_clusters(512, 132, 4) == 16
+    assert LinearPlan(1536, 2).num_clusters(2048, 132, 2) == 132, "two of a launch on each"
+    assert LinearPlan(1536, 1).num_clusters(3, 132, 1) == 3 and LinearPlan(8192, 2).num_clusters(512, 8, 1) == 1
+
+
+class ClusterSums:
+    """`exchange` and `finish_turn` of linear_stream_device: where the sums of a cluster's blocks go, and when."""
+
+    def __init__(self, cluster: int, count: int) -> None:
+        self.cluster, self.count = cluster, count
+        self.slots: dict[tuple[int, int, int], int] = {}  # (block, turn & 1, sender) → turn
+        self.arrived = {(block, turn): 0 for block in range(cluster) for turn in range(count)}
+        self.finished: list[int] = []
+
+    def finish(self, rank: int, turn: int) -> Iterator[None]:
+        unit = turn * self.cluster + rank
+        if unit < self.count:
+            while self.arrived[rank, turn] < self.cluster:
+                yield
+            assert {self.slots.pop((rank, turn & 1, sender)) for sender in range(self.cluster)} == {turn}
+            self.finished.append(unit)
+
+    def block(self, rank: int) -> Iterator[None]:
+        for step in range(self.count):
+            turn, target = divmod(step, self.cluster)
+            yield
+            if target == 0 and step > 0:
+                yield from self.finish(rank, turn - 1)
+            assert (target, turn & 1, rank) not in self.slots, "not read yet"
+            self.slots[target, turn & 1, rank] = turn
+            self.arrived[target, turn] += 1
+        yield from self.finish(rank, (self.count - 1) // self.cluster)
+
+
+class BlockSums:
+    """The loop of linear_stream_device: warps store the sums of a unit after adding those of the one before."""
+
+    def __init__(self, warps: int, count: int) -> None:
+        self.warps, self.count = warps, count
+        self.rooms: dict[tuple[int, int], int] = {}  # (step & 1, warp) → step
+        self.published = dict.fromkeys(range(count), 0)
+        self.added: list[int] = []
+
+    def add(self, step: int) -> Iterator[None]:
+        while self.published[step] < self.warps:
+            yield
+        for warp in range(self.warps):  # one after the other: another warp may be faster
+            assert self.rooms[step & 1, warp] == step
+            yield
+        self.added.append(step)
+
+    def warp(self, warp: int) -> Iterator[None]:
+        for step in range(self.count):
+            yield
+            if step > 0:
+                yield from self.add(step - 1)
+            self.rooms[step & 1, warp] = step
+            self.published[step] += 1
+        yield from self.add(self.count - 1)
+
+
+def run_at_random(running: list[Iterator[None]], seed: int) -> None:
+    order = random.Random(seed)
+    while running:
+        one = order.choice(running)
+        if next(one, "ended") == "ended":
+            running.remove(one)
+
+
+@pytest.mark.parametrize("cluster", [2, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11, 16])
+def test_sums_of_a_cluster_are_read_before_they_are_overwritten(cluster: int, count: int) -> None:
+    for seed in range(40):
+        sums = ClusterSums(cluster, count)
+        run_at_random([sums.block(rank) for rank in range(cluster)], seed)
+        assert sorted(sums.finished) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_sums_of_a_block_are_read_before_they_are_overwritten(count: int) -> None:
+    for seed in range(40):
+        sums = BlockSums(4, count)
+        run_at_random([sums.warp(warp) for warp in range(4)], seed)
+        assert sorted(sums.added) == sorted(4 * list(range(count)))
 
 
 def test_wide_matrices_are_cut_into_parts() -> None:

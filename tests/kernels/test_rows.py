@@ -10,38 +10,42 @@ import pytest
 import torch
 
 from megamoe.formats.scale_layout import to_tiled_128x4
-from megamoe.kernels.parts.rows import MAX_WIDTH, VECTOR, as_rows, as_vector, require_width, row_tile, tiled_place
+from megamoe.kernels.parts.rows import MAX_WIDTH, as_rows, as_vector, require_width, row_tile, tiled_place
 
 WIDTHS = [8, 16, 128, 256, 512, 1000, 1024, 1032, 1040, 1536, 2048, 3072, 4096, 7168, 8192, 16384, 20000, 32768]
 
 
-@pytest.mark.parametrize("min_lanes", [2, 16])
+@pytest.mark.parametrize(("min_lanes", "size"), [(2, 8), (16, 8), (1, 16)])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_f9_every_vector_belongs_to_one_thread(width: int, min_lanes: int) -> None:
-    tile = row_tile(width, min_lanes)
-    owners = [0] * (width // VECTOR)
+def test_f9_every_vector_belongs_to_one_thread(width: int, min_lanes: int, size: int) -> None:
+    if width % size:
+        pytest.skip(f"{width} is not a multiple of {size}")
+    tile = row_tile(width, min_lanes, size)
+    owners = [0] * (width // size)
     for lane in range(tile.lanes):
         for index in range(tile.vectors):
             vector = index * tile.lanes + lane
-            if vector < width // VECTOR:
+            if vector < width // size:
                 owners[vector] += 1
             else:
                 assert not tile.exact
-    assert owners == [1] * (width // VECTOR)
+    assert owners == [1] * (width // size)
 
 
+@pytest.mark.parametrize(("min_lanes", "size"), [(2, 8), (1, 16)])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_tiles_fit_blocks_and_shuffles(width: int) -> None:
-    tile = row_tile(width)
+def test_tiles_fit_blocks_and_shuffles(width: int, min_lanes: int, size: int) -> None:
+    tile = row_tile(width, min_lanes, size)
     assert tile.threads <= 1024 and tile.threads % 32 == 0
     assert tile.lanes % 32 == 0 or tile.lanes & (tile.lanes - 1) == 0, "rows inside a warp are powers of two"
     assert tile.warps * 32 >= tile.lanes and (tile.rows == 1 or tile.warps == 1)
-    assert tile.vectors * tile.lanes < width // VECTOR + tile.lanes, "no thread without work for a whole turn"
+    assert tile.vectors * tile.lanes < width // size + tile.lanes, "no thread without work for a whole turn"
 
 
 def test_models_sizes_divide_without_remainder() -> None:
     for width in (128, 256, 512, 1024, 1536, 2048, 3072, 4096, 7168, 8192, 16384):
         assert row_tile(width).exact and row_tile(width).vectors <= 4
+        assert row_tile(width, 1, 16).exact and row_tile(width, 1, 16).vectors <= 2
 
 
 def test_widths_are_refused() -> None:

@@ -8,7 +8,13 @@ import math
 import pytest
 import torch
 
-from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
+from megamoe.ops.hyper_connection import (
+    hyper_connection_head,
+    hyper_connection_post,
+    hyper_connection_pre,
+    hyper_connection_pre_norm,
+)
+from megamoe.ops.rms_norm import rms_norm
 from megamoe.verify.tolerance import assert_within
 
 from .invariance import assert_row_invariant
@@ -197,6 +203,18 @@ def test_the_wrong_contraction_index_is_caught(seed: int) -> None:
         assert_within("hyper_connection_post", got, _post(u, x, post, comb, "second"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pre_norm_is_pre_and_then_the_norm_bit_for_bit(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(9, 4, 64, generator=generator).to(dtype)
+    weight = (1.0 + 0.2 * torch.randn(64, generator=generator)).bfloat16()
+    weights = _weights(4, 64, seed)
+    u, post, comb = hyper_connection_pre(x, *weights, norm_eps=1e-5)
+    got = hyper_connection_pre_norm(x, *weights, weight, norm_eps=1e-5)
+    for one, want in zip(got, (rms_norm(u, weight, eps=1e-5), post, comb), strict=True):
+        assert one.dtype == want.dtype and torch.equal(one, want)
+
+
 # --- refusals ---
 
 
@@ -213,6 +231,10 @@ def test_refusals() -> None:
         hyper_connection_pre(x, fn.bfloat16(), base, scale)
     with pytest.raises(ValueError, match="sinkhorn_iters must be at least 1; got 0"):
         hyper_connection_pre(x, fn, base, scale, sinkhorn_iters=0)
+    with pytest.raises(ValueError, match=r"hyper_connection_pre_norm: weight must be \[D\]"):
+        hyper_connection_pre_norm(x, fn, base, scale, torch.ones(7))
+    with pytest.raises(ValueError, match="hyper_connection_pre_norm: sinkhorn_iters must be at least 1; got 0"):
+        hyper_connection_pre_norm(x, fn, base, scale, torch.ones(8), sinkhorn_iters=0)
     with pytest.raises(ValueError, match=r"hyper_connection_head: fn must be \[X, X \* D\] = \[4, 32\]"):
         hyper_connection_head(x, fn, base, scale[:1])
     with pytest.raises(ValueError, match=r"hyper_connection_post: comb must be \[T, X, X\].*; got float32 \[3, 4, 5\]"):

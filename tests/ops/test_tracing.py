@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels import KERNELS
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
@@ -42,9 +43,10 @@ def faked(value: Any, mode: FakeTensorMode) -> Any:
     """Return a container, or several, with fake tensors; anything else as it is."""
     if isinstance(value, tuple):
         return tuple(faked(one, mode) for one in value)
-    if not isinstance(value, NvFp4Tensor):
+    if not isinstance(value, NvFp4Tensor | Fp8RowTensor | Fp8BlockTensor):
         return value
-    tensors = {name: getattr(value, name) for name in ("codes", "scales", "tensor_scale")}
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    tensors = {name: one for name, one in fields.items() if isinstance(one, torch.Tensor)}
     return dataclasses.replace(value, **{name: mode.from_tensor(tensor) for name, tensor in tensors.items()})
 
 

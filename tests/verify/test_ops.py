@@ -62,6 +62,23 @@ def test_a_right_kernel_passes(num_tokens: int) -> None:
     run(right, num_tokens)
 
 
+def _other_order_of_few(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A kernel with two paths: up to 5 tokens, and beyond, where the last bits are others."""
+    y = right(x, weight)
+    if x.shape[0] > 5:
+        y.view(torch.int16)[:, 0] ^= 1  # one bit of a row: far inside any bound
+    return y
+
+
+@pytest.mark.parametrize("num_tokens", [5, 6, 9, 23])
+def test_a_kernel_with_two_orders_of_sums_is_compared_on_either_side(num_tokens: int) -> None:
+    until = dataclasses.replace(NORM, order_until=lambda dims: 5)
+    verify_case(CALL, dataclasses.replace(until, door=Door(_other_order_of_few)), num_tokens, device="cpu")
+    if num_tokens > 5:
+        with pytest.raises(AssertionError, match="depends on the tokens beside it"):
+            run(_other_order_of_few, num_tokens)
+
+
 # one fault each
 
 

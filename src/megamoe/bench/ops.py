@@ -2,9 +2,9 @@
 """Operations on a GPU: megamoe bench OP… (or all).
 
 For every operation, shape of models/*/shapes.py (Flash and Pro) and number of tokens: the result of a sample of
-tokens is compared with the CPU reference first, and a wrong one is not timed; then kernel and baseline are timed by
-bench/timing.py and set against the ceiling of bench/roofline.py, whose rates are measured in the same run. The last
-line of standard output is one JSON document.
+tokens is compared with the CPU reference first, and a wrong one is not timed; then kernel, baseline and the public
+kernel of bench/public.py, where there is one, are timed in turn by bench/timing.py and set against the ceiling of
+bench/roofline.py, whose rates are measured in the same run. The last line of standard output is one JSON document.
 
 Exit codes: 0 all measured · 1 a kernel is wrong and was not timed, or not all was run · 2 no GPU here, or not the one
 asked for.
@@ -27,12 +27,16 @@ import torch
 import torch.nn.functional as F
 
 from megamoe.bench import report, timing
+from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
-from megamoe.formats import nvfp4
+from megamoe.formats import fp8, nvfp4
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
+from megamoe.ops.hyper_connection import hyper_connection_pre
+from megamoe.ops.rms_norm import rms_norm
 from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, rows_of
 from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, compare, known_ops, open_gpu
 
@@ -116,6 +120,14 @@ def _eager_pre(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: tor
     return (pre[:, :, None] * values).sum(1).to(x.dtype), post, comb
 
 
+def _two_kernels_pre_norm(
+    x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
+) -> Any:
+    """Take the two kernels that one replaces."""
+    u, post, comb = hyper_connection_pre(x, fn, base, scale)
+    return rms_norm(u, weight), post, comb
+
+
 def _eager_head(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     values, m = _eager_projection(x, fn)
     return ((torch.sigmoid(m * scale + base) + 1e-6)[:, :, None] * values).sum(1).to(x.dtype)
@@ -143,7 +155,7 @@ def _eager_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.T
     return (F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)).to(gate.dtype)
 
 
-@functools.lru_cache(maxsize=6)
+@functools.cache  # one per rotated weight; bench_case forgets them
 def _bf16_of(codes: torch.Tensor, scales: torch.Tensor, tensor_scale: torch.Tensor, form: str) -> torch.Tensor:
     """Return a weight in bf16, kept: the baseline multiplies, it does not decode."""
     return nvfp4.dequantize(unpacked([codes, scales.view(torch.uint8), tensor_scale], form), torch.bfloat16)
@@ -159,6 +171,20 @@ def _cublas(x: torch.Tensor, w: NvFp4Tensor) -> torch.Tensor:
 
 def _cublas_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor) -> torch.Tensor:
     return nvfp4.dequantize(x, torch.bfloat16) @ _bf16(w).T
+
+
+@functools.cache  # one per rotated weight; bench_case forgets them
+def _bf16_of_fp8(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return fp8.dequantize(Fp8BlockTensor(codes, scales), torch.bfloat16)
+
+
+@functools.cache
+def _bf16_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return fp8.dequantize(Fp8RowTensor(codes, scales), torch.bfloat16)
+
+
+def _cublas_fp8(x: Fp8RowTensor, w: Fp8BlockTensor) -> torch.Tensor:
+    return _bf16_rows(x.codes, x.scales) @ _bf16_of_fp8(w.codes, w.scales).T
 
 
 def _eager_rounded(x: torch.Tensor) -> torch.Tensor:
@@ -200,15 +226,20 @@ BASELINES: dict[str, Baseline] = {
     "route_experts": Baseline("torch eager, bf16 logits", _eager_route),
     "nvfp4_linear": Baseline("cuBLAS bf16 after dequantizing x", _cublas_nvfp4),
     "nvfp4_weight_only_linear": Baseline("cuBLAS bf16", _cublas),
+    "fp8_linear": Baseline("cuBLAS bf16, x and w dequantized before", _cublas_fp8),
     "nvfp4_experts": Baseline(
         "every expert through cuBLAS bf16, activations rounded",
         functools.partial(_eager_experts, rounded=_eager_rounded),
     ),
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
+    "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
 }
+
+WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")
+"""Arguments that come from memory in every call of a model: rotated like tokens. Gates and norms stay."""
 
 LOOKED_UP = ("expert_table",)
 """Arguments of which a call reads a row a token: too little to count."""
@@ -217,6 +248,7 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "route_experts": lambda dims, tokens: 2 * tokens * dims["E"] * dims["D"],
     "nvfp4_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "nvfp4_weight_only_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
+    "fp8_linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "nvfp4_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
     "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
 }
@@ -259,21 +291,27 @@ def bench_case(
     arguments = inputs.make(call.dims, num_tokens, generator)
     got = inputs.door(**arguments)
     check_sample(call, inputs, arguments, got, num_tokens)
-    per_token = {name: value for name, value in arguments.items() if name in inputs.per_token}
-    shared = {name: value for name, value in arguments.items() if name not in inputs.per_token}
+    rotating = {name: one for name, one in arguments.items() if name in (*inputs.per_token, *WEIGHTS)}
+    has_weights = not rotating.keys().isdisjoint(WEIGHTS)
+    shared = {name: value for name, value in arguments.items() if name not in rotating}
     read = {name: value for name, value in arguments.items() if name not in LOOKED_UP}
     num_bytes = tensor_bytes(read) + tensor_bytes(got)
-    rotated = tensor_bytes(per_token) + tensor_bytes(got)
+    rotated = tensor_bytes(rotating) + tensor_bytes(got)
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    count = timing.num_sets(rotated, l2_bytes, 8 << 30)
+    count = timing.num_sets(rotated, l2_bytes, 8 << 30, has_weights=has_weights)
     from_l2 = count * rotated < 2 * l2_bytes
+    sets = [{**one, **shared} for one in (rotating, *(_map_values(rotating, torch.clone) for _ in range(count - 1)))]
+    public_name, public = bound(call.op, sets, got)
     del got
-    sets = [per_token] + [_map_values(per_token, torch.clone) for _ in range(count - 1)]
     calls = max(count, timing.CALLS if rotated < (64 << 20) else count)
-    graphs = {"kernel": timing.capture(lambda index: inputs.door(**sets[index], **shared), count, calls)}
+    graphs = {"kernel": timing.capture(lambda index: inputs.door(**sets[index]), count, calls)}
     if baseline is not None:
-        graphs["baseline"] = timing.capture(lambda index: baseline.run(**sets[index], **shared), count, calls)
+        graphs["baseline"] = timing.capture(lambda index: baseline.run(**sets[index]), count, calls)
+    if not isinstance(public, str):
+        graphs["public"] = timing.capture(lambda index: public[index](), count, calls)
     times = timing.time_graphs(graphs, calls, from_l2)
+    for cache in (_bf16_of, _bf16_of_fp8, _bf16_rows):
+        cache.cache_clear()
     flops = FLOPS[call.op](call.dims, num_tokens) if call.op in FLOPS else 0
     ceiling = Ceiling(num_bytes, flops, copy_gbps, tflops)
     return report.Row(
@@ -286,21 +324,26 @@ def bench_case(
         times["kernel"],
         baseline.name if baseline else None,
         times.get("baseline"),
+        public_name,
+        times.get("public"),
+        public if isinstance(public, str) else "",
     )
 
 
 def _map_values(arguments: Arguments, function: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
-    copies: Arguments = {}
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            copies[name] = function(value)
-        elif hasattr(value, "codes"):
-            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            tensors = {key: function(one) for key, one in fields.items() if isinstance(one, torch.Tensor)}
-            copies[name] = dataclasses.replace(value, **tensors)
-        else:
-            copies[name] = value
-    return copies
+    return {name: _mapped(value, function) for name, value in arguments.items()}
+
+
+def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(_mapped(one, function) for one in value)
+    if hasattr(value, "codes"):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        tensors = {key: function(one) for key, one in fields.items() if isinstance(one, torch.Tensor)}
+        return dataclasses.replace(value, **tensors)
+    return value
 
 
 def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str]) -> list[tuple[OpCall, OpInputs, int]]:

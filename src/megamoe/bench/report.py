@@ -28,6 +28,8 @@ class Row:
         num_bytes, flops: what the ceiling counts.
         kernel: our time.
         baseline_name, baseline: what it was interleaved with, or None.
+        public_name, public: the public kernel it was interleaved with, version included, or "" and None.
+        public_note: why there is no time of it.
     """
 
     op: str
@@ -39,6 +41,9 @@ class Row:
     kernel: Timing
     baseline_name: str | None
     baseline: Timing | None
+    public_name: str = ""
+    public: Timing | None = None
+    public_note: str = ""
 
     @property
     def share(self) -> float:
@@ -67,6 +72,9 @@ class Row:
             "baseline": self.baseline_name or "",
             "baseline_us": round(self.baseline.median_us, 3) if self.baseline else "",
             "speedup": round(self.speedup, 3) if self.speedup else "",
+            "public": self.public_name,
+            "public_us": round(self.public.median_us, 3) if self.public else "",
+            "public_note": self.public_note,
         }
 
 
@@ -97,8 +105,8 @@ def _output(command: Sequence[str]) -> str | None:
 
 
 HEADER = (
-    "| operation | shape | T | floor us | kernel us | of floor | baseline | us | ratio |\n"
-    "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |"
+    "| operation | shape | T | floor us | kernel us | of floor | baseline | us | ratio | public kernel | us |\n"
+    "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- | ---: |"
 )
 
 
@@ -107,9 +115,10 @@ def table_line(row: Row) -> str:
     share = f"{100 * row.share:.0f} %{' (L2)' if row.kernel.from_l2 else ''}"
     baseline = f"{row.baseline.median_us:.2f}" if row.baseline else "–"
     ratio = f"{row.speedup:.2f}" if row.speedup else "–"
+    public = f"{row.public.median_us:.2f}" if row.public else f"– ({row.public_note})"
     return (
         f"| {row.op} | {row.shape} | {row.num_tokens} | {row.ceiling_us:.2f} | {row.kernel.median_us:.2f} | {share} "
-        f"| {row.baseline_name or '–'} | {baseline} | {ratio} |"
+        f"| {row.baseline_name or '–'} | {baseline} | {ratio} | {row.public_name or '–'} | {public} |"
     )
 
 

@@ -161,6 +161,26 @@ class Engine:
         if self._prefix is not None:
             self._prefix.clear()
 
+    def reset_counters(self) -> None:
+        """Count from zero again; what is counted while an engine gets ready says nothing about requests."""
+        self._counts = dict.fromkeys(_COUNTERS, 0)
+        self._finish_interval_s, self._last_finish_s = 1.0, None
+
+    @torch.inference_mode()
+    def rehearse(self, position: int, token_ids: Sequence[int]) -> None:
+        """Run one token of several sequences that are all at `position`, for nobody, while there is no request.
+
+        What was in rings and pages is read as if it belonged to them, and overwritten where it is nobody's.
+        """
+        assert not self._requests and not (self._prefix and self._prefix.pages()), "somebody's pages would be written"
+        size = self.plan.size
+        width = position // size.tokens_per_page + 1
+        count = min(len(token_ids), size.num_pages // width)
+        tables = np.arange(count * width, dtype=np.int32).reshape(count, width)
+        starts, ones = np.full(count, position), np.ones(count, dtype=np.int64)
+        batch = Batch(np.array(token_ids[:count]), starts, ones, np.arange(count), tables)
+        self.model.logits_of(self.model.run(self._cache.plan(batch), self._cache), None)
+
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
         """Run one step and return what is new, in order of arrival; requests without a new token are not named."""

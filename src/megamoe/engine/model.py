@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -120,6 +121,15 @@ class BatchModel(LanguageModel, Protocol):
         """The page the model would choose; other pages must be multiples of the same unit."""
         ...
 
+    @property
+    def conversions(self) -> tuple[str, ...]:
+        """What was converted when it was loaded, one line each."""
+        ...
+
+    def op_calls(self, *, with_drafts: bool) -> Sequence[tuple[str, Mapping[str, int]]]:
+        """Return every operation it calls, with the sizes of its named dimensions."""
+        ...
+
     def capacity(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> CapacityReport:
         """Return what a shared cache would cost."""
         ...
@@ -146,9 +156,14 @@ class BatchModel(LanguageModel, Protocol):
 
 
 def load_model(
-    model: str | os.PathLike[str], *, recipe: str, device: str | torch.device, dtype: torch.dtype | None
+    model: str | os.PathLike[str],
+    *,
+    recipe: str,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    pack: str | os.PathLike[str] | None = None,
 ) -> BatchModel:
     """Load a model; arguments and errors are those of `megamoe.load`."""
     from megamoe.models.load import load  # imported late: importing the engine loads no architecture
 
-    return load(model, recipe=recipe, device=device, dtype=dtype)
+    return load(model, recipe=recipe, device=device, dtype=dtype, pack=pack)

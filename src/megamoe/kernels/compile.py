@@ -45,8 +45,8 @@ MAX_WORKERS = 8
 Scalar = str | int | bool | float | None
 
 
-class CompileError(Exception):
-    """A kernel could not be compiled; the message has the compiler's own words."""
+class CompileError(ValueError):
+    """A kernel could not be compiled, or nothing to compile with is installed; the message has the compiler's words."""
 
 
 @dataclasses.dataclass(frozen=True)

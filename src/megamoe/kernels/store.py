@@ -138,6 +138,11 @@ class KernelStore:
         with self._lock:  # not in the middle of a load
             self._sealed = True
 
+    def reopen(self) -> None:
+        """Take kernels again, because another model is being loaded in this process; what is loaded stays."""
+        with self._lock:
+            self._sealed = False
+
     @property
     def sealed(self) -> bool:
         """Whether the store is sealed."""

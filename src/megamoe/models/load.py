@@ -10,11 +10,15 @@ import torch
 
 from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
+from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.models import BUNDLED, architecture_of
+from megamoe.models.deepseek_v4.calls import model_calls, pairs, weight_ops
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig, load_config
+from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.model import Model
-from megamoe.models.deepseek_v4.weights import load_weights
+from megamoe.models.deepseek_v4.weights import WeightLoader
 from megamoe.models.recipe import Recipe, get_recipe
+from megamoe.ops import dispatch
 
 __all__ = ["BUNDLED", "load"]
 
@@ -24,21 +28,29 @@ def load(
     recipe: str = "w4a16",
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    pack: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a model.
+
+    On a CUDA device its kernels come first: a model that calls an operation without a kernel for that device is refused
+    before any weight is read, naming all of them; then every kernel is loaded, or compiled where it has to be; then the
+    weights, in the order that the kernels take them in.
 
     Args:
         model: "tiny" (bundled) or a checkpoint directory with config.json and safetensors.
         recipe: "exact", "w4a16" or "w4a4"; fixes every numeric choice, see megamoe.models.recipe.
         device: "cpu" or a CUDA device.
         dtype: only torch.float32, and only with recipe "exact" (where it is the default).
+        pack: a kernel pack to load kernels from, on a CUDA device (megamoe compile).
 
     Returns:
         The model: `logits`, `new_cache`, `step`.
 
     Raises:
         ValueError: unknown model, recipe, device or dtype; CheckpointError (a ValueError) when the checkpoint is
-            damaged, incomplete or not DeepSeek-V4, naming the tensors.
+            damaged, incomplete or not DeepSeek-V4, naming the tensors; PackError (a ValueError) when the pack is
+            damaged or foreign.
+        NotImplementedError: the device has no kernel for operations of the model.
     """
     chosen = get_recipe(recipe)
     if dtype is not None and (chosen.name != "exact" or dtype is not torch.float32):
@@ -52,10 +64,20 @@ def load(
     architecture_of(config.architecture)
     _check_recipe(chosen, config)
     with CheckpointReader(directory) as reader:
-        weights = load_weights(
+        loader = WeightLoader(
             reader, config, dequantize=chosen.dequantize_weights, dtype=chosen.activation_dtype, device=where
         )
+        calls = model_calls(config, loader.formats, chosen)
+        what = f"load: model {str(model)!r} with recipe {chosen.name}"
+        dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
+        weights = loader.load(_layouts(chosen, where))
     return Model(config, weights, chosen, where, name=str(model), directory=directory)
+
+
+def _layouts(recipe: Recipe, device: torch.device) -> dict[str, CodeLayout]:
+    """Return in which order each kind of NVFP4 weight is wanted: that of the operation which will multiply by it."""
+    ops = weight_ops(Format.NVFP4, recipe)
+    return {kind: dispatch.weight_layout(op, device) for kind, op in ops.items()}
 
 
 def _find(model: str | os.PathLike[str]) -> pathlib.Path:

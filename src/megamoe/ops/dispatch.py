@@ -18,13 +18,15 @@ import contextlib
 import functools
 import importlib
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
-from megamoe.kernels import KERNELS
+from megamoe.formats.fragment_layout import CodeLayout, fits_fragments
+from megamoe.kernels import KERNELS, WEIGHT_LAYOUTS
 
 _USED: ContextVar[str] = ContextVar("used_implementation", default="device")
 
@@ -117,30 +119,88 @@ def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callab
     return run
 
 
-# What an engine does before it says that it is ready. The rooms above operations do not see kernels.
+# What is done before a model is said to be ready. The rooms above operations do not see kernels.
+
+Calls = Iterable[tuple[str, Mapping[str, int]]]
+"""(operation, sizes of its named dimensions), as in models/*/shapes.py."""
+
+
+def uses_kernels(device: torch.device) -> bool:
+    """Return whether operations on a device run kernels; on the CPU and under `use("reference")` they do not."""
+    return device.type == "cuda" and _USED.get() != "reference"
 
 
 def _store(device: torch.device) -> Any:
     return importlib.import_module("megamoe.kernels.store").store_of(device)
 
 
-def open_pack(path: pathlib.Path, device: torch.device, *, version: str) -> None:
+def weight_layout(op: str, device: torch.device) -> CodeLayout:
+    """Return the order in which an operation's kernel takes NVFP4 weights on a device."""
+    if not uses_kernels(device):
+        return CodeLayout.ROW_MAJOR
+    return WEIGHT_LAYOUTS.get(op, {}).get(_arch(device), CodeLayout.ROW_MAJOR)
+
+
+def require(calls: Calls, device: torch.device, *, what: str) -> None:
+    """Refuse a model that a device has not all kernels for, naming every operation that is missing.
+
+    Args:
+        calls: everything the model will call.
+        device: where it is to run.
+        what: how the message calls the model.
+
+    Raises:
+        NotImplementedError: an operation has no kernel on the device, or a weight does not fit the layout that its
+            kernel takes.
+    """
+    if not uses_kernels(device):
+        return
+    target = _store(device).target  # refuses a device that no kernel is compiled for
+    plan = importlib.import_module("megamoe.kernels.plan")
+    calls = list(calls)
+    ops = sorted({op for op, _ in calls})
+    missing = [op for op in ops if plan.module_for(op, target) is None]
+    misfits = [
+        f"{op} of {num_rows} x {num_columns} (N must be a multiple of 16, K of 64)"
+        for op, dims in calls
+        if op not in missing and weight_layout(op, device) is CodeLayout.FRAGMENT_16X64
+        for num_rows, num_columns in _matrices(dims)
+        if not fits_fragments(num_rows, num_columns)
+    ]
+    if missing or misfits:
+        present = [op for op in ops if op not in missing]
+        names = ", ".join([*missing, *dict.fromkeys(misfits)])
+        raise NotImplementedError(
+            f"{what} on {device} ({target}): {len(missing)} of the {len(ops)} operations it calls have no kernel: "
+            f"{names}. There are kernels for {', '.join(present) or 'none of them'}. A model needs all of them, and "
+            "nothing falls back. Run it by its references on the CPU: --device cpu, or device='cpu'."
+        )
+
+
+def _matrices(dims: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Return the sizes of the weights of a linear, a grouped linear or experts."""
+    return [(dims["N"], dims["K"])] if "N" in dims else [(dims["F"], dims["D"]), (dims["D"], dims["F"])]
+
+
+def open_pack(path: pathlib.Path, device: torch.device, *, version: str | None = None) -> None:
     """Load kernels for a device from a pack before looking anywhere else.
 
     Args:
         path: the pack's directory.
         device: a CUDA device.
-        version: megamoe's version; a pack of another one is refused.
+        version: megamoe's version; a pack of another one is refused. None for the one that runs.
 
     Raises:
         ValueError: the device is not a CUDA device, or the pack is damaged, foreign or for another architecture.
     """
-    if device.type != "cuda":
+    if not uses_kernels(device):
         raise ValueError(f"open_pack: a kernel pack is for a CUDA device; got {device}. Leave --pack out.")
+    if version is None:  # the package is there already when a module of it runs: it is looked up and not imported
+        version = str(sys.modules[__name__.partition(".")[0]].__version__)
     _store(device).use_pack(path, version=version)
 
 
-def warm_up(calls: Iterable[tuple[str, Mapping[str, int]]], device: torch.device) -> None:
+def warm_up(calls: Calls, device: torch.device) -> None:
     """Load, and compile where necessary, every kernel that some operation calls need; on the CPU there is none.
 
     Nothing is run, so no data is needed. Operations without a kernel on the device are passed over here and refused
@@ -150,18 +210,55 @@ def warm_up(calls: Iterable[tuple[str, Mapping[str, int]]], device: torch.device
         calls: (operation, sizes of its named dimensions), as in models/*/shapes.py.
         device: where the model is.
     """
-    if device.type == "cuda":
+    if uses_kernels(device):
         store = _store(device)
         plan = importlib.import_module("megamoe.kernels.plan")
         store.warm_up(plan.requests_for(calls, store.target))
 
 
+def prepare(calls: Calls, device: torch.device, *, what: str, pack: pathlib.Path | None = None) -> None:
+    """Do everything about a model's kernels that needs no weight: refuse, open the pack, load or compile all.
+
+    Args:
+        calls: everything the model will call.
+        device: where it is to run.
+        what: how messages call the model.
+        pack: a kernel pack to look into first.
+
+    Raises:
+        NotImplementedError: see `require`.
+        ValueError: see `open_pack`; or a kernel has to be compiled and cannot be.
+    """
+    calls = list(calls)
+    require(calls, device, what=what)
+    if pack is not None:
+        open_pack(pack, device)
+    if uses_kernels(device):
+        _store(device).reopen()
+        warm_up(calls, device)
+
+
 def seal(device: torch.device) -> None:
     """From now on, refuse to load or compile a kernel that is not loaded yet."""
-    if device.type == "cuda":
+    if uses_kernels(device):
         _store(device).seal()
 
 
 def explain(device: torch.device) -> str:
     """Return what was loaded, from where and how long it took, as a Markdown table."""
-    return str(_store(device).explain()) if device.type == "cuda" else f"{device}: references, no kernels"
+    return str(_store(device).explain()) if uses_kernels(device) else f"{device}: references, no kernels"
+
+
+def ledger(device: torch.device) -> list[dict[str, Any]]:
+    """Return the rows of `explain`: kernel, key, seconds, origin."""
+    if not uses_kernels(device):
+        return []
+    return [
+        {
+            "kernel": one.request.module,
+            "key": dict(one.request.values),
+            "seconds": round(one.seconds, 3),
+            "origin": one.origin,
+        }
+        for one in _store(device).ledger
+    ]

@@ -11,10 +11,12 @@ Math       per token, x = the X streams [X, D] flattened stream by stream:
            u      = sum_j pre_j * x_j                    hyper_connection_pre  -> u, post, C
            x'_k   = post_k * y + sum_j C_jk * x_j        hyper_connection_post: the FIRST index of C is summed
            h      = sum_j pre_j * x_j                    hyper_connection_head: pre alone, no Sinkhorn
+           hyper_connection_pre_norm is hyper_connection_pre and rms_norm of its u, rounded in between as u is
 Numerics   everything fp32; u, x' and h are rounded once to the dtype of x; post and C stay fp32. Sums over streams are
            added in ascending order, in hyper_connection_post after the term of y. Row-invariant.
-Tolerance  verify/tolerance.py, "hyper_connection_pre", "..._post", "..._head"
-Kernels    portable: pre and head as one kernel that reads the streams once; post in one pass
+Tolerance  verify/tolerance.py, "hyper_connection_pre", "..._pre_norm", "..._post", "..._head"
+Kernels    portable: pre, pre_norm and head as one kernel that reads the streams once and takes fn to 17 significant
+           bits; post in one pass
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """
 
@@ -24,6 +26,7 @@ import functools
 
 import torch
 
+from megamoe.ops import rms_norm as norm_op
 from megamoe.ops.check import FLOAT32, FLOATS, check
 from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.matmul import row_invariant_matmul
@@ -72,6 +75,53 @@ def hyper_connection_pre(
         raise ValueError(f"hyper_connection_pre: sinkhorn_iters must be at least 1; got {sinkhorn_iters}.")
     run = pick("hyper_connection_pre", x.device, reference_pre)
     return run(x, fn, base, scale, norm_eps, hc_eps, sinkhorn_iters)  # type: ignore[no-any-return]
+
+
+def hyper_connection_pre_norm(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm_eps: float = 1e-6,
+    hc_eps: float = 1e-6,
+    sinkhorn_iters: int = 20,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Collapse the streams and norm the result: hyper_connection_pre, then rms_norm of its u.
+
+    Args:
+        x: [T, X, D] bf16 or fp32, the streams. T may be 0.
+        fn: [(2 + X) * X, X * D] fp32, as hyper_connection_pre takes it.
+        base: [(2 + X) * X] fp32.
+        scale: [3] fp32, for pre, post and C.
+        weight: [D] bf16 or fp32, of the norm.
+        norm_eps: added to the mean of squares of the streams, and to that of u.
+        hc_eps: added to pre, to C and to every Sinkhorn divisor.
+        sinkhorn_iters: number of column steps, at least 1.
+
+    Returns:
+        y [T, D] in the dtype of x, post [T, X] fp32, C [T, X, X] fp32; newly allocated.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape is not as above, or sinkhorn_iters is below 1.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    dims = check(
+        "hyper_connection_pre_norm",
+        x=(x, "T X D", FLOATS),
+        fn=(fn, "M XD", FLOAT32),
+        base=(base, "M", FLOAT32),
+        scale=(scale, "3", FLOAT32),
+        weight=(weight, "D", FLOATS),
+    )
+    num_streams = dims["X"]
+    _check_fn("hyper_connection_pre_norm", dims, (2 + num_streams) * num_streams, "(2 + X) * X")
+    if sinkhorn_iters < 1:
+        raise ValueError(f"hyper_connection_pre_norm: sinkhorn_iters must be at least 1; got {sinkhorn_iters}.")
+    run = pick("hyper_connection_pre_norm", x.device, reference_pre_norm)
+    return run(x, fn, base, scale, weight, norm_eps, hc_eps, sinkhorn_iters)  # type: ignore[no-any-return]
 
 
 def hyper_connection_post(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
@@ -211,6 +261,21 @@ def reference_pre(
     return _weighted_sum(pre, values).to(x.dtype), post, comb
 
 
+def reference_pre_norm(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute hyper_connection_pre_norm in plain torch."""
+    u, post, comb = reference_pre(x, fn, base, scale, norm_eps, hc_eps, sinkhorn_iters)
+    return norm_op.reference(u, weight, norm_eps, u.dtype), post, comb
+
+
 def reference_post(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
     """Compute hyper_connection_post in plain torch."""
     values = x.float()
@@ -256,6 +321,33 @@ def _fake_pre(
     return u, _empty(x, num_tokens, streams), _empty(x, num_tokens, streams, streams)
 
 
+def _run_pre_norm(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    run = pick("hyper_connection_pre_norm", x.device, reference_pre_norm)
+    return run(x, fn, base, scale, weight, norm_eps, hc_eps, sinkhorn_iters)  # type: ignore[no-any-return]
+
+
+def _fake_pre_norm(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _fake_pre(x, fn, base, scale, norm_eps, hc_eps, sinkhorn_iters)
+
+
 def _empty(x: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
@@ -288,6 +380,13 @@ for _op, _schema, _run_op, _fake_op in (
         " -> (Tensor, Tensor, Tensor)",
         _run_pre,
         _fake_pre,
+    ),
+    (
+        "hyper_connection_pre_norm",
+        "(Tensor x, Tensor fn, Tensor base, Tensor scale, Tensor weight, float norm_eps, float hc_eps,"
+        " int sinkhorn_iters) -> (Tensor, Tensor, Tensor)",
+        _run_pre_norm,
+        _fake_pre_norm,
     ),
     ("hyper_connection_post", "(Tensor y, Tensor x, Tensor post, Tensor comb) -> Tensor", _run_post, _fake_post),
     (

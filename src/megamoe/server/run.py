@@ -23,6 +23,7 @@ import uvicorn
 from megamoe.engine.engine import Engine
 from megamoe.engine.model import BatchModel
 from megamoe.engine.sampling_params import SamplingParams
+from megamoe.engine.warm_up import describe as describe_kernels
 from megamoe.server.app import State, build_app
 from megamoe.server.settings import ServerSettings
 from megamoe.text.chat_format import ChatConfig, ChatFormat
@@ -208,7 +209,7 @@ def run(state: State, listen: Listen, *, version: str, device: str) -> int:
 
 
 def describe(engine: Engine, state: State) -> dict[str, object]:
-    """Return the resolved plan, as `--explain` prints it."""
+    """Return the resolved plan and the ledger of kernels, as `--explain` prints them."""
     capacity = engine.plan.capacity
     server = dataclasses.asdict(state.settings)
     server["api_key"] = "not asked for" if state.settings.api_key is None else "asked for"
@@ -229,5 +230,6 @@ def describe(engine: Engine, state: State) -> dict[str, object]:
             "bytes_per_token": capacity.bytes_per_token,
             "bytes_per_snapshot": capacity.bytes_per_snapshot,
         },
+        "kernels": describe_kernels(engine.model),
         "server": server,
     }

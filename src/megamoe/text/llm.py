@@ -22,6 +22,7 @@ from megamoe.engine.generate import GeneratedToken, generate_batch, generate_tok
 from megamoe.engine.model import BatchModel, load_model
 from megamoe.engine.outputs import FinishReason
 from megamoe.engine.sampling_params import SamplingParams
+from megamoe.engine.warm_up import explain, warm_up_model
 from megamoe.text.detokenizer import Detokenizer
 from megamoe.text.tokenizer import Tokenizer
 
@@ -73,9 +74,14 @@ class LLM:
         recipe: str = "w4a16",
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        pack: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Load a model; arguments and errors are those of `megamoe.load` and of `Tokenizer`."""
-        self._set(load_model(model, recipe=recipe, device=device, dtype=dtype))
+        """Load a model and get it ready; arguments and errors are those of `megamoe.load` and of `Tokenizer`.
+
+        On a CUDA device all kernels are loaded, run once at every batch size and sealed before this returns
+        (engine/warm_up.py); one that is asked for later raises.
+        """
+        self._set(load_model(model, recipe=recipe, device=device, dtype=dtype, pack=pack))
 
     @classmethod
     def from_model(cls, model: BatchModel) -> Self:
@@ -92,6 +98,11 @@ class LLM:
                 f"tokenizer: {self.tokenizer.path} has ids up to {self.tokenizer.num_tokens - 1}, but model "
                 f"{model.name!r} has {model.config.vocab_size} ids. Use the tokenizer.json that belongs to the weights."
             )
+        warm_up_model(model)
+
+    def explain(self) -> str:
+        """Return the ledger: every kernel that was loaded, its key, the seconds and where it came from."""
+        return explain(self.model)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the ids the model reads for a prompt: BOS, then the text.

@@ -14,13 +14,21 @@ from typing import Any
 
 import torch
 
-from megamoe.formats import nvfp4
-from megamoe.formats.fp8 import Fp8RowTensor
+from megamoe.formats import fp8, nvfp4
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
-from megamoe.kernels.parts.expert_stream import SHARED_TOKENS
+from megamoe.kernels.parts import expert_tiles
 from megamoe.kernels.parts.linear_stream import stream_limit
-from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
+from megamoe.kernels.parts.route_tiles import MANY_TOKENS
+from megamoe.kernels.sm90 import fp8_linear as sm90_fp8_linear
+from megamoe.ops.fp8_linear import fp8_linear
+from megamoe.ops.hyper_connection import (
+    hyper_connection_head,
+    hyper_connection_post,
+    hyper_connection_pre,
+    hyper_connection_pre_norm,
+)
 from megamoe.ops.nvfp4_experts import nvfp4_experts
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
@@ -148,6 +156,11 @@ def _hyper_connection_pre(dims: Mapping[str, int], num_tokens: int, generator: t
     return _mixing(dims, num_tokens, generator, (2 + dims["X"]) * dims["X"], 3)
 
 
+def _hyper_connection_pre_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    weight = (1.0 + scaled(generator, dims["D"], scale=0.2)).bfloat16()
+    return {**_hyper_connection_pre(dims, num_tokens, generator), "weight": weight}
+
+
 def _hyper_connection_head(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     return _mixing(dims, num_tokens, generator, dims["X"], 1)
 
@@ -218,7 +231,36 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
     return {**arguments, "x": nvfp4.quantize(arguments["x"], scale_per="row")}
 
 
+def _fp8_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    w = _fp8_weight(generator, dims["N"], dims["K"])
+    return {"x": fp8.quantize_rows(_finite_squares(activations(generator, num_tokens, dims["K"]))), "w": w}
+
+
+def _fp8_weight(generator: torch.Generator, num_rows: int, width: int) -> Fp8BlockTensor:
+    """Return a weight: 128 quantized rows, repeated with signs turned round and other block scales.
+
+    One weight in two has fp32 scales, some of them zero, the others E8M0 scales.
+    """
+    device = generator.device
+    base = fp8.quantize_blocks(scaled(generator, fp8.BLOCK, width, scale=width**-0.5))
+    flips = torch.randint(0, 2, (num_rows, 1), generator=generator, device=device) * 0x80
+    codes = base.codes.view(torch.uint8)[torch.arange(num_rows, device=device) % fp8.BLOCK] ^ flips.to(torch.uint8)
+    blocks = -(-num_rows // fp8.BLOCK), base.scales.shape[1]
+    if int(torch.randint(0, 2, (), generator=generator, device=device)):
+        scales = base.scales.float() * (torch.rand(blocks, generator=generator, device=device) + 0.5)
+        scales[torch.rand(blocks, generator=generator, device=device) > 0.9] = 0.0
+    else:
+        moves = torch.randint(-3, 4, blocks, generator=generator, device=device)
+        scales = (base.scales.view(torch.uint8) + moves).to(torch.uint8).view(torch.float8_e8m0fnu)
+    return Fp8BlockTensor(codes.view(torch.float8_e4m3fn), scales)
+
+
+def _fp8_streamed(dims: Mapping[str, int]) -> int:
+    return sm90_fp8_linear.stream_limit(dims["N"])
+
+
 EXPERT_TILE = 8  # tokens that share an instruction
+MAX_EXPERTS = 8
 EXPERTS_PER_TOKEN = ("x", "route_weights", "expert_ids")
 
 
@@ -241,7 +283,7 @@ def routing(num_tokens: int, num_slots: int, num_experts: int, generator: torch.
 
 def _experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     """Return arguments with at most 8 experts: kernels know the number only as the end of a loop."""
-    num_experts, width, inner_size, device = min(8, dims["E"]), dims["D"], dims["F"], generator.device
+    num_experts, width, inner_size, device = min(MAX_EXPERTS, dims["E"]), dims["D"], dims["F"], generator.device
     return {
         "x": scaled(generator, num_tokens, width).bfloat16(),
         "route_weights": torch.rand(num_tokens, dims["A"], generator=generator, device=device) + 0.1,
@@ -262,6 +304,24 @@ def _experts_shared(dims: Mapping[str, int], num_tokens: int, generator: torch.G
 
 def _streamed(dims: Mapping[str, int]) -> int:
     return stream_limit(dims["N"])
+
+
+def _untiled_routes(dims: Mapping[str, int]) -> int:
+    return MANY_TOKENS
+
+
+def _experts_streamed(dims: Mapping[str, int]) -> int:
+    return expert_tiles.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
+
+
+def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
+    """Return how a routed-experts operation is called: with a shared expert or not, with few tokens and with many."""
+    per_token = EXPERTS_PER_TOKEN
+    return (
+        OpInputs(door, _experts, per_token, EXPERT_TILE, _experts_streamed),
+        OpInputs(door, _experts_shared, per_token, EXPERT_TILE, _experts_streamed),
+        OpInputs(door, _experts, per_token, 43, _experts_streamed),  # passes of tiles that are full, and more than full
+    )
 
 
 def _tied(values: torch.Tensor) -> torch.Tensor:
@@ -289,30 +349,18 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
     "clamped_swiglu": (OpInputs(clamped_swiglu, _clamped_swiglu, ("gate", "up")),),
     "route_experts": (
-        OpInputs(route_experts, _route_experts, ("x", "token_ids")),
-        OpInputs(route_experts, _route_experts_biased, ("x", "token_ids")),
+        OpInputs(route_experts, _route_experts, ("x", "token_ids"), tile=512, order_until=_untiled_routes),
+        OpInputs(route_experts, _route_experts_biased, ("x", "token_ids"), tile=512, order_until=_untiled_routes),
     ),
     "nvfp4_linear": (OpInputs(nvfp4_linear, _nvfp4_linear, ("x",), order_until=_streamed),),
     "nvfp4_weight_only_linear": (
         OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
     ),
-    "nvfp4_experts": (
-        OpInputs(nvfp4_experts, _experts, EXPERTS_PER_TOKEN, tile=EXPERT_TILE),
-        OpInputs(
-            nvfp4_experts, _experts_shared, EXPERTS_PER_TOKEN, tile=EXPERT_TILE, order_until=lambda _: SHARED_TOKENS
-        ),
-    ),
-    "nvfp4_weight_only_experts": (
-        OpInputs(nvfp4_weight_only_experts, _experts, EXPERTS_PER_TOKEN, tile=EXPERT_TILE),
-        OpInputs(
-            nvfp4_weight_only_experts,
-            _experts_shared,
-            EXPERTS_PER_TOKEN,
-            tile=EXPERT_TILE,
-            order_until=lambda _: SHARED_TOKENS,
-        ),
-    ),
+    "nvfp4_experts": _expert_calls(nvfp4_experts),
+    "nvfp4_weight_only_experts": _expert_calls(nvfp4_weight_only_experts),
+    "fp8_linear": (OpInputs(fp8_linear, _fp8_linear, ("x",), order_until=_fp8_streamed),),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
+    "hyper_connection_pre_norm": (OpInputs(hyper_connection_pre_norm, _hyper_connection_pre_norm, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
     "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),
 }
@@ -356,6 +404,6 @@ def parts(value: Any, name: str = "y") -> dict[str, torch.Tensor]:
             f"{name}.scales": value.scales,
             f"{name}.tensor_scale": value.tensor_scale,
         }
-    if isinstance(value, Fp8RowTensor):
+    if isinstance(value, Fp8RowTensor | Fp8BlockTensor):
         return {f"{name}.codes": value.codes, f"{name}.scales": value.scales}
     return {name: value}

@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of y = x w^T for few tokens, shared by the two NVFP4 linears: compile key, launches.
+"""Host side of y = x w^T for few tokens, shared by the two NVFP4 linears: how work is shared out, key, launches.
 
-A matrix wider than 8192 columns is multiplied in parts of columns, one launch each, the later ones adding to the sums
-of the earlier ones in fp32.
+Columns are cut into up to 4 ranks, a rank into up to 8 segments of at most 4 chunks (of 64 columns). A warp has the
+tokens of its segments in registers: one segment for 16 tokens, two for 8. So a block of 8 warps has 1 or 2 ranks, and
+1, 2 or 4 blocks form a cluster that goes through row tiles together. A block adds its warps' sums and sends
+them to the block of the cluster whose turn it is to finish the row tile.
+
+A block takes half of a multiprocessor: half of the shared memory, 256 threads, 128 registers. The launch behind it
+has the other half, and fills its rings with weights while this one is still working.
+
+The order of additions: columns of a segment ascending (even and odd steps apart), segments of a rank ascending, then
+(rank 0 + rank 1) + (rank 2 + rank 3). It depends on K alone. A matrix wider than 8192 columns is multiplied in parts of
+columns, one launch each, the later ones adding to the sums of the earlier ones in fp32.
 """
 
 from __future__ import annotations
@@ -12,14 +21,264 @@ import functools
 
 import torch
 
-from megamoe.formats.fragment_layout import TILE_COLUMNS, CodeLayout
+from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES, CodeLayout
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, TOKENS_PER_TILE, StreamPlan
+from megamoe.kernels.parts.weight_stream import MAX_SLOTS, TOKENS_PER_TILE
 from megamoe.kernels.store import kernel
 
+FEW_TOKENS = 2
 MAX_TILES = 2
 PASS_TOKENS = MAX_TILES * TOKENS_PER_TILE
+MAX_RANKS = 4
+MAX_WARPS = 8
+MAX_SEGMENT_CHUNKS = 4
+MAX_COLUMNS = MAX_RANKS * MAX_WARPS * MAX_SEGMENT_CHUNKS * TILE_COLUMNS
+MULTIPROCESSOR_BYTES = 228 * 1024
+SYSTEM_BYTES = 1024  # of a block's shared memory
+RING_BARRIER_BYTES = 2 * MAX_WARPS * MAX_SLOTS * 8
+BARRIER_BYTES = RING_BARRIER_BYTES + 128  # two for sums from the cluster, two for sums of the block's warps
+FRAGMENT_BYTES = 512  # a warp's sums of 16 rows and 8 tokens
+LEFT_BY_CLUSTERS_OF_4 = 12  # of an H100's 132; with one cluster more, two would share multiprocessors
+UNIT_CHUNKS = 6  # chunks that a warp should have between two barriers of its block
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPlan:
+    """How one product is shared out. It has what StreamThread (parts/weight_stream_device.py) asks of a plan.
+
+    Attributes:
+        num_columns: K, or the columns of a part.
+        num_tiles: token tiles of 8 that one pass over the weight serves.
+        wide: a block has a multiprocessor for itself, and twice the warps: a group for each of its ranks.
+    """
+
+    num_columns: int
+    num_tiles: int
+    wide: bool = False
+
+    @property
+    def chunks(self) -> int:
+        """Tiles of 64 columns in a row."""
+        return self.num_columns // TILE_COLUMNS
+
+    @property
+    def ranks(self) -> int:
+        """Parts of the columns that have sums of their own."""
+        per_rank = MAX_WARPS * MAX_SEGMENT_CHUNKS
+        return next(ranks for ranks in (1, 2, MAX_RANKS) if self.chunks <= ranks * per_rank)
+
+    @property
+    def segment_chunks(self) -> int:
+        """Chunks of a segment, the longer one where they differ; the last may start inside their neighbors'."""
+        return -(-self.chunks // (self.ranks * MAX_WARPS))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether half of a rank's segments are one chunk shorter: K = 7168 has 28 chunks a rank."""
+        return self.ranks > 1 and self.chunks == self.ranks * (MAX_WARPS * self.segment_chunks - MAX_WARPS // 2)
+
+    @property
+    def rank_warps(self) -> int:
+        """Segments of a rank, a warp for each."""
+        return MAX_WARPS if self.uneven else -(-self.chunks // (self.segment_chunks * self.ranks))
+
+    @property
+    def ranks_per_block(self) -> int:
+        """Ranks of a block: 8 tokens leave a warp registers for two, a wide block has warps for two."""
+        return 2 if (self.num_tiles == 1 or self.wide) and self.ranks > 1 else 1
+
+    @property
+    def groups(self) -> int:
+        """Groups of warps, each with ranks of its own."""
+        return self.ranks_per_block if self.wide else 1
+
+    @property
+    def segments(self) -> int:
+        """Segments of a warp, of as many ranks."""
+        return self.ranks_per_block // self.groups
+
+    @property
+    def used_warps(self) -> int:
+        """Warps of a block."""
+        return self.rank_warps * self.groups
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.used_warps * 32
+
+    @property
+    def cluster(self) -> int:
+        """Blocks that share a row tile."""
+        return self.ranks // self.ranks_per_block
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        """Blocks that fit: one of this launch and one of the next, or one wide one."""
+        return 1 if self.wide else 2
+
+    @property
+    def tiles_per_unit(self) -> int:
+        """Row tiles between two barriers of a block: more where a warp has few chunks of each."""
+        if self.cluster > 1:
+            return 1
+        return max(1, min(UNIT_CHUNKS // self.slice_chunks, 4 // self.num_tiles))
+
+    @property
+    def streams(self) -> int:
+        """Segments that a warp streams for one unit."""
+        return self.tiles_per_unit * self.segments
+
+    @property
+    def tile_outputs(self) -> int:
+        """Outputs of a row tile."""
+        return self.num_tiles * TOKENS_PER_TILE * 16
+
+    @property
+    def outputs_per_unit(self) -> int:
+        """Outputs of a unit."""
+        return self.tiles_per_unit * self.tile_outputs
+
+    def num_units(self, num_row_tiles: int) -> int:
+        """Units of a matrix; the last one repeats the last row tile where it has no others."""
+        return -(-num_row_tiles // self.tiles_per_unit)
+
+    def own_chunks(self, rank: int, warp: int) -> range:
+        """Chunks that a segment adds.
+
+        Where they are uneven, warps w and w + 4, which share a scheduler, have one long and one short segment, and a
+        warp has a long one in every second rank.
+        """
+        if not self.uneven:
+            first = (rank * self.rank_warps + warp) * self.segment_chunks
+            return range(first, first + self.segment_chunks)
+        first = rank * (self.chunks // self.ranks) + warp * (self.segment_chunks - 1)
+        first += sum(is_long(rank, before) for before in range(warp))
+        return range(first, first + self.segment_chunks - 1 + is_long(rank, warp))
+
+    # What StreamThread asks for.
+
+    @property
+    def slice_chunks(self) -> int:
+        """Chunks whose tokens a warp holds."""
+        return sum(self.stage_chunks)
+
+    @property
+    def stage_chunks(self) -> tuple[int, ...]:
+        """Chunks of each ring stage of a row tile: one stage for each segment, the long one first."""
+        if self.uneven and self.segments == 2:
+            return (self.segment_chunks, self.segment_chunks - 1)
+        return (self.segment_chunks,) * self.segments
+
+    @property
+    def row_groups(self) -> int:
+        """All warps stream the same row tiles."""
+        return 1
+
+    @property
+    def slices(self) -> int:
+        """A warp for each slice."""
+        return self.used_warps
+
+    @property
+    def register_tiles(self) -> int:
+        """Token tiles kept in registers: all."""
+        return self.num_tiles
+
+    @property
+    def shared_tiles(self) -> int:
+        """Token tiles kept in shared memory."""
+        return 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a ring slot: a segment, scales behind codes."""
+        return self.segment_chunks * (TILE_CODE_BYTES + TILE_SCALE_BYTES)
+
+    @property
+    def partial_buffers(self) -> int:
+        """Two, so that warps go on while others add."""
+        return 2
+
+    @property
+    def partial_bytes(self) -> int:
+        """Shared memory for the partial sums of one unit."""
+        return self.used_warps * self.streams * self.num_tiles * FRAGMENT_BYTES
+
+    # Shared memory, in this order: barriers, partial sums, sums from the cluster, ring.
+
+    @property
+    def partial_offset(self) -> int:
+        """Where partial sums start."""
+        return BARRIER_BYTES
+
+    @property
+    def exchange_offset(self) -> int:
+        """Where sums from the cluster's blocks start."""
+        return self.partial_offset + self.partial_buffers * self.partial_bytes
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Shared memory for sums from the cluster: two row tiles, in turn."""
+        return 2 * self.ranks * self.tile_outputs * 4 if self.cluster > 1 else 0
+
+    @property
+    def token_offset(self) -> int:
+        """Where tokens would start."""
+        return self.ring_offset
+
+    @property
+    def ring_offset(self) -> int:
+        """Where the rings start."""
+        return self.exchange_offset + self.exchange_bytes
+
+    @property
+    def num_slots(self) -> int:
+        """Ring slots of a warp."""
+        left = MULTIPROCESSOR_BYTES // self.blocks_per_multiprocessor - SYSTEM_BYTES - self.ring_offset
+        return min(MAX_SLOTS, left // (self.used_warps * self.slot_bytes))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.ring_offset + self.used_warps * self.num_slots * self.slot_bytes
+
+    @property
+    def early_slots(self) -> int:
+        """Ring slots filled before the kernel ahead of this one is waited for.
+
+        All of them where that kernel is still running then. A wide block starts when it has ended, and its tokens
+        would come behind a full ring.
+        """
+        return min(2, self.num_slots) if self.wide else self.num_slots
+
+    @property
+    def trigger_units(self) -> int:
+        """Units before the end at which the next launch may start: when the last weights have been asked for.
+
+        The last copies are issued a ring before the end, and a launch takes about a unit's time. After a wide block
+        there is no room for another one before it ends: it lets the next launch start at once.
+        """
+        return 1 << 20 if self.wide else -(-self.num_slots // self.streams) + 1
+
+    def num_clusters(self, num_units: int, multiprocessors: int, num_passes: int) -> int:
+        """Return how many clusters share the units of a pass.
+
+        As many blocks as there are multiprocessors. With fewer, two blocks of the next launch would share one that is
+        idle, and both would be late. Clusters of 4 do not fit on all: groups of multiprocessors are not multiples of 4.
+        """
+        blocks = multiprocessors
+        if num_passes > 1 and not self.wide:
+            blocks *= self.blocks_per_multiprocessor
+        if self.cluster == MAX_RANKS:
+            blocks -= LEFT_BY_CLUSTERS_OF_4
+        return min(num_units, max(1, blocks // self.cluster // num_passes))
+
+
+def is_long(rank: int, warp: int) -> int:
+    """Return 1 where an uneven segment is one of the longer ones."""
+    return 1 - (rank + warp + warp // 4) % 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +293,8 @@ class Config:
         x: "bf16" or "nvfp4".
         out: "bf16" or "f32".
         overlaps: the launch may start, and load weights, while the kernel ahead of it is still running.
+        few: there are at most FEW_TOKENS bf16 tokens, which come through shared memory.
+        wide: see LinearPlan.
     """
 
     num_columns: int
@@ -44,11 +305,13 @@ class Config:
     x: str
     out: str
     overlaps: bool = True
+    few: bool = False
+    wide: bool = False
 
     @property
-    def plan(self) -> StreamPlan:
+    def plan(self) -> LinearPlan:
         """How the product is shared out."""
-        return StreamPlan(self.last_column - self.first_column, 1, self.num_tiles)
+        return LinearPlan(self.last_column - self.first_column, self.num_tiles, self.wide)
 
     @property
     def shared_bytes(self) -> int:
@@ -69,17 +332,15 @@ class Config:
 def stream_limit(num_rows: int) -> int:
     """Return up to how many tokens a weight of N rows is streamed; more of them are multiplied in tiles.
 
-    From the measured crossover (benchmarks/h100/linears.csv). Both paths have the operation's meaning, with sums in
-    another order, so this number is where the last bits may change: a function of N alone.
+    From the measured crossover (benchmarks/h100/matrix_kernels.csv). Both paths have the operation's meaning, with sums
+    in another order, so this number is where the last bits may change: a function of N alone.
     """
-    if num_rows < 8192:
-        return 4 * PASS_TOKENS
-    return 2 * PASS_TOKENS if num_rows <= 16384 else PASS_TOKENS
+    return 4 * PASS_TOKENS if num_rows <= 8192 else 2 * PASS_TOKENS
 
 
 def stream_keys(num_rows: int, num_columns: int, x: str, out: str) -> list[Config]:
     """Return the compile keys of every number of tokens that is streamed."""
-    counts = sorted({TOKENS_PER_TILE, PASS_TOKENS, stream_limit(num_rows)})
+    counts = sorted({FEW_TOKENS, TOKENS_PER_TILE, PASS_TOKENS, stream_limit(num_rows)})
     return [config for count in counts for config in stream_configs(num_columns, count, x, out)]
 
 
@@ -104,6 +365,8 @@ def stream_configs(num_columns: int, num_tokens: int, x: str, out: str) -> list[
             num_tokens <= num_tiles * TOKENS_PER_TILE,
             x,
             out if last == num_columns else "f32",
+            few=num_tokens <= FEW_TOKENS and x == "bf16",
+            wide=num_tokens > PASS_TOKENS and LinearPlan(last - first, MAX_TILES).ranks > 1,
         )
         for first, last in parts
     ]
@@ -149,10 +412,14 @@ def stream_linear(x: tuple[torch.Tensor, ...], x_name: str, w: NvFp4Tensor, out_
     if len(configs) > 1 and out_dtype != torch.float32:
         sums = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=w.device)
     weight = (w.codes, w.scales.view(torch.uint8), w.tensor_scale.view(1))
-    num_units = configs[0].plan.num_units(num_rows // 16) * -(-num_tokens // configs[0].tokens_per_pass)
-    blocks = min(num_multiprocessors(w.device), num_units)
+    num_passes = -(-num_tokens // configs[0].tokens_per_pass)
     for config in configs:
         target = out if config is configs[-1] else sums
         earlier = (sums,) if config.adds else ()
-        kernel(__name__, config, w.device)(*x, *weight, *earlier, target, blocks)
+        plan = config.plan
+        # Passes stand side by side on different multiprocessors, in step: one reads a weight from memory, all others
+        # find it in L2.
+        clusters = plan.num_clusters(plan.num_units(num_rows // 16), num_multiprocessors(w.device), num_passes)
+        blocks = clusters * num_passes * plan.cluster
+        kernel(__name__, config, w.device)(*x, *weight, *earlier, target, blocks, num_passes)
     return out

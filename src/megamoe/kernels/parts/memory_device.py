@@ -167,3 +167,87 @@ def store_matrices_transposed(address, a, b, c, d):
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
         read_only_args=[address, a, b, c, d],
     )
+
+
+def copy_16_bytes(shared_address, global_address, wanted):
+    """Start a copy of 16 bytes from global to shared memory, zeros if not `wanted`; wait_copies waits for it."""
+    inline_ptx(
+        "{ .reg .pred p; .reg .b32 size; setp.ne.b32 p, {$r2}, 0; selp.b32 size, 16, 0, p; "
+        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, size; }",
+        read_only_args=[shared_address, global_address, Int32(wanted)],
+    )
+
+
+def wait_copies():
+    """Wait for this thread's copies of 16 bytes."""
+    inline_ptx("cp.async.wait_all;")
+
+
+def prefetch_if(wanted, global_address, num_bytes):
+    """Ask for bytes, a multiple of 16, to be brought to the L2 cache."""
+    predicated(wanted, "cp.async.bulk.prefetch.L2.global [{$r1}], {$r2};", global_address, Int32(num_bytes))
+
+
+def load_matrices(address):
+    """Return four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8."""
+    return inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[address],
+    )
+
+
+def address_in_block(address, rank):
+    """Return the cluster address of a place in the shared memory of another block of the cluster."""
+    return inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[address, rank]
+    )
+
+
+def send_float(address, value, barrier):
+    """Store a float to the shared memory of a block of the cluster; its 4 bytes count on an mbarrier there.
+
+    Both addresses are those of `address_in_block`.
+    """
+    inline_ptx(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [{$r0}], {$r1}, [{$r2}];",
+        read_only_args=[address, value, barrier],
+    )
+
+
+def load_shared_vector_if(wanted, address):
+    """Return 4 words of shared memory, or zeros if `wanted` is 0."""
+    zeros = " ".join(f"mov.b32 {{$w{index}}}, 0;" for index in range(4))
+    return inline_ptx(
+        "{ .reg .pred p; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 p, flag, 0; "
+        + zeros
+        + " @p ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r1}]; }",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[Int32(wanted), address],
+    )
+
+
+def store_shared_if(wanted, address, word):
+    """Store a word to shared memory."""
+    predicated(wanted, "st.shared.b32 [{$r1}], {$r2};", address, word)
+
+
+def fill_slot(wanted, barrier, target, codes, code_bytes: int, scales, scale_bytes: int):
+    """Start the two copies of a ring slot and announce their bytes; one lane of the warp does it, if `wanted`.
+
+    The instruction that elects the lane tells the assembler that there is only one: it loops over lanes otherwise.
+    """
+    copy = "@one cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    inline_ptx(
+        "{ .reg .pred one, wanted; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 wanted, flag, 0; "
+        "elect.sync _|one, 0xffffffff; and.pred one, one, wanted; "
+        f"@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [{{$r1}}], {code_bytes + scale_bytes}; "
+        f"{copy} [{{$r2}}], [{{$r3}}], {code_bytes}, [{{$r1}}]; "
+        f"{copy} [{{$r4}}], [{{$r5}}], {scale_bytes}, [{{$r1}}]; }}",
+        read_only_args=[Int32(wanted), barrier, target, codes, target + code_bytes, scales],
+    )
+
+
+def store_shared_floats(address, a, b, c, d):
+    """Store four floats to shared memory."""
+    inline_ptx("st.shared.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, a, b, c, d])

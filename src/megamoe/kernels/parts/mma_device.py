@@ -24,35 +24,22 @@ def mma(accumulators, a, b):
     )
 
 
-def split_in_three(low, high):
-    """Return three bf16 pairs that add up to two fp32 values exactly: 3 * 8 significant bits are 24.
-
-    Low parts below bf16's range are lost: values under 2^-110 do not matter beside a sum of ordinary ones.
-    """
+def split_in_two(low, high):
+    """Return two bf16 pairs, each part rounded to nearest, that add up to two fp32 values within 2^-17 of each."""
     return inline_ptx(
         """{
-        .reg .b32 first, second, third, lowbits, highbits;
-        .reg .f32 lowpart, highpart, lowrest, highrest;
-        cvt.rn.bf16x2.f32 first, {$r1}, {$r0};
-        shl.b32 lowbits, first, 16;
-        and.b32 highbits, first, 0xFFFF0000;
+        .reg .b32 lowbits, highbits;
+        .reg .f32 lowpart, highpart;
+        cvt.rn.bf16x2.f32 {$w0}, {$r1}, {$r0};
+        shl.b32 lowbits, {$w0}, 16;
+        and.b32 highbits, {$w0}, 0xFFFF0000;
         mov.b32 lowpart, lowbits;
         mov.b32 highpart, highbits;
-        sub.rn.f32 lowrest, {$r0}, lowpart;
-        sub.rn.f32 highrest, {$r1}, highpart;
-        cvt.rn.bf16x2.f32 second, highrest, lowrest;
-        shl.b32 lowbits, second, 16;
-        and.b32 highbits, second, 0xFFFF0000;
-        mov.b32 lowpart, lowbits;
-        mov.b32 highpart, highbits;
-        sub.rn.f32 lowrest, lowrest, lowpart;
-        sub.rn.f32 highrest, highrest, highpart;
-        cvt.rn.bf16x2.f32 third, highrest, lowrest;
-        mov.b32 {$w0}, first;
-        mov.b32 {$w1}, second;
-        mov.b32 {$w2}, third;
+        sub.rn.f32 lowpart, {$r0}, lowpart;
+        sub.rn.f32 highpart, {$r1}, highpart;
+        cvt.rn.bf16x2.f32 {$w1}, highpart, lowpart;
         }""",
-        write_only_types=[Uint32] * 3,
+        write_only_types=[Uint32] * 2,
         read_only_args=[low, high],
     )
 

@@ -5,7 +5,7 @@ The DSL may contract a product and a sum into one FMA and may turn a division by
 bit counts, these are used instead of operators.
 """
 
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Uint32
 from cutlass.cute.arch import inline_ptx
 
 
@@ -17,6 +17,14 @@ def divide(a, b):
 def reciprocal(a):
     """Return 1 / a, rounded to nearest even."""
     return inline_ptx("rcp.rn.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])
+
+
+def quick_reciprocal(a):
+    """Return 1 / a within one unit in the last place: one instruction where reciprocal() is a dozen.
+
+    Subnormals count as zero, of a and of the result.
+    """
+    return inline_ptx("rcp.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])
 
 
 def multiply(a, b):
@@ -89,30 +97,37 @@ def e4m3_word(a, b, c, d):
     )
 
 
-def e2m1_magnitude(a):
-    """Return the E2M1 code 0..7 of an fp32 value in [0, 6], nearest even.
+def e2m1_bits(a):
+    """Return 0x4B400000 + the E2M1 code 0..7 of an fp32 value from 0 on, nearest even, saturating; NaN gives 7.
 
-    Adding 1.5 * 2^(22 + e) makes the unit of the last place 2^(e - 1), which is E2M1's spacing in the binade of a
-    (e = 0 below 2): the hardware rounds, and the code is what is left in the low bits plus two for each binade.
+    The code is the least of three lines, rounded to integers: 2 a below 2, a + 2 up to 4, a / 2 + 4 above. To round,
+    1.5 * 2^23 is added, in the same operation that makes the line: there the unit of the last place is 1.
     """
     return inline_ptx(
         """{
-        .reg .b32 binade, magic, sum;
-        .reg .f32 value, shifted;
-        mov.b32 binade, {$r0};
-        and.b32 binade, binade, 0x7F800000;
-        max.s32 binade, binade, 0x3F800000;
-        add.s32 magic, binade, 0x0B400000;
-        mov.b32 value, magic;
-        add.rn.f32 shifted, value, {$r0};
-        mov.b32 sum, shifted;
-        sub.s32 sum, sum, magic;
-        shr.u32 binade, binade, 22;
-        add.s32 sum, sum, binade;
-        sub.s32 {$w0}, sum, 254;
+        .reg .f32 low, middle, high;
+        fma.rn.f32 low, {$r0}, 0f40000000, 0f4B400000;
+        add.rn.f32 middle, {$r0}, 0f4B400002;
+        fma.rn.f32 high, {$r0}, 0f3F000000, 0f4B400004;
+        min.f32 high, high, 0f4B400007;
+        min.f32 low, low, middle;
+        min.f32 low, low, high;
+        mov.b32 {$w0}, low;
         }""",
-        write_only_types=[Int32],
+        write_only_types=[Uint32],
         read_only_args=[a],
+    )
+
+
+def max_of_pairs(a, b):
+    """Return the larger of two pairs of bf16, each half NaN if either is."""
+    return inline_ptx("max.NaN.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+
+
+def gather_bytes(a, b, selector: int):
+    """Return four of the eight bytes of a (0 to 3) and b (4 to 7): nibble i of `selector` says which becomes byte i."""
+    return inline_ptx(
+        f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, {selector};", write_only_types=[Uint32], read_only_args=[a, b]
     )
 
 

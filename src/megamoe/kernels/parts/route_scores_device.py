@@ -8,7 +8,7 @@ from cutlass import Float32, Int32, Uint32
 from megamoe.kernels.parts.mma_device import mma, zeros
 from megamoe.kernels.parts.ptx_device import square_root
 from megamoe.kernels.parts.route_scores import CHUNK, WARPS, Config
-from megamoe.kernels.parts.rows_device import current_stream, symbolic_rows
+from megamoe.kernels.parts.rows_device import current_stream, overlap_launches, symbolic_rows
 
 WORDS = 4
 THREADS = 32 * WARPS
@@ -36,7 +36,7 @@ class RouteScores:
     @cute.jit
     def __call__(self, x: cute.Tensor, gate: cute.Tensor, scores: cute.Tensor, stream):
         grid = (-(-self.config.experts // self.rows), (x.shape[0] + self.tokens - 1) // self.tokens, 1)
-        self.kernel(x, gate, scores).launch(grid=grid, block=(THREADS, 1, 1), stream=stream)
+        self.kernel(x, gate, scores).launch(grid=grid, block=(THREADS, 1, 1), stream=stream, use_pdl=True)
 
     @cute.kernel
     def kernel(self, x: cute.Tensor, gate: cute.Tensor, scores: cute.Tensor):
@@ -49,6 +49,7 @@ class RouteScores:
         shared = cutlass.memory.SmemAllocator()
         per_warp = shared.allocate_tensor(Float32, cute.make_layout((self.values, WARPS)))
 
+        overlap_launches()
         gate_rows = [
             cute.zipped_divide(
                 gate[(cutlass.min(first_expert + 8 * half + lane // 4, config.experts - 1), None)], (WORDS,)

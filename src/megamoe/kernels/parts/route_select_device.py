@@ -8,7 +8,7 @@ from cutlass.cute.runtime import make_fake_tensor
 
 from megamoe.kernels.parts.ptx_device import divide, multiply
 from megamoe.kernels.parts.route_select import TOKENS, Config
-from megamoe.kernels.parts.rows_device import current_stream, symbolic_rows
+from megamoe.kernels.parts.rows_device import current_stream, overlap_launches, symbolic_rows
 
 NOBODY = 1 << 20  # above every expert
 
@@ -51,7 +51,7 @@ class RouteSelect:
     def _launch(self, scores, bias, table, token_ids, weights, ids, routed_scaling, stream):
         grid = ((scores.shape[0] + TOKENS - 1) // TOKENS, 1, 1)
         self.kernel(scores, bias, table, token_ids, weights, ids, routed_scaling).launch(
-            grid=grid, block=(32 * TOKENS, 1, 1), stream=stream
+            grid=grid, block=(32 * TOKENS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -61,6 +61,7 @@ class RouteSelect:
         block, _, _ = cute.arch.block_idx()
         lane = cute.arch.lane_idx()
         token = block * TOKENS + cute.arch.warp_idx()
+        overlap_launches()
         if token < scores.shape[0]:
             if cutlass.const_expr(table is not None):
                 self._by_table(scores, table, token_ids, weights, ids, scaling, token, lane)

@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.parts.rows import VECTOR, WARP, RowTile
+from megamoe.kernels.parts.rows import WARP, RowTile
 
 DTYPES = {"bf16": BFloat16, "f32": Float32}
 
@@ -28,6 +28,16 @@ def symbolic_vector(dtype, size):
 def current_stream():
     """Return the argument that becomes torch's current stream at launch, without being passed."""
     return make_fake_stream(use_tvm_ffi_env_stream=True)
+
+
+def overlap_launches():
+    """Let the next kernel's blocks be placed, then wait until the kernel before this one has finished.
+
+    For launches with use_pdl: the time it takes to start a grid passes while another grid is running. Nothing that a
+    kernel may have written is touched before.
+    """
+    cute.arch.griddepcontrol_launch_dependents()
+    cute.arch.griddepcontrol_wait()
 
 
 class RowThread:
@@ -57,23 +67,24 @@ class RowThread:
     def has(self, index: int):
         """Return whether there is a vector at `index`: the constant True where the tile is exact."""
         tile = self.tile
-        if index * tile.lanes + tile.lanes <= tile.width // VECTOR:
+        if index * tile.lanes + tile.lanes <= tile.width // tile.size:
             return True
-        return self.vector(index) < tile.width // VECTOR
+        return self.vector(index) < tile.width // tile.size
 
     def load(self, matrix):
-        """Return this thread's part of the row as a register tensor [8, vectors]; missing vectors are zero."""
+        """Return this thread's part of the row as a register tensor [size, vectors]; missing vectors are zero."""
         tile = self.tile
-        registers = cute.make_rmem_tensor(cute.make_layout((VECTOR, tile.vectors)), matrix.element_type)
-        source = cute.zipped_divide(matrix[(self.row, None)], (VECTOR,))
+        registers = cute.make_rmem_tensor(cute.make_layout((tile.size, tile.vectors)), matrix.element_type)
+        source = cute.zipped_divide(matrix[(self.row, None)], (tile.size,))
         for index in range(tile.vectors):
             copy_if(self.has(index), source[(None,), self.vector(index)], registers[None, index])
         return registers
 
     def load_shared(self, vector, index: int):
         """Return the fp32 values of a [K] tensor that stand at this thread's vector `index`."""
-        registers = cute.make_rmem_tensor(cute.make_layout(VECTOR), vector.element_type)
-        copy_if(self.has(index), cute.zipped_divide(vector, (VECTOR,))[(None,), self.vector(index)], registers)
+        size = self.tile.size
+        registers = cute.make_rmem_tensor(cute.make_layout(size), vector.element_type)
+        copy_if(self.has(index), cute.zipped_divide(vector, (size,))[(None,), self.vector(index)], registers)
         return registers.load().to(Float32)
 
     def sum(self, value, scratch):
@@ -138,7 +149,7 @@ def row_rms_factor(thread: RowThread, registers, eps, scratch):
     square_sum = Float32(0.0)
     for index in range(thread.tile.vectors):
         values = registers[None, index].load().to(Float32)
-        for element in range(VECTOR):
+        for element in range(thread.tile.size):
             square_sum = square_sum + values[element] * values[element]
     mean_square = thread.sum(square_sum, scratch) / thread.tile.width
     return cute.math.rsqrt(mean_square + eps)

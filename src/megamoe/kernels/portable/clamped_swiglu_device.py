@@ -14,6 +14,7 @@ from megamoe.kernels.parts.rows_device import (
     copy_if,
     current_stream,
     num_blocks,
+    overlap_launches,
     store_if,
     symbolic_rows,
     symbolic_vector,
@@ -51,12 +52,16 @@ class ClampedSwiglu:
 
     def _launch(self, gate, up, row_weight, y, limit, stream):
         self.kernel(gate, up, row_weight, y, limit).launch(
-            grid=(num_blocks(self.tile, gate.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream
+            grid=(num_blocks(self.tile, gate.shape[0]), 1, 1),
+            block=(self.tile.threads, 1, 1),
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
     def kernel(self, gate: cute.Tensor, up: cute.Tensor, row_weight, y: cute.Tensor, limit: Float32):
         tile = self.tile
+        overlap_launches()
         thread = RowThread(tile, gate.shape[0])
         gate_row = cute.zipped_divide(gate[(thread.row, None)], (VECTOR,))
         up_row = cute.zipped_divide(up[(thread.row, None)], (VECTOR,))

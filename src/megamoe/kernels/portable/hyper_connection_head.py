@@ -23,4 +23,6 @@ def run(
     x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, hc_eps: float
 ) -> torch.Tensor:
     """Compute hyper_connection_head."""
-    return hyper_connection_pre.collapse("hyper_connection_head", x, fn, base, scale, norm_eps, hc_eps, 0, None, None)
+    return hyper_connection_pre.collapse(
+        "hyper_connection_head", x, fn, base, scale, None, norm_eps, hc_eps, 0, None, None
+    )

@@ -13,6 +13,7 @@ from megamoe.kernels.parts.rows_device import (
     copy_if,
     current_stream,
     num_blocks,
+    overlap_launches,
     store_if,
     symbolic_rows,
 )
@@ -41,12 +42,13 @@ class HyperConnectionPost:
     @cute.jit
     def __call__(self, y: cute.Tensor, x: cute.Tensor, post: cute.Tensor, comb: cute.Tensor, out: cute.Tensor, stream):
         self.kernel(y, x, post, comb, out).launch(
-            grid=(num_blocks(self.tile, y.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream
+            grid=(num_blocks(self.tile, y.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, y: cute.Tensor, x: cute.Tensor, post: cute.Tensor, comb: cute.Tensor, out: cute.Tensor):
         streams = self.streams
+        overlap_launches()
         thread = RowThread(self.tile, y.shape[0])
         token = thread.row
         post_weights = [post[token, k] for k in range(streams)]

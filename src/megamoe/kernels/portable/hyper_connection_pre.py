@@ -2,20 +2,22 @@
 """hyper_connection_pre: project the streams, normalize, Sinkhorn, collapse; the streams are read once.
 
 Meaning    ops/hyper_connection.py; this file only makes it fast
-Grid       (C, ceil(T / tokens)): a cluster of C blocks shares a tile of tokens; a block has D / C channels of all
-           streams
-Warps      each holds 64 channels of all streams of the tile in registers, from the load to the weighted sum
-Product    fp32 weights are split into three bf16 parts, exactly; products of bf16 are exact in fp32, so the matrix unit
-           gives the fp32 product up to the order of additions (parts/mma_device.py)
-Order      channels of a warp, warps of a block ascending, blocks of a cluster ascending: the same for every T
-Memory     partial sums of a block go to the others of its cluster through a workspace of 25 floats a token and block
-Limits     4 streams of bf16; D a multiple of 64
-Bound      memory for many tokens (X D + D values a token); the weights, from L2, for few
+Grid       (C, clusters): a cluster of C blocks goes through tiles of 16 tokens; a block has D / C channels of every
+           stream
+Groups     of warps in a block, each with a tile of its own: while one waits, another computes
+Warps      each holds 64 channels of all streams of its tile in registers, from the load to the weighted sum
+Product    fp32 weights as two bf16 parts each, 17 significant bits, split once and kept in shared memory; products of
+           bf16 are exact in fp32
+Order      channels of a warp, pairs of warps, these ascending, blocks of a cluster ascending: the same for every T
+Memory     sums go straight into the shared memory of the blocks that need them, and an mbarrier counts their bytes
+Limits     4 streams of bf16; D = 64 C W, C one of 1, 2, 4, 8 and 16, W at most 8, or 7 where C is 16
+Bound      memory for many tokens (X D + D values a token); latency for few
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -25,10 +27,13 @@ from megamoe.kernels.store import kernel
 
 STREAMS = 4
 WARP_CHANNELS = 64
-MAX_WARPS = 16
-FEW_WARPS = 8  # two blocks of so many share an SM
-SMALL_TILE, LARGE_TILE = 8, 16
-SMALL_TOKENS = 64  # up to here the small tile: more clusters, each with less to wait for
+TOKENS = 16  # of a tile
+STEPS = STREAMS * WARP_CHANNELS // 16  # of the matrix unit, for a warp's channels
+MAX_WARPS = 8  # that share a tile in one block
+SHARED_LIMIT = 227 * 1024
+BLOCK_WARPS = 16  # they fill a multiprocessor's registers
+SCRATCH_STRIDE = 20  # floats between rows of 16 sums: lanes that write together meet different banks
+CLUSTERS = (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,45 +42,93 @@ class Config:
 
     Attributes:
         width: D.
-        tokens: tokens per cluster, 8 or 16.
         sinkhorn_iters: column steps; 0 for hyper_connection_head, which has none and no post and C.
+        cluster: blocks that share a tile of tokens.
+        norm: u is normalized with a bf16 weight before it is stored.
     """
 
     width: int
-    tokens: int
     sinkhorn_iters: int
-
-    @property
-    def cluster(self) -> int:
-        """Blocks per cluster."""
-        return cluster_size(self.width)
+    cluster: int
+    norm: bool = False
 
     @property
     def warps(self) -> int:
-        """Warps per block."""
+        """Warps of a block that share a tile."""
         return self.width // (self.cluster * WARP_CHANNELS)
 
     @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block: sums of every warp, of the block, and the streams' weights."""
-        values = (self.outputs + 1) * self.tokens
-        return 4 * (values * self.warps + values + STREAMS * self.tokens)
+    def groups(self) -> int:
+        """Groups of warps in a block, each with a tile of its own."""
+        return min(4, BLOCK_WARPS // self.warps)
 
     @property
     def outputs(self) -> int:
         """Rows of fn."""
         return (2 + STREAMS) * STREAMS if self.sinkhorn_iters else STREAMS
 
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a tile whose post and C a block computes."""
+        return TOKENS // self.cluster
 
-def cluster_size(width: int) -> int:
-    """Return the blocks that share a token: as many as divide its channels, up to 8."""
-    return next(size for size in (8, 4, 2, 1) if width % (size * WARP_CHANNELS) == 0)
+    @property
+    def own_floats(self) -> int:
+        """Sums behind them."""
+        return self.own_tokens * (self.outputs - STREAMS)
+
+    @property
+    def weight_words(self) -> int:
+        """This block's columns of fn in two bf16 parts, rows padded to a multiple of 8."""
+        return -(-self.outputs // 8) * 8 * STREAMS * self.warps * WARP_CHANNELS
+
+    @property
+    def scratch_slots(self) -> int:
+        """Slots for the sums of a group's warps, two warps a slot."""
+        return -(-self.warps // 2)
+
+    @property
+    def slot_floats(self) -> int:
+        """Sums of a warp: a row for each of fn, and sum(x^2)."""
+        return (self.outputs + 1) * SCRATCH_STRIDE
+
+    @property
+    def scratch_floats(self) -> int:
+        """Sums of a group's warps."""
+        return self.scratch_slots * self.slot_floats
+
+    @property
+    def received_floats(self) -> int:
+        """Sums that a block receives for a tile."""
+        return self.cluster * ((STREAMS + 1) * TOKENS + self.own_floats)
+
+    @property
+    def result_floats(self) -> int:
+        """Streams' weights, and the sums of u^2 that every block sends."""
+        return (STREAMS + self.cluster * self.norm) * TOKENS
+
+    @property
+    def room_floats(self) -> int:
+        """Shared memory of a group: its sums, its results, and two inboxes for tiles in turn."""
+        return self.scratch_floats + self.result_floats + 2 * self.received_floats
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block, alignment aside."""
+        return 4 * (self.weight_words + self.groups * (self.room_floats + 6) + 32)
 
 
-def configs(dims: Mapping[str, int], sinkhorn_iters: int = 20) -> Iterator[Config]:
+def plan(width: int, sinkhorn_iters: int, norm: bool) -> Config:
+    """Return the configuration for a width: up to 8 blocks, and 16 where 8 are too few or where that was quicker."""
+    fitting = [size for size in CLUSTERS if width % (size * WARP_CHANNELS) == 0]
+    few = [size for size in fitting if size <= 8]
+    many = width > few[-1] * WARP_CHANNELS * MAX_WARPS or (sinkhorn_iters > 0 and not norm)
+    return Config(width, sinkhorn_iters, fitting[-1] if many else few[-1], norm)
+
+
+def configs(dims: Mapping[str, int], sinkhorn_iters: int = 20, norm: bool = False) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    for tokens in (SMALL_TILE, LARGE_TILE):
-        yield Config(dims["D"], tokens, sinkhorn_iters)
+    yield plan(dims["D"], sinkhorn_iters, norm)
 
 
 def run(
@@ -88,11 +141,16 @@ def run(
     sinkhorn_iters: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute hyper_connection_pre."""
+    post, comb = mixing_outputs(x)
+    u = collapse("hyper_connection_pre", x, fn, base, scale, None, norm_eps, hc_eps, sinkhorn_iters, post, comb)
+    return u, post, comb
+
+
+def mixing_outputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memory for post [T, 4] and C [T, 4, 4]."""
     num_tokens = x.shape[0]
     post = torch.empty((num_tokens, STREAMS), dtype=torch.float32, device=x.device)
-    comb = torch.empty((num_tokens, STREAMS, STREAMS), dtype=torch.float32, device=x.device)
-    u = collapse("hyper_connection_pre", x, fn, base, scale, norm_eps, hc_eps, sinkhorn_iters, post, comb)
-    return u, post, comb
+    return post, torch.empty((num_tokens, STREAMS, STREAMS), dtype=torch.float32, device=x.device)
 
 
 def collapse(
@@ -101,13 +159,14 @@ def collapse(
     fn: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
+    weight: torch.Tensor | None,
     norm_eps: float,
     hc_eps: float,
     sinkhorn_iters: int,
     post: torch.Tensor | None,
     comb: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Launch the kernel behind hyper_connection_pre (post and comb given) and hyper_connection_head (None)."""
+    """Launch the kernel behind hyper_connection_pre, _pre_norm (a weight given) and _head (no post and comb)."""
     num_tokens, streams, width = x.shape
     if streams != STREAMS or width % WARP_CHANNELS or x.dtype != torch.bfloat16:
         raise NotImplementedError(
@@ -117,16 +176,12 @@ def collapse(
     u = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
     if u.numel() == 0:
         return u
-    config = Config(width, SMALL_TILE if num_tokens <= SMALL_TOKENS else LARGE_TILE, sinkhorn_iters)
-    if config.warps > MAX_WARPS:
+    config = plan(width, sinkhorn_iters, weight is not None)
+    if config.warps > MAX_WARPS or config.shared_bytes > SHARED_LIMIT:
         raise NotImplementedError(
-            f"{op}: the kernel takes up to {8 * MAX_WARPS * WARP_CHANNELS} channels, all divided by 512 above "
-            f'{MAX_WARPS * WARP_CHANNELS}; got {width}. Run the reference: with megamoe.ops.use("reference").'
+            f"{op}: the kernel takes {WARP_CHANNELS} C W channels, W at most {MAX_WARPS}, or 7 where C is 16, C one of "
+            f'{CLUSTERS}; got {width}. Run the reference: with megamoe.ops.use("reference").'
         )
-    num_tiles = -(-num_tokens // config.tokens)
-    partial = torch.empty(
-        (num_tiles * config.cluster, (config.outputs + 1) * config.tokens), dtype=torch.float32, device=x.device
-    )
     launch = kernel(__name__, config, x.device)
     outputs = () if post is None or comb is None else (post, comb.view(num_tokens, STREAMS * STREAMS))
     launch(
@@ -134,10 +189,21 @@ def collapse(
         as_rows(fn),
         as_vector(base),
         as_vector(scale),
+        *(() if weight is None else (as_vector(weight).view(torch.int32),)),
         u.view(torch.int32),
         *outputs,
-        partial,
+        min(-(-num_tokens // TOKENS), max_clusters(config.cluster, x.device)),
         norm_eps,
         hc_eps,
     )
     return u
+
+
+@functools.cache
+def max_clusters(cluster: int, device: torch.device) -> int:
+    """Return how many clusters a device runs at once, one block a multiprocessor.
+
+    A cluster lies within one group of multiprocessors (GPC), and a group need not be a multiple of a cluster: on an
+    H100 of 132, 15 clusters of 8 and 7 of 16 are resident. One more would run alone, after all others.
+    """
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // cluster - 1)

@@ -21,6 +21,7 @@ from megamoe.kernels.parts.rows_device import (
     both,
     current_stream,
     num_blocks,
+    overlap_launches,
     store_if,
     symbolic_rows,
 )
@@ -50,11 +51,12 @@ class QuantizeFp8Rows:
     @cute.jit
     def __call__(self, x: cute.Tensor, codes: cute.Tensor, scales: cute.Tensor, stream):
         self.kernel(x, codes, scales).launch(
-            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream
+            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, x: cute.Tensor, codes: cute.Tensor, scales: cute.Tensor):
+        overlap_launches()
         thread = RowThread(self.tile, x.shape[0])
         registers = thread.load(x)
         target = cute.zipped_divide(codes[(thread.row, None)], (2,))

@@ -12,6 +12,7 @@ from megamoe.kernels.parts.rows_device import (
     both,
     current_stream,
     num_blocks,
+    overlap_launches,
     row_rms_factor,
     store_if,
     symbolic_rows,
@@ -41,19 +42,20 @@ class RmsNorm:
     @cute.jit
     def with_weight(self, x: cute.Tensor, weight: cute.Tensor, y: cute.Tensor, eps: Float32, stream):
         self.kernel(x, weight, y, eps).launch(
-            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream
+            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.jit
     def without_weight(self, x: cute.Tensor, y: cute.Tensor, eps: Float32, stream):
         self.kernel(x, None, y, eps).launch(
-            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream
+            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, x: cute.Tensor, weight, y: cute.Tensor, eps: Float32):
         tile = self.tile
         scratch = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(tile.warps))
+        overlap_launches()
         thread = RowThread(tile, x.shape[0])
         registers = thread.load(x)
         # y = values * rsqrt(mean_square + eps) * weight

@@ -5,7 +5,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Uint8
 
-from megamoe.kernels.parts.nvfp4_device import block_amax, row_tensor_scale, store_nvfp4
+from megamoe.kernels.parts.nvfp4_device import BLOCK, block_amax, row_tensor_scale, store_nvfp4
 from megamoe.kernels.parts.rows import VECTOR, row_tile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
@@ -13,6 +13,7 @@ from megamoe.kernels.parts.rows_device import (
     both,
     current_stream,
     num_blocks,
+    overlap_launches,
     row_rms_factor,
     store_if,
     store_scalar_if,
@@ -29,7 +30,7 @@ def program(config: Config):
     weight = symbolic_vector(DTYPES[config.weight], width)
     y = symbolic_rows(BFloat16, num_rows, width)
     tensor_scale = symbolic_vector(Float32, num_rows)
-    codes = symbolic_rows(Int32, num_rows, width // VECTOR, 4)
+    codes = symbolic_rows(Int32, num_rows, width // VECTOR, 8)
     scales = symbolic_rows(Uint8, num_rows, width // 16, 1)
     arguments = (x, weight, y, tensor_scale, codes, scales, Float32(0.0), current_stream())
     return RmsNormQuantizeNvFp4(config), arguments
@@ -39,7 +40,7 @@ class RmsNormQuantizeNvFp4:
     """y = rms_norm(x, weight) rounded to bf16; then codes, scales and tensor scale of y."""
 
     def __init__(self, config: Config):
-        self.tile = row_tile(config.width)
+        self.tile = row_tile(config.width, 1, BLOCK)
 
     @cute.jit
     def __call__(
@@ -54,7 +55,7 @@ class RmsNormQuantizeNvFp4:
         stream,
     ):
         self.kernel(x, weight, y, tensor_scale, codes, scales, eps).launch(
-            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream
+            grid=(num_blocks(self.tile, x.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -72,11 +73,12 @@ class RmsNormQuantizeNvFp4:
         shared = cutlass.memory.SmemAllocator()
         sum_scratch = shared.allocate_tensor(Float32, cute.make_layout(tile.warps))
         max_scratch = shared.allocate_tensor(Float32, cute.make_layout(tile.warps))  # the sum may still be being read
+        overlap_launches()
         thread = RowThread(tile, x.shape[0])
         registers = thread.load(x)
         factor = row_rms_factor(thread, registers, eps, sum_scratch)
-        target = cute.zipped_divide(y[(thread.row, None)], (VECTOR,))
-        normed = cute.make_rmem_tensor(cute.make_layout((VECTOR, tile.vectors)), BFloat16)
+        target = cute.zipped_divide(y[(thread.row, None)], (BLOCK,))
+        normed = cute.make_rmem_tensor(cute.make_layout((BLOCK, tile.vectors)), BFloat16)
         for index in cutlass.range_constexpr(tile.vectors):
             result = registers[None, index].load().to(Float32) * factor * thread.load_shared(weight, index)
             normed[None, index].store(result.to(BFloat16))
@@ -84,4 +86,4 @@ class RmsNormQuantizeNvFp4:
         amaxes = [block_amax(normed, index) for index in range(tile.vectors)]
         scale = row_tensor_scale(thread, amaxes, max_scratch)
         store_scalar_if(thread.live, thread.lane, scale, tensor_scale, thread.row)
-        store_nvfp4(thread, normed, amaxes, scale, codes, scales, True)
+        store_nvfp4(thread, normed, amaxes, scale, codes, scales)

@@ -2,7 +2,9 @@
 """route_experts: scores on the matrix unit, then a selection by warps.
 
 Meaning    ops/route_experts.py; this file only makes it fast
-Launches   two: parts/route_scores.py and parts/route_select.py, with the scores [T, E] fp32 between them
+Launches   two: parts/route_scores.py, or parts/route_tiles.py for more than 1,536 tokens, then parts/route_select.py;
+           the scores [T, E] fp32 are between them
+Order      of the sums: one up to 1,536 tokens, another beyond; on either side a token does not depend on the others
 Limits     x and gate bf16; D a multiple of 32; up to 1024 experts, top_k up to 32
 Bound      the gate (E D bf16, from L2) for few tokens, the tokens for many
 """
@@ -14,12 +16,14 @@ from typing import Any
 
 import torch
 
-from megamoe.kernels.parts import route_scores, route_select
+from megamoe.kernels.parts import route_scores, route_select, route_tiles
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from route_scores.configs(dims["D"], dims["E"])
+    if route_tiles.fits(dims["D"]):
+        yield route_tiles.Config(dims["D"], dims["E"])
     for mode in ("table64", "table32") if "V" in dims else ("score", "biased"):
         yield route_select.Config(dims["E"], dims["A"], mode)
 
@@ -49,5 +53,6 @@ def run(
     if x.shape[0] == 0:
         weights = torch.empty((0, top_k), dtype=torch.float32, device=x.device)
         return weights, torch.empty((0, top_k), dtype=torch.int64, device=x.device)
-    scores = route_scores.run(x, gate)
+    tiled = x.shape[0] > route_tiles.MANY_TOKENS and route_tiles.fits(width)
+    scores = (route_tiles if tiled else route_scores).run(x, gate)
     return route_select.run(scores, top_k, routed_scaling, bias, expert_table, token_ids)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvfp4_experts on Hopper: every chosen expert streams once; tokens and hidden values are NVFP4, decoded to bf16.
+"""nvfp4_experts on Hopper: experts stream, or are multiplied in tiles; tokens and h are NVFP4, decoded to bf16.
 
 Meaning    ops/nvfp4_experts.py and ops/expert_common.py; this file only makes it fast
-Launches   sort_pairs, quantize x, gate_up (h in fp32), quantize h, down, sum_slots (parts/expert_stream.py,
-           portable/quantize_nvfp4.py); no host synchronization
-Many       tokens an expert: its weights are streamed once for every 16 of them
-Shared     expert: up to 64 tokens one more expert of the same launches, beyond that three linears and clamped_swiglu
+Few pairs  an expert: quantize x, sort_pairs, gate_up (h in fp32), quantize h, down, sum_slots (parts/expert_stream.py)
+Many       sort_pairs, gather_rows, gate_up, quantize h, expand, down, sum_slots: tiles on wgmma (parts/expert_tiles.py)
+Choice     by T, A and E alone: stream_limit of parts/expert_tiles.py. No host synchronization on either path
+Shared     expert: one more expert of the same launches; streaming more than 64 tokens, three linears and clamped_swiglu
 Limits     x bf16; weights in fragment order (w.fragments(), once at load); D and F multiples of 64 up to 8192; at most
            512 experts on a GPU
-Bound      memory: the bytes of the experts that were chosen, 0.5625 a value
-Order      of additions: a function of D and F alone, for the shared expert on either side of 64 tokens
+Bound      memory: the bytes of chosen experts, 0.5625 a value; from some 100 pairs an expert on, the tensor cores
+Order      of additions: a function of D, F and the path; streaming, for the shared expert on either side of 64 tokens
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.kernels.parts import expert_tiles
 from megamoe.kernels.parts.expert_stream import SHARED_TOKENS, down, expert_keys, gate_up, tiles_for
 from megamoe.kernels.parts.linear_stream import aligned, require_fragments
 from megamoe.kernels.parts.sort_pairs import sort_pairs
@@ -34,6 +35,7 @@ Weights = tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor]
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from expert_keys(dims["E"], dims["D"], dims["F"], dims["A"], "nvfp4", "f32")
+    yield from expert_tiles.tile_keys(dims["D"], dims["F"], dims["E"], "nvfp4", "f32")
     yield quantize_nvfp4.Config(dims["D"], "bf16", True)
     yield quantize_nvfp4.Config(dims["F"], "f32", True)
     yield quantize_nvfp4.Config(dims["F"], "bf16", True)
@@ -66,6 +68,14 @@ def run(
     if x.shape[0] == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device)
     quantized = quantize_nvfp4.run(x, None)
+    num_pairs = expert_ids.numel()
+    if x.shape[0] > expert_tiles.stream_limit(expert_ids.shape[1], w1.shape[0]):
+        outputs = expert_tiles.tile_experts(
+            *(op, _parts(quantized), route_weights, expert_ids, (w1, w3, w2), shared_weights, swiglu_limit),
+            _quantize,
+        )
+        shared_output = shared_output if shared_weights is None else outputs[num_pairs:]
+        return sum_slots(outputs[:num_pairs], expert_ids.shape[1], shared_output, out_dtype)
     if shared_weights is not None and x.shape[0] > SHARED_TOKENS:
         shared_output, shared_weights = _shared_expert(quantized, shared_weights, swiglu_limit), None
     return _stream(
@@ -107,6 +117,10 @@ def _shared_expert(x: NvFp4Tensor, weights: Weights, swiglu_limit: float | None)
     gate, up = nvfp4_linear.run(x, v1, dtype), nvfp4_linear.run(x, v3, dtype)
     hidden = clamped_swiglu.run(gate, up, swiglu_limit, None, dtype)
     return nvfp4_linear.run(quantize_nvfp4.run(hidden, None), v2, dtype)
+
+
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _parts(quantize_nvfp4.run(x, None))
 
 
 def _parts(x: NvFp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

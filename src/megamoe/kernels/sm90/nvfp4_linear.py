@@ -2,7 +2,7 @@
 """nvfp4_linear on Hopper: codes times block scales are exact in bf16, so this is the W4A4 product of a native FP4 unit.
 
 Meaning    ops/nvfp4_linear.py; this file only makes it fast
-Few tokens the weight streams once, tokens are decoded into registers (parts/weight_stream.py)
+Few tokens the weight streams once, tokens are decoded into registers (parts/linear_stream.py)
 Many       tokens are expanded to bf16 (parts/expand_nvfp4.py), then tiles on wgmma (parts/weight_tiles.py)
 Choice     by N and T alone: parts/linear_stream.py, stream_limit. The two paths add in different orders
 Limits     x with row-major scales; w in fragment order (w.fragments(), once at load), so N a multiple of 16 and K of 64

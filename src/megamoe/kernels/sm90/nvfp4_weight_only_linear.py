@@ -2,7 +2,7 @@
 """nvfp4_weight_only_linear on Hopper: NVFP4 weights expanded to bf16 in registers, bf16 tensor cores, fp32 sums.
 
 Meaning    ops/nvfp4_weight_only_linear.py; this file only makes it fast
-Few tokens the weight streams once through all multiprocessors, tokens in registers (parts/weight_stream.py)
+Few tokens the weight streams once through all multiprocessors, tokens in registers (parts/linear_stream.py)
 Many       tiles of 256 weight rows by 128 tokens on wgmma (parts/weight_tiles.py)
 Choice     by N and T alone: parts/linear_stream.py, stream_limit. The two paths add in different orders
 Limits     x bf16; w in fragment order (w.fragments(), once at load), so N a multiple of 16 and K of 64

@@ -9,8 +9,7 @@ import torch
 
 from megamoe.models.deepseek_v4.config import ModelConfig
 from megamoe.models.deepseek_v4.weights import HyperConnectionWeights
-from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre
-from megamoe.ops.rms_norm import rms_norm
+from megamoe.ops.hyper_connection import hyper_connection_head, hyper_connection_post, hyper_connection_pre_norm
 
 
 def wrap_sublayer(
@@ -32,17 +31,17 @@ def wrap_sublayer(
     Returns:
         [T, X, D], new.
     """
-    collapsed, post, comb = hyper_connection_pre(
+    normed, post, comb = hyper_connection_pre_norm(
         streams,
         weights.fn,
         weights.base,
         weights.scale,
+        norm_weight,
         norm_eps=config.rms_norm_eps,
         hc_eps=config.hc_eps,
         sinkhorn_iters=config.hc_sinkhorn_iters,
     )
-    y = sublayer(rms_norm(collapsed, norm_weight, eps=config.rms_norm_eps))
-    return hyper_connection_post(y, streams, post, comb)
+    return hyper_connection_post(sublayer(normed), streams, post, comb)
 
 
 def collapse_streams(streams: torch.Tensor, weights: HyperConnectionWeights, config: ModelConfig) -> torch.Tensor:

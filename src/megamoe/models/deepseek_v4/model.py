@@ -10,7 +10,7 @@ Source     DeepSeek-V4 technical report (arXiv 2606.19348) and its inference cod
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ from megamoe.models.deepseek_v4.cache import (
     layer_cache_spec,
     tokens_per_page,
 )
+from megamoe.models.deepseek_v4.calls import model_calls, pairs
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.dspark import DSpark, mean_of_streams
 from megamoe.models.deepseek_v4.dspark_drafter import DSparkDrafter, Tapped
@@ -95,6 +96,21 @@ class Model:
         if keys := self.config.unused_keys:
             notes.append(f"config.json keys that are not known and not used: {', '.join(keys)}")
         return tuple(notes)
+
+    @property
+    def conversions(self) -> tuple[str, ...]:
+        """What was converted when loading, one line each."""
+        count = self.weights.num_relaid
+        done = f"{count} NVFP4 matrices brought into the order that the kernels of {self.device} take, once"
+        return (done,) if count else ()
+
+    def op_calls(self, *, with_drafts: bool) -> list[tuple[str, Mapping[str, int]]]:
+        """Return every operation this model calls, with its sizes; see models/deepseek_v4/calls.py."""
+        num_mtp = len(self.mtp) if with_drafts else 0
+        num_dspark = len(self.dspark.stages) if with_drafts and self.dspark is not None else 0
+        formats = self.weights.formats
+        calls = model_calls(self.config, formats, self.recipe, num_mtp=num_mtp, num_dspark=num_dspark)
+        return list(pairs(calls))
 
     def new_cache(self, max_tokens: int) -> Cache:
         """Return an empty cache for one sequence of at most `max_tokens` tokens.

@@ -3,7 +3,8 @@
 
 Plain data, so that tests, verify and bench run the sizes that real models use and nobody makes up others. A row is one
 call site: the operations that may serve it (which one depends on the weight's format and the recipe), where it is, and
-its sizes. T, the tokens of a step, is the caller's choice and not listed; nor are page tables and positions.
+its sizes. T, the tokens of a step, is the caller's choice and not listed; nor are page tables and positions. What one
+checkpoint of any size calls under one recipe: calls.py.
 The tiny model has no DSpark draft; its sizes in those rows are of one with two target layers and rank 8, for tests.
 
     T tokens  D hidden  H heads  C head channels  R rotary channels  G output groups  X streams  V vocabulary
@@ -83,6 +84,7 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ("quantize_nvfp4", "attn.wo_a input", {"G": (2, 8, 16), "K": (1024, 4096, 4096)}),
     (_QUANTIZE, "attn.wo_b input", {"K": (128, 8192, 16384)}),
     (_QUANTIZE, "ffn.w2 input", {"K": (128, 2048, 3072)}),
+    (_QUANTIZE, "mtp.main_proj input", {"K": (512, 12288, 21504)}),
     ("clamped_swiglu", "ffn.shared_experts", {"F": (128, 2048, 3072)}),
     # Norms, rotations, streams.
     ("rms_norm rms_norm_quantize_nvfp4", "attn_norm, ffn_norm, norm", {"K": (256, 4096, 7168)}),
@@ -93,19 +95,19 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ("rope", "attn queries, attn output", {"H": (4, 64, 128), "C": (512, 512, 512), "R": (64, 64, 64)}),
     ("rope", "attn latent", {"C": (512, 512, 512), "R": (64, 64, 64)}),
     ("rope", "attn.indexer queries", {"H": (16, 64, 64), "C": (128, 128, 128), "R": (64, 64, 64)}),
-    ("hyper_connection_pre", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
+    ("hyper_connection_pre hyper_connection_pre_norm", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hyper_connection_post", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hyper_connection_head", "hc_head", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hadamard", "attn.indexer queries", {"Hi": (16, 64, 64), "n": (128, 128, 128)}),
     ("hadamard", "attn.indexer keys", {"n": (128, 128, 128)}),
     ("quantize_mxfp4", "attn.indexer queries", {"Hi": (16, 64, 64), "K": (128, 128, 128)}),
-    # Caches and attention. Raw compressor rows are values beside scores: 2 * coff * C wide.
-    ("write_cache read_cache", "window latents", {"width": (512, 512, 512)}),
+    # Caches and attention. Raw compressor rows are values beside scores: 2 * coff * C wide. Copied are rings.
+    ("write_cache read_cache copy_cache", "window latents", {"width": (512, 512, 512)}),
     ("write_cache read_cache", "compressed latents", {"width": (512, 512, 512)}),
     ("write_cache read_cache", "index keys", {"width": (128, 128, 128)}),
-    ("write_cache read_cache", "compressor rows (ratio 4)", {"width": (2048, 2048, 2048)}),
+    ("write_cache read_cache copy_cache", "compressor rows (ratio 4)", {"width": (2048, 2048, 2048)}),
     ("write_cache read_cache", "compressor rows (ratio 128)", {"width": (1024, 1024, 1024)}),
-    ("write_cache read_cache", "index compressor rows", {"width": (512, 512, 512)}),
+    ("write_cache read_cache copy_cache", "index compressor rows", {"width": (512, 512, 512)}),
     ("compress_kv", "attn.compressor (ratio 4)", {"ratio": (4, 4, 4), "coff": (2, 2, 2), "D": (512, 512, 512)}),
     ("compress_kv", "attn.compressor (ratio 128)", {"ratio": (128, 128, 128), "coff": (1, 1, 1), "D": (512, 512, 512)}),
     ("compress_kv", "attn.indexer.compressor", {"ratio": (4, 4, 4), "coff": (2, 2, 2), "D": (128, 128, 128)}),
@@ -135,7 +137,7 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
         "attn (ratio 128)",
         {"H": (4, 64, 128), "C": (512, 512, 512), "W": (128, 128, 128), "J": (64, 8192, 8192)},
     ),
-    ("sample", "logits", {"V": (4096, 129280, 129280)}),
+    ("sample penalize token_logprobs", "logits", {"V": (4096, 129280, 129280)}),
 )
 
 
@@ -168,25 +170,3 @@ def op_shapes(op: str) -> tuple[OpCall, ...]:
         known = sorted({name for ops, _, _ in TABLE for name in ops.split()})
         raise ValueError(f"op_shapes: no model calls {op!r}; called are {', '.join(known)}.")
     return tuple(calls.values())
-
-
-def known_model(hidden_size: int, num_experts: int) -> str:
-    """Return which of MODELS has these sizes: the name to pass to `op_calls` for a checkpoint.
-
-    Raises:
-        ValueError: none has.
-    """
-    sizes = {name: op_dims(name) for name in MODELS}
-    for name, dims in sizes.items():
-        if (dims["D"], dims["E"]) == (hidden_size, num_experts):
-            return name
-    known = ", ".join(f"{name} ({dims['D']}, {dims['E']})" for name, dims in sizes.items())
-    raise ValueError(
-        f"shapes: hidden size and routed experts must be those of {known}; got ({hidden_size}, {num_experts}). Add the "
-        "model to models/deepseek_v4/shapes.py."
-    )
-
-
-def op_dims(model: str) -> Mapping[str, int]:
-    """Return the sizes of a model's routed experts: E, A, D and F."""
-    return next(call.dims for call in op_calls(model) if call.op == "experts")

@@ -9,6 +9,8 @@ Numerics   containers keep the stored codes and scales. MXFP4 becomes NVFP4 with
            is refused; w1 and w3 of an expert get one tensor scale in common when both are MXFP4, and otherwise keep
            their own. wo_a stored as FP8 becomes BF16 where that is exact, else FP32. With dequantize=True every weight
            is a plain tensor holding the stored values.
+Layout     on a device whose kernels take NVFP4 weights in another order, each weight is brought into it as soon as it
+           is there, an expert at a time, and its row-major copy let go: the peak is the model and one weight.
 FP32       hyper-connection parameters, attn_sink, ape and gate.bias are FP32 whatever they are stored in.
 Draft      which draft there is, the tensors say. Classic MTP stages and DSpark stages (0731, 0813 releases) are loaded.
            DSpark stages whose dspark_* keys config.json lacks cannot be run and are listed as unused, like the norms
@@ -28,6 +30,7 @@ import torch
 from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
 from megamoe.formats import fp8, mxfp4, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor
+from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.formats.mxfp4 import mxfp4_to_nvfp4, shared_top_exponent
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
@@ -227,6 +230,8 @@ class ModelWeights:
             head (proved equal to the originals).
         input_scales: calibrated activation scales (amax / 2688, multiplies) by weight, as stored. Experts that
             calibration never reached may carry values near zero.
+        formats: native name → how the checkpoint stores a weight, for every weight that may be quantized.
+        num_relaid: NVFP4 matrices that were brought into the order a kernel takes, once; 0 where it is the stored one.
     """
 
     embed: torch.Tensor
@@ -238,6 +243,8 @@ class ModelWeights:
     dspark: DSparkWeights | None
     unused_draft: tuple[str, ...]
     input_scales: Mapping[str, float]
+    formats: Mapping[str, Format]
+    num_relaid: int
 
 
 def load_weights(
@@ -269,8 +276,53 @@ def load_weights(
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"load_weights: dtype must be torch.float32 or torch.bfloat16; got {dtype}.")
-    loader = _Loader(StoredTensors(reader, config.n_routed_experts), config, dtype if dequantize else None, device)
-    return loader.load()
+    return WeightLoader(reader, config, dequantize=dequantize, dtype=dtype, device=device).load()
+
+
+class WeightLoader:
+    """`load_weights` in two steps, so that what the headers say can be looked at before the weights are loaded.
+
+    Attributes:
+        formats: native name → how a weight is stored, for every weight that may be quantized and would be loaded.
+        num_mtp: classic draft stages that would be loaded.
+        num_dspark: DSpark stages that would be loaded.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        config: ModelConfig,
+        *,
+        dequantize: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Check names, dtypes and shapes; arguments and errors are those of `load_weights`."""
+        stored = StoredTensors(reader, config.n_routed_experts)
+        self._loader = _Loader(stored, config, dtype if dequantize else None, device)
+        self.num_mtp, self.num_dspark = self._loader.claim_draft()
+        self._entries = self._loader.entries(self.num_mtp, self.num_dspark)
+        self._loader.check_entries(self._entries)
+        self._loader.stop_if_refused()
+        self.formats: Mapping[str, Format] = types.MappingProxyType(self._loader.formats)
+
+    def load(self, layouts: Mapping[str, CodeLayout] | None = None) -> ModelWeights:
+        """Check scales, then load.
+
+        Args:
+            layouts: "linear", "grouped" or "experts" → order of such NVFP4 weights; row-major where nothing is said.
+        """
+        loader = self._loader
+        loader.layouts = layouts or {}
+        loader.check_copies()
+        loader.check_scales(self._entries)
+        loader.stop_if_refused()
+        weights = loader.build(self.num_mtp, self.num_dspark)
+        loader.stop_if_refused()
+        if weights.num_relaid and torch.device(loader.device).type == "cuda":
+            # Kernels may read a weight before the launch ahead of theirs has ended; from here on it is there.
+            torch.cuda.synchronize(loader.device)
+        return weights
 
 
 def check_headers(stored: StoredTensors, config: ModelConfig) -> dict[str, Format]:
@@ -288,6 +340,7 @@ def check_headers(stored: StoredTensors, config: ModelConfig) -> dict[str, Forma
     """
     loader = _Loader(stored, config, torch.float32, "cpu")
     loader.check_entries(loader.entries(*loader.claim_draft()))
+    loader.check_copies()
     loader.stop_if_refused()
     return loader.formats
 
@@ -310,17 +363,9 @@ class _Loader:
         self.formats: dict[str, Format] = {}
         self.unused_draft: list[str] = []
         self.input_scales: dict[str, float] = {}
-
-    def load(self) -> ModelWeights:
-        num_mtp, num_dspark = self.claim_draft()
-        entries = self.entries(num_mtp, num_dspark)
-        self.check_entries(entries)
-        self.stop_if_refused()
-        self.check_scales(entries)
-        self.stop_if_refused()
-        weights = self.build(num_mtp, num_dspark)
-        self.stop_if_refused()
-        return weights
+        self.copies: list[tuple[str, str]] = []  # (a draft's copy, the original)
+        self.layouts: Mapping[str, CodeLayout] = {}
+        self.num_relaid = 0
 
     def entries(self, num_mtp: int, num_dspark: int) -> tuple[Entry, ...]:
         """Return what is loaded, given the stages of the draft."""
@@ -352,18 +397,20 @@ class _Loader:
         for name in draft:
             copied = re.sub(r"mtp\.[0-9]{1,2}\.", "", name)
             if copied in ("embed.weight", "head.weight"):
-                self.claim_copy(name, copied)
+                self.stored.claim(name)
+                self.unused_draft.append(name)
+                self.copies.append((name, copied))
             elif name in unused:
                 self.stored.claim(name)
                 self.unused_draft.append(name)
         count = next(stage for stage in range(len(loaded) + 1) if stage not in loaded)
         return (0, count) if is_dspark else (count, 0)
 
-    def claim_copy(self, name: str, original: str) -> None:
-        """Claim a draft's copy of the embedding or the head, which must be the same tensor."""
-        self.stored.claim(name)
-        self.unused_draft.append(name)
-        if original in self.stored:
+    def check_copies(self) -> None:
+        """Refuse a draft's copy of the embedding or the head that is not the same tensor."""
+        for name, original in self.copies:
+            if original not in self.stored:
+                continue
             copy, first = self.stored.read(name), self.stored.read(original)
             if copy.dtype != first.dtype or not torch.equal(copy, first):
                 text = f"{self.stored.label(name)}: differs from {original}."
@@ -445,6 +492,8 @@ class _Loader:
             dspark=self.dspark(num_dspark) if num_dspark else None,
             unused_draft=tuple(sorted(self.unused_draft)),
             input_scales=types.MappingProxyType(self.input_scales),
+            formats=types.MappingProxyType(self.formats),
+            num_relaid=self.num_relaid,
         )
 
     def mtp(self, prefix: str) -> MtpWeights:
@@ -552,7 +601,7 @@ class _Loader:
             return Fp8BlockTensor(self.own(weight.codes), self.own(weight.scales))
         if found is Format.PLAIN:
             return self.plain(f"{module}.weight")
-        return self.own_nvfp4(self.fp4(module))
+        return self.own_nvfp4(self.fp4(module), "linear")
 
     def values(self, module: str, dtype: torch.dtype) -> torch.Tensor:
         """Return the stored values of a weight as a plain tensor."""
@@ -571,13 +620,14 @@ class _Loader:
         """Return [G * N, K] as [G, N, K]."""
         num_groups, found = self.config.o_groups, self.formats[module]
         if self.dtype is None and found in (Format.NVFP4, Format.MXFP4):
-            weight = self.own_nvfp4(self.fp4(module))
+            weight = self.fp4(module)
             codes, scales = weight.codes, weight.scales
-            return NvFp4Tensor(
+            groups = NvFp4Tensor(
                 codes.view(num_groups, -1, codes.shape[-1]),
                 scales.view(num_groups, -1, scales.shape[-1]),
                 weight.tensor_scale.repeat(num_groups),
             )
+            return self.own_nvfp4(groups, "grouped")
         dtype = self.dtype
         if dtype is None:
             dtype = torch.float32 if found is Format.FP8 else self.stored.read(f"{module}.weight").dtype
@@ -607,8 +657,20 @@ class _Loader:
             self.stored.problem("not-exact", self.stored.stored_name(name), text, remedy)
         return converted
 
-    def own_nvfp4(self, weight: NvFp4Tensor) -> NvFp4Tensor:
+    def own_nvfp4(self, weight: NvFp4Tensor, kind: str) -> NvFp4Tensor:
+        """Return a copy on the device, in the order in which kernels take such weights there."""
+        if self.is_relaid(kind):
+            return self.relay(weight)
         return NvFp4Tensor(self.own(weight.codes), self.own(weight.scales), self.own(weight.tensor_scale))
+
+    def is_relaid(self, kind: str) -> bool:
+        return self.layouts.get(kind) is CodeLayout.FRAGMENT_16X64
+
+    def relay(self, weight: NvFp4Tensor) -> NvFp4Tensor:
+        """Return a weight on the device in fragment order; the conversion runs there."""
+        self.num_relaid += weight.tensor_scale.numel()
+        owned = NvFp4Tensor(self.own(weight.codes), self.own(weight.scales), self.own(weight.tensor_scale))
+        return owned.fragments()
 
     def experts(self, prefix: str) -> tuple[LinearWeight, LinearWeight, LinearWeight]:
         """Return w1, w3, w2 of all experts, stacked."""
@@ -634,12 +696,22 @@ class _Loader:
                 self.stacked((block.codes for block in blocks), len(blocks)),
                 self.stacked((block.scales for block in blocks), len(blocks)),
             )
-        parts = [self.fp4(module, partner and f"{module.rsplit('.', 1)[0]}.{partner}") for module in modules]
-        return NvFp4Tensor(
-            self.stacked((part.codes for part in parts), len(parts)),
-            self.stacked((part.scales for part in parts), len(parts)),
-            self.stacked((part.tensor_scale for part in parts), len(parts)),
-        )
+        parts = (self.fp4(module, partner and f"{module.rsplit('.', 1)[0]}.{partner}") for module in modules)
+        return self.stacked_nvfp4(parts, len(modules))
+
+    def stacked_nvfp4(self, parts: Iterable[NvFp4Tensor], count: int) -> NvFp4Tensor:
+        """Return NVFP4 weights of one shape stacked on the device, holding one at a time besides the stack."""
+        stack: NvFp4Tensor | None = None
+        for index, part in enumerate(parts):
+            if self.is_relaid("experts"):
+                part = self.relay(part)
+            if stack is None:
+                empty = [torch.empty((count, *one.shape), dtype=one.dtype, device=self.device) for one in _parts(part)]
+                stack = dataclasses.replace(part, codes=empty[0], scales=empty[1], tensor_scale=empty[2])
+            for whole, one in zip(_parts(stack), _parts(part), strict=True):
+                whole[index].copy_(one)
+        assert stack is not None
+        return stack
 
     def stacked(self, parts: Iterable[torch.Tensor], count: int) -> torch.Tensor:
         """Return tensors of one shape and dtype stacked on the device, holding one at a time besides the stack."""
@@ -650,3 +722,7 @@ class _Loader:
             stack[index].copy_(part)
         assert stack is not None
         return stack
+
+
+def _parts(weight: NvFp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return weight.codes, weight.scales, weight.tensor_scale

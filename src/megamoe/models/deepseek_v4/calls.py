@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which operations one checkpoint calls under one recipe, and at which sizes: from its configuration and its headers.
+
+shapes.py lists what three models call in every format they could be stored in; this file says the same of any
+checkpoint, and only of the formats it has. No tensor is read, so a model that a GPU has no kernels for is refused
+before its weights are loaded, and a kernel pack can be built on a machine that could never hold them.
+Tests compare: with shapes.py for its three models, and with the operations that a real run picks.
+
+What an operation's reference does inside (read_cache, index_scores, the quantizers of the experts) is not listed: a
+kernel does it in its own way.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Set
+
+import torch
+
+from megamoe.checkpoint.reader import CheckpointReader
+from megamoe.formats.cache_rows import RowFormat
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig, load_config
+from megamoe.models.deepseek_v4.layout import Format
+from megamoe.models.deepseek_v4.shapes import OpCall
+from megamoe.models.deepseek_v4.weights import WeightLoader
+from megamoe.models.recipe import NvFp4Arithmetic, Recipe
+
+_PLAIN = {"linear": "linear", "grouped": "grouped_linear", "experts": "experts"}
+_FP8 = {"linear": "fp8_linear", "grouped": "grouped_linear", "experts": "fp8_experts"}  # wo_a is expanded when loaded
+_NVFP4 = {
+    NvFp4Arithmetic.WEIGHT_ONLY: {
+        "linear": "nvfp4_weight_only_linear",
+        "grouped": "nvfp4_weight_only_grouped_linear",
+        "experts": "nvfp4_weight_only_experts",
+    },
+    NvFp4Arithmetic.NVFP4_ACTIVATIONS: {
+        "linear": "nvfp4_linear",
+        "grouped": "nvfp4_grouped_linear",
+        "experts": "nvfp4_experts",
+    },
+}
+
+
+def weight_ops(found: Format, recipe: Recipe) -> Mapping[str, str]:
+    """Return the operation of a linear, a grouped linear and experts whose weights are stored in a format."""
+    if recipe.dequantize_weights or found is Format.PLAIN:
+        return _PLAIN
+    return _FP8 if found is Format.FP8 else _NVFP4[recipe.nvfp4_arithmetic]
+
+
+def model_calls(
+    config: ModelConfig,
+    formats: Mapping[str, Format] | None,
+    recipe: Recipe,
+    *,
+    model: str = "checkpoint",
+    num_mtp: int = 0,
+    num_dspark: int = 0,
+) -> tuple[OpCall, ...]:
+    """Return every operation call of a model, each set of sizes once per place.
+
+    Args:
+        config: of the checkpoint.
+        formats: native name → how the weight is stored, for every weight that may be quantized; None where nobody has
+            seen the tensors, which stands for every format.
+        recipe: under which it runs.
+        model: what the calls say they belong to.
+        num_mtp: stages of a classic draft that is to be used.
+        num_dspark: stages of a DSpark draft that is to be used.
+    """
+    calls = _Calls(config, formats, recipe, model)
+    blocks = list(zip(config.layer_kinds, config.ratios, config.hash_routed, strict=True))
+    for layer, (kind, ratio, hash_routed) in enumerate(blocks):
+        calls.block(f"layers.{layer}", kind, ratio, hash_routed)
+    for stage in range(max(num_mtp, num_dspark)):
+        calls.block(f"mtp.{stage}", LayerKind.SWA, 0, False)
+    for stage in range(num_mtp):
+        calls.mtp(f"mtp.{stage}")
+    if num_dspark:
+        calls.dspark()
+    calls.head()
+    return tuple(calls.found.values())
+
+
+def checkpoint_calls(directory: str | os.PathLike[str], recipes: Iterable[Recipe]) -> tuple[OpCall, ...]:
+    """Return every operation call of a checkpoint, its draft included, under some recipes.
+
+    Args:
+        directory: with config.json, and safetensors files whose headers are read; without any, every format a weight
+            may have is assumed, and the draft that config.json names.
+        recipes: which.
+
+    Raises:
+        CheckpointError: config.json or the headers are damaged or contradict each other.
+    """
+    folder = pathlib.Path(directory)
+    config = load_config(folder)
+    formats: Mapping[str, Format] | None = None
+    num_mtp, num_dspark = (0, 1) if config.dspark is not None else (min(1, config.num_nextn_predict_layers), 0)
+    if any(folder.glob("*.safetensors")):
+        with CheckpointReader(folder) as reader:
+            loader = WeightLoader(reader, config, dequantize=False, dtype=torch.bfloat16)
+        formats, num_mtp, num_dspark = loader.formats, loader.num_mtp, loader.num_dspark
+    return tuple(
+        call
+        for recipe in recipes
+        for call in model_calls(config, formats, recipe, model=folder.name, num_mtp=num_mtp, num_dspark=num_dspark)
+    )
+
+
+class _Calls:
+    """Collects; `found` has each operation, place and sizes once, in the order of the first."""
+
+    def __init__(self, config: ModelConfig, formats: Mapping[str, Format] | None, recipe: Recipe, model: str) -> None:
+        self.config = config
+        self.formats = formats
+        self.recipe = recipe
+        self.model = model
+        self.found: dict[tuple[str, str, tuple[tuple[str, int], ...]], OpCall] = {}
+
+    def add(self, ops: str | Iterable[str], where: str, **dims: int) -> None:
+        for op in [ops] if isinstance(ops, str) else ops:
+            self.found.setdefault((op, where, tuple(dims.items())), OpCall(op, self.model, where, dims))
+
+    def stored(self, names: Iterable[str]) -> Set[Format]:
+        return set(Format) if self.formats is None else {self.formats[name] for name in names}
+
+    def weight(self, kind: str, names: Iterable[str], where: str, **dims: int) -> Set[Format]:
+        """Add the operation of a weight and return how it is stored."""
+        stored = self.stored(names)
+        self.add(dict.fromkeys(weight_ops(one, self.recipe)[kind] for one in Format if one in stored), where, **dims)
+        return stored
+
+    def quantized_input(self, where: str, stored: Set[Format], **dims: int) -> None:
+        """Add the quantization of what is multiplied by weights stored like that."""
+        ops = {weight_ops(one, self.recipe)["linear"] for one in stored}
+        if "nvfp4_linear" in ops:
+            self.add("quantize_nvfp4", where, **dims)
+        if "fp8_linear" in ops and "G" not in dims:
+            self.add("quantize_fp8_rows", where, **dims)
+
+    def block(self, prefix: str, kind: LayerKind, ratio: int, hash_routed: bool) -> None:
+        config = self.config
+        streams = {"X": config.hc_mult, "D": config.hidden_size}
+        self.add(("hyper_connection_pre_norm", "hyper_connection_post"), "hc_attn, hc_ffn", **streams)
+        self.add("rms_norm", "attn_norm, ffn_norm, norm", K=config.hidden_size)
+        read = self.attention(f"{prefix}.attn", kind, ratio)
+        read |= self.moe(f"{prefix}.ffn", hash_routed)
+        self.quantized_input("attn input, ffn input", read, K=config.hidden_size)
+
+    def attention(self, prefix: str, kind: LayerKind, ratio: int) -> Set[Format]:
+        """Add the calls of an attention layer; return how the weights that multiply its input are stored."""
+        config = self.config
+        hidden, latent, width = config.hidden_size, config.q_lora_rank, config.head_dim
+        heads, rotary = config.num_attention_heads, config.qk_rope_head_dim
+        groups, low_rank = config.o_groups, config.o_groups * config.o_lora_rank
+        read = self.weight("linear", [f"{prefix}.wq_a"], "attn.wq_a", N=latent, K=hidden)
+        read = read | self.weight("linear", [f"{prefix}.wkv"], "attn.wkv", N=width, K=hidden)
+        self.add("rms_norm", "attn.q_norm", K=latent)
+        of_latent = self.weight("linear", [f"{prefix}.wq_b"], "attn.wq_b", N=heads * width, K=latent)
+        self.add("rms_norm", "attn queries", H=heads, K=width)
+        self.add("rope", "attn queries, attn output", H=heads, C=width, R=rotary)
+        self.add("rms_norm", "attn.kv_norm", K=width)
+        self.add("rope", "attn latent", C=width, R=rotary)
+        self.rows("window latents", width, is_copied=True)
+        if kind is not LayerKind.SWA:
+            self.compressor("attn.compressor", f" (ratio {ratio})", ratio, width, kind is LayerKind.CSA)
+            self.rows("compressed latents", width)
+        if kind is LayerKind.CSA:
+            of_latent = of_latent | self.indexer(prefix, ratio)
+        window = {"H": heads, "C": width, "W": config.sliding_window}
+        where = "window only" if kind is LayerKind.SWA else f"ratio {ratio}"
+        chosen = {LayerKind.SWA: 0, LayerKind.CSA: config.index_topk}
+        num_entries = chosen[kind] if kind in chosen else config.max_position_embeddings // ratio
+        self.add("sparse_attention", f"attn ({where})", **window, J=num_entries)
+        self.quantized_input("attn.wq_b input", of_latent, K=latent)
+        sizes = {"G": groups, "N": config.o_lora_rank, "K": heads * width // groups}
+        stored = self.weight("grouped", [f"{prefix}.wo_a"], "attn.wo_a", **sizes)
+        self.quantized_input("attn.wo_a input", stored, G=groups, K=sizes["K"])
+        stored = self.weight("linear", [f"{prefix}.wo_b"], "attn.wo_b", N=hidden, K=low_rank)
+        self.quantized_input("attn.wo_b input", stored, K=low_rank)
+        return read
+
+    def rows(self, where: str, width: int, *, is_copied: bool = False) -> None:
+        """Add the calls on rows of a cache; rings are copied at page boundaries, entries lie in shared pages."""
+        self.add(("write_cache", "copy_cache") if is_copied else "write_cache", where, width=width)
+
+    def compressor(self, name: str, suffix: str, ratio: int, channels: int, overlap: bool) -> None:
+        width = channels * (2 if overlap else 1)
+        is_index = name == "attn.indexer.compressor"
+        self.add("linear", f"{name}.wkv{suffix}", N=width, K=self.config.hidden_size)
+        raw = "index compressor rows" if is_index else f"compressor rows{suffix}"
+        self.rows(raw, 2 * width, is_copied=overlap)
+        self.add("compress_kv", f"{name}{suffix}", ratio=ratio, coff=2 if overlap else 1, D=channels)
+
+    def indexer(self, prefix: str, ratio: int) -> Set[Format]:
+        config, recipe = self.config, self.recipe
+        heads, width = config.index_n_heads, config.index_head_dim
+        self.compressor("attn.indexer.compressor", "", ratio, width, True)
+        self.rows("index keys", width)
+        sizes = {"N": heads * width, "K": config.q_lora_rank}
+        stored = self.weight("linear", [f"{prefix}.indexer.wq_b"], "attn.indexer.wq_b", **sizes)
+        self.add("rope", "attn.indexer queries", H=heads, C=width, R=config.qk_rope_head_dim)
+        self.add("linear", "attn.indexer.weights_proj", N=heads, K=config.hidden_size)
+        if recipe.index_hadamard:
+            self.add("hadamard", "attn.indexer keys", n=width)
+            self.add("hadamard", "attn.indexer queries", Hi=heads, n=width)
+        if recipe.index_key_format is RowFormat.INDEX_FP4:
+            self.add("quantize_mxfp4", "attn.indexer queries", Hi=heads, K=width)
+        elif recipe.index_key_format is RowFormat.INDEX_FP8:
+            self.add("quantize_fp8_rows", "attn.indexer queries", Hi=heads, K=width)
+        self.add("index_topk", "attn.indexer", Hi=heads, K=width, top_k=config.index_topk)
+        return stored
+
+    def moe(self, prefix: str, hash_routed: bool) -> Set[Format]:
+        """Add the calls of a mixture of experts; return how the shared weights that multiply its input are stored."""
+        config = self.config
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        experts, active = config.n_routed_experts, config.num_experts_per_tok
+        if hash_routed:
+            self.add("route_experts", "ffn.gate (hash)", V=config.vocab_size, E=experts, D=hidden, A=active)
+        else:
+            self.add("route_experts", "ffn.gate", E=experts, D=hidden, A=active)
+        names = (f"{prefix}.experts.{expert}.{part}" for expert in range(experts) for part in ("w1", "w2", "w3"))
+        self.weight("experts", names, "ffn.experts", E=experts, A=active, D=hidden, F=inner)
+        shared = f"{prefix}.shared_experts"
+        both = [f"{shared}.w1", f"{shared}.w3"]
+        read = self.weight("linear", both, "ffn.shared_experts.w1", N=inner, K=hidden)
+        self.add("clamped_swiglu", "ffn.shared_experts", F=inner)
+        stored = self.weight("linear", [f"{shared}.w2"], "ffn.shared_experts.w2", N=hidden, K=inner)
+        self.quantized_input("ffn.w2 input", stored, K=inner)
+        return read
+
+    def head(self) -> None:
+        config = self.config
+        self.add("hyper_connection_head", "hc_head", X=config.hc_mult, D=config.hidden_size)
+        self.add("rms_norm", "attn_norm, ffn_norm, norm", K=config.hidden_size)
+        self.add("linear", "head", N=config.vocab_size, K=config.hidden_size)
+        self.add(("sample", "penalize", "token_logprobs"), "logits", V=config.vocab_size)
+
+    def mtp(self, prefix: str) -> None:
+        hidden = self.config.hidden_size
+        self.add("rms_norm", "mtp.hnorm", X=self.config.hc_mult, K=hidden)
+        stored = self.weight("linear", [f"{prefix}.e_proj", f"{prefix}.h_proj"], "mtp.e_proj", N=hidden, K=hidden)
+        self.quantized_input("attn input, ffn input", stored, K=hidden)
+
+    def dspark(self) -> None:
+        config, shape = self.config, self.config.dspark
+        assert shape is not None
+        hidden, width = config.hidden_size, len(shape.target_layer_ids) * config.hidden_size
+        stored = self.weight("linear", ["mtp.0.main_proj"], "mtp.main_proj", N=hidden, K=width)
+        self.quantized_input("mtp.main_proj input", stored, K=width)
+        sizes = {"H": config.num_attention_heads, "C": config.head_dim, "W": config.sliding_window}
+        self.add("sparse_attention", "attn (DSpark block)", **sizes, J=shape.block_size)
+        self.add("linear", "mtp.markov_head.markov_w2", N=config.vocab_size, K=shape.markov_rank)
+        self.add("linear", "mtp.confidence_head.proj", N=1, K=hidden + shape.markov_rank)
+
+
+def pairs(calls: Iterable[OpCall]) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """Yield (operation, sizes), as ops/dispatch.py takes them."""
+    return ((call.op, call.dims) for call in calls)

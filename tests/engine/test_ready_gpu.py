@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a GPU: a model is refused by the names of what has no kernel; with those operations lent, it gets ready and runs.
+
+No whole model has all its kernels yet. Here the missing operations are lent their references, run by torch on the GPU,
+so that everything else is what it will be: kernels from the pack or the compiler, weights in the kernels' order, every
+bucket, the seal, and steps of an engine after it. What was lent is printed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pathlib
+import sys
+import time
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import megamoe
+import megamoe.ops
+from megamoe.checkpoint import write_safetensors
+from megamoe.engine.config import EngineConfig
+from megamoe.engine.engine import Engine
+from megamoe.engine.sampling_params import SamplingParams
+from megamoe.engine.warm_up import explain, warm_up
+from megamoe.formats.fragment_layout import CodeLayout
+from megamoe.kernels import KERNELS
+from megamoe.kernels.compile import Request
+from megamoe.kernels.plan import module_for
+from megamoe.kernels.portable import rms_norm
+from megamoe.kernels.store import SealedError, store_for, target_of
+from megamoe.models.deepseek_v4.config import parse_config
+from megamoe.models.deepseek_v4.inventory import Role, inventory
+from megamoe.models.deepseek_v4.model import Model
+from megamoe.models.deepseek_v4.shapes import op_calls
+from megamoe.models.load import load
+from megamoe.ops import dispatch
+from megamoe.verify.inputs import INPUTS, parts
+
+from ..models.deepseek_v4.checkpoints import CONFIG, encode
+
+pytestmark = pytest.mark.gpu
+
+# The sizes of the bundled model, with fewer words: its kernels are those of `megamoe compile --model tiny`.
+SMALL: dict[str, Any] = {
+    **CONFIG,
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 128,
+    "o_lora_rank": 64,
+    "sliding_window": 128,
+    "max_position_embeddings": 2048,
+    "index_head_dim": 128,
+    "index_topk": 64,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 8,
+}
+
+REFERENCES = {
+    "linear": "linear.reference",
+    "grouped_linear": "grouped_linear.reference",
+    "nvfp4_grouped_linear": "grouped_linear.reference_nvfp4",
+    "nvfp4_weight_only_grouped_linear": "grouped_linear.reference",
+    "nvfp4_experts": "nvfp4_experts.reference",
+    "rope": "rope.reference",
+    "hadamard": "hadamard.reference",
+    "quantize_mxfp4": "quantize.reference_mxfp4",
+    "write_cache": "write_cache.reference",
+    "copy_cache": "copy_cache.reference",
+    "compress_kv": "compress_kv.reference",
+    "index_topk": "index_topk.reference",
+    "sparse_attention": "sparse_attention.reference",
+    "sample": "sample.reference",
+    "penalize": "penalize.reference",
+    "token_logprobs": "token_logprobs.reference",
+}
+PACK = os.environ.get("MEGAMOE_TEST_PACK")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A checkpoint of random weights, all of its linears in NVFP4."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    generator = torch.Generator().manual_seed(5)
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in inventory(parse_config(SMALL), num_mtp=1):
+        if entry.role is Role.TABLE:
+            tensors[entry.name] = torch.randint(SMALL["n_routed_experts"], entry.shape, generator=generator)
+            continue
+        values = torch.randn(entry.shape, generator=generator) * entry.shape[-1] ** -0.5
+        if entry.role in (Role.LINEAR, Role.EXPERT):
+            leaves, _ = encode(values.bfloat16(), "nvfp4")
+            tensors.update({f"{entry.name}.{leaf}": tensor for leaf, tensor in leaves.items()})
+        elif entry.name.endswith("norm.weight"):
+            tensors[entry.name] = (1.0 + values).bfloat16()
+        else:
+            tensors[entry.name] = values.bfloat16() if entry.role is Role.PLAIN else values
+    write_safetensors(directory / "model.safetensors", tensors)
+    (directory / "config.json").write_text(json.dumps(SMALL))
+    return directory
+
+
+@pytest.fixture
+def sealed_no_longer() -> Iterator[None]:
+    """Open the process's store again after a test that seals it."""
+    yield
+    store_for(target_of(torch.device("cuda"))).reopen()
+
+
+@pytest.fixture
+def lent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give operations without a kernel for this GPU their references as kernels; return which."""
+    target = target_of(torch.device("cuda"))
+    missing = [op for op in REFERENCES if module_for(op, target) is None]
+    for op in missing:
+        file, _, name = REFERENCES[op].partition(".")
+        module = types.ModuleType(f"megamoe_lent_{op}")
+        module.run = _lend(getattr(importlib.import_module(f"megamoe.ops.{file}"), name))  # type: ignore[attr-defined]
+        module.configs = lambda dims: ()  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(KERNELS, op, {target.rstrip("a"): module.__name__})
+    print(f"lent by torch: {', '.join(missing) or 'nothing'}")
+    return missing
+
+
+def _lend(reference: Any) -> Any:
+    def run(*arguments: Any) -> Any:
+        with megamoe.ops.use("reference"):
+            return reference(*arguments)
+
+    return run
+
+
+def test_a_model_without_all_its_kernels_is_refused_in_seconds(checkpoint: pathlib.Path) -> None:
+    target = target_of(torch.device("cuda"))
+    missing = [op for op in REFERENCES if module_for(op, target) is None and not op.startswith("nvfp4_exp")]
+    if "sparse_attention" not in missing:
+        pytest.skip("every operation of a whole model has a kernel here")
+    start = time.perf_counter()
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(NotImplementedError, match="operations it calls have no kernel") as error:
+        load(checkpoint, device="cuda", pack=PACK)
+    print(f"refused in {time.perf_counter() - start:.2f} s: {error.value}")
+    assert "sparse_attention" in str(error.value) and "device='cpu'" in str(error.value)
+    assert torch.cuda.memory_allocated() == before
+
+
+def generate(engine: Engine) -> dict[str, list[int]]:
+    """Return the tokens of a few requests that run together."""
+    tokens: dict[str, list[int]] = {}
+    for index, size in enumerate((1, 5, 40, 300)):
+        ids = [(31 * at + 7 * index) % SMALL["vocab_size"] for at in range(size)]
+        tokens[str(index)] = []
+        engine.add(str(index), ids, SamplingParams(max_tokens=8, ignore_eos=True))
+    while engine.has_work():
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+    return tokens
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "w4a4"])
+def test_a_model_gets_ready_is_sealed_and_runs(
+    recipe: str, checkpoint: pathlib.Path, lent: list[str], sealed_no_longer: None
+) -> None:
+    start = time.perf_counter()
+    model = load(checkpoint, recipe=recipe, device="cuda", pack=PACK)
+    assert isinstance(model, Model) and model.weights.num_relaid > 50
+    assert model.weights.blocks[0].attention.wq_a.code_layout is CodeLayout.FRAGMENT_16X64  # type: ignore[union-attr]
+    loaded = time.perf_counter() - start
+    config = EngineConfig(max_sequences=4, max_step_tokens=256, num_pages=24, speculative_tokens=1)
+    engine = Engine(model, config)
+    seconds = warm_up(engine)
+    store = store_for(target_of(model.device))
+    assert store.sealed
+    reserved, kernels = torch.cuda.memory_reserved(), len(store.ledger)
+    first = generate(engine)
+    second = generate(engine)  # finds prefixes of the first
+    assert first == second and all(len(one) == 8 for one in first.values())
+    assert len(store.ledger) == kernels
+    print(f"{recipe}: loaded in {loaded:.2f} s, ready after {seconds:.2f} s more; {kernels} kernels")
+    print(f"memory reserved before and after traffic: {reserved} {torch.cuda.memory_reserved()}")
+    print(explain(model).splitlines()[-2:])
+    other = Request.of(rms_norm.__name__, rms_norm.Config(24, "f32", None, "f32"))
+    with pytest.raises(SealedError, match=r"rms_norm\[width=24"):
+        store.get(other)
+    ids = torch.arange(3, 200) % SMALL["vocab_size"]
+    got = model.logits(ids).cpu()
+    want = load(checkpoint, recipe=recipe).logits(ids)
+    cosine = torch.nn.functional.cosine_similarity(got.double(), want.double(), dim=-1)
+    # Random gates leave experts close together: where one is swapped a token's logits are others, in both precisions.
+    print(f"logits beside the CPU's: cosine {float(cosine.min()):.6f} at worst, {float(cosine.median()):.6f} mostly")
+    assert bool(got.isfinite().all()) and float(cosine.median()) > 0.95
+
+
+def test_sealed_operations_are_captured_and_replayed(sealed_no_longer: None) -> None:
+    """All operations that have kernels, at the bundled model's sizes: warm up, run, seal, capture, change, replay."""
+    device = torch.device("cuda")
+    calls = [call for call in op_calls("tiny") if call.op in KERNELS and call.op in INPUTS]
+    dispatch.prepare([(one.op, one.dims) for one in calls], device, what="tiny", pack=PACK and pathlib.Path(PACK))
+    first_of_op = {call.op: call for call in reversed(calls)}
+    made = []
+    for op, call in first_of_op.items():
+        for inputs in INPUTS[op]:
+            arguments, other = (inputs.make(call.dims, 9, torch.Generator("cuda").manual_seed(seed)) for seed in (1, 2))
+            inputs.door(**arguments)
+            made.append((op, inputs, arguments, other))
+    dispatch.seal(device)
+    kernels = len(store_for(target_of(device)).ledger)
+    for op, inputs, arguments, other in made:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = inputs.door(**arguments)
+        wanted = inputs.door(**{**arguments, **{name: other[name] for name in _tensors(arguments)}})
+        for name in _tensors(arguments):
+            arguments[name].copy_(other[name])
+        graph.replay()
+        torch.cuda.synchronize()
+        for name, part in parts(wanted).items():
+            assert torch.equal(_bytes(part), _bytes(parts(got)[name])), f"{op}: {name} of a replay differs from a call"
+    assert len(store_for(target_of(device)).ledger) == kernels
+    print(f"{len(made)} ways of calling {len(first_of_op)} operations captured after the seal and replayed")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _tensors(arguments: dict[str, Any]) -> list[str]:
+    return [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
