@@ -180,8 +180,6 @@ def layers(bandwidth: float) -> list[dict[str, object]]:
                 calls = [functools.partial(layer, x, v) for x, v in zip(xs, shared, strict=True)]
                 name = f"V4-Flash layer, shared expert {what}"
                 rows.append(row(door.__name__, name, num_tokens, graph_us(calls, 9), num_bytes, bandwidth, None))
-    del weights, shared
-    torch.cuda.empty_cache()
     return rows
 
 

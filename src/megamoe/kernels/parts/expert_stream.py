@@ -6,11 +6,11 @@
     down           w2 h, stored at the pair's place
     sum_slots      slots added in ascending order, then the shared output
 
-The shared expert, where its weights are given, is one more expert that every token visits with weight 1: its passes come
-last, and its h is made of gate and up rounded to bf16, as if two linears had computed them.
+The shared expert, where its weights are given, is one more expert that every token visits with weight 1: its passes
+come last, and its h is made of gate and up rounded to bf16, as if two linears had computed them.
 
-A unit of work is one pass and a tile of 16 rows, or a few tiles; blocks get contiguous runs of units, so that most blocks
-stay within one or two experts and load tokens once or twice, and the last units go to whichever block is free.
+A unit of work is one pass and a tile of 16 rows, or a few tiles; blocks get contiguous runs of units, so that most
+blocks stay within one or two experts and load tokens once or twice, and the last units go to whichever block is free.
 """
 
 from __future__ import annotations

@@ -347,9 +347,9 @@ class ExpertStream:
         address = self.pass_base + Int64(index) * (PASS_FIELDS * 4)
         return load_global_int(address), load_global_int(address + 4), load_global_int(address + 8)
 
-    # The queue: which units the block has in this and the coming turns, in shared memory; thread 0 extends it. First come
-    # the units of a contiguous run of the block's own, then chunks from the pool, which all blocks take from as they
-    # become free: multiprocessors do not get the same bandwidth. Who computes a unit changes no bit of it.
+    # The queue: which units the block has in this and the coming turns, in shared memory; thread 0 extends it. First
+    # come the units of a contiguous run of the block's own, then chunks from the pool, which all blocks take from as
+    # they become free: multiprocessors do not get the same bandwidth. Who computes a unit changes no bit of it.
 
     @cute.jit
     def start_queue(self, begin: Int32, end: Int32):
