@@ -6,7 +6,12 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import dataclasses
+import functools
 import importlib.metadata
+import os
 import pathlib
 import re
 import subprocess
@@ -133,15 +138,33 @@ def planned(target: str) -> list[Request]:
     return requests
 
 
-@pytest.fixture(scope="module", params=["sm90a", "sm100a"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Built]]:
-    directory = tmp_path_factory.mktemp(request.param)
-    requests = planned(request.param)
-    result = compile_objects(requests, request.param, directory, keep_code=True)
-    assert [one.request for one in result] == requests
-    return request.param, result
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """What was read of one object.
+
+    Attributes:
+        request, path: which kernel, and its library.
+        ptx: its PTX.
+        ptx_names: instructions of the PTX.
+        divergent: whole-warp instructions that only some lanes reach.
+        sass: instructions of the SASS, counted.
+        usage: REG, STACK, SHARED and LOCAL of `cuobjdump -res-usage`.
+    """
+
+    request: Request
+    path: pathlib.Path
+    ptx: pathlib.Path
+    ptx_names: frozenset[str]
+    divergent: list[str]
+    sass: collections.Counter[str]
+    usage: dict[str, int]
+
+    def count(self, prefix: str) -> int:
+        """Return how many SASS instructions start like this."""
+        return sum(number for name, number in self.sass.items() if name.startswith(prefix))
 
 
+@functools.cache
 def tool(name: str) -> str:
     """Return the path of a binary of NVIDIA's wheel."""
     distribution = importlib.metadata.distribution(f"nvidia-cuda-{name}")
@@ -149,98 +172,110 @@ def tool(name: str) -> str:
     return str(distribution.locate_file(path))
 
 
-def sass_of(cubin: pathlib.Path) -> list[str]:
-    text = subprocess.run([tool("nvdisasm"), str(cubin)], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+def printed(name: str, *arguments: str) -> str:
+    return subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def test_everything_compiles_for_its_target(built: tuple[str, list[Built]]) -> None:
+def read(one: Built) -> Code:
+    assert one.ptx is not None and one.cubin is not None
+    text = one.ptx.read_text()
+    sass = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", printed("nvdisasm", str(one.cubin)))
+    usage = printed("cuobjdump", "-res-usage", str(one.cubin))
+    return Code(
+        request=one.request,
+        path=one.path,
+        ptx=one.ptx,
+        ptx_names=frozenset(instructions(text)),
+        divergent=divergent_whole_warp_instructions(text),
+        sass=collections.Counter(sass),
+        usage={name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)},
+    )
+
+
+@pytest.fixture(scope="module", params=["sm90a", "sm100a"])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Code]]:
+    directory = tmp_path_factory.mktemp(request.param)
+    requests = planned(request.param)
+    result = compile_objects(requests, request.param, directory, keep_code=True)
+    assert [one.request for one in result] == requests
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
+        return request.param, list(pool.map(read, result, chunksize=8))
+
+
+def test_everything_compiles_for_its_target(built: tuple[str, list[Code]]) -> None:
     target, kernels = built
     for one in kernels:
         assert f".target {TARGETS[target]}" in one.ptx.read_text(), one.request
         assert one.path.stat().st_size < 200_000
 
 
-def test_ptx_holds_what_it_must(built: tuple[str, list[Built]]) -> None:
+def test_ptx_holds_what_it_must(built: tuple[str, list[Code]]) -> None:
     for one in built[1]:
         text = one.ptx.read_text()
-        names = set(instructions(text))
         for wanted in PTX_WANTED.get(one.request.module, []):
             if wanted == "rcp.rn.f32" and ("x", "f32") in one.request.values:
                 continue  # values of 24 bits are divided
-            assert any(name.startswith(wanted) for name in names) or wanted in text, (str(one.request), wanted)
+            found = any(name.startswith(wanted) for name in one.ptx_names)
+            assert found or wanted in text, (str(one.request), wanted)
         for forbidden in PTX_FORBIDDEN.get(one.request.module, []):
-            assert not any(name.startswith(forbidden) for name in names), (str(one.request), forbidden)
+            assert not any(name.startswith(forbidden) for name in one.ptx_names), (str(one.request), forbidden)
 
 
-def test_no_lane_waits_alone(built: tuple[str, list[Built]]) -> None:
+def test_no_lane_waits_alone(built: tuple[str, list[Code]]) -> None:
     for one in built[1]:
-        assert divergent_whole_warp_instructions(one.ptx.read_text()) == [], str(one.request)
+        assert one.divergent == [], str(one.request)
 
 
-def test_sass_has_wide_accesses_and_no_spills(built: tuple[str, list[Built]]) -> None:
+def test_sass_has_wide_accesses_and_no_spills(built: tuple[str, list[Code]]) -> None:
     for one in built[1]:
-        names = sass_of(one.cubin)
-        assert len(names) > 40
-        spills = [name for name in names if name.startswith(("LDL", "STL"))]
-        assert len(spills) <= SPILLS_ALLOWED.get(one.request.module, 0), str(one.request)
+        assert one.sass.total() > 40
+        spills = one.count("LDL") + one.count("STL")
+        assert spills <= SPILLS_ALLOWED.get(one.request.module, 0), str(one.request)
         for wanted in SASS_WANTED.get(one.request.module, []):
-            assert any(name.startswith(wanted) for name in names), (str(one.request), wanted)
+            assert one.count(wanted), (str(one.request), wanted)
 
 
-def test_products_are_issued_without_waits_between_them(built: tuple[str, list[Built]]) -> None:
+def test_products_are_issued_without_waits_between_them(built: tuple[str, list[Code]]) -> None:
     """Where registers run short, the compiler waits after every wgmma: right, and half as fast."""
     for one in built[1]:
         if one.request.module == "parts.expert_tiles":
-            waits = [name for name in sass_of(one.cubin) if name.startswith("WARPGROUP.DEPBAR")]
-            assert len(waits) <= 4, str(one.request)  # one for each set of registers, and the end; else 16
+            assert one.count("WARPGROUP.DEPBAR") <= 4, str(one.request)  # for each set of registers, the end; else 16
 
 
-def test_wgmma_instructions_overlap(built: tuple[str, list[Built]]) -> None:
+def test_wgmma_instructions_overlap(built: tuple[str, list[Code]]) -> None:
     """Where the compiler cannot see that sums stay in place between instructions, it waits after every single one."""
-    for one in (one for one in built[1] if one.request.module == "parts.weight_tiles"):
-        names = sass_of(one.cubin)
-        products, groups = (sum(name.startswith(start) for name in names) for start in ("HGMMA", "WARPGROUP.ARRIVE"))
-        assert products >= 4 * groups, str(one.request)
-
-
-def test_resources_are_within_limits(built: tuple[str, list[Built]]) -> None:
     for one in built[1]:
-        usage = subprocess.run(
-            [tool("cuobjdump"), "-res-usage", str(one.cubin)], capture_output=True, text=True, check=True
-        ).stdout
-        numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        if one.request.module == "parts.weight_tiles":
+            assert one.count("HGMMA") >= 4 * one.count("WARPGROUP.ARRIVE"), str(one.request)
+
+
+def test_resources_are_within_limits(built: tuple[str, list[Code]]) -> None:
+    for one in built[1]:
         allowed = 8 * SPILLS_ALLOWED.get(one.request.module, 0)
-        assert max(numbers["STACK"], numbers["LOCAL"]) <= allowed, str(one.request)
-        assert numbers["REG"] <= 255
+        assert max(one.usage["STACK"], one.usage["LOCAL"]) <= allowed, str(one.request)
+        assert one.usage["REG"] <= 255
         config = one.request.config()
-        assert numbers["SHARED"] + getattr(config, "shared_bytes", 0) <= SHARED_LIMIT
+        assert one.usage["SHARED"] + getattr(config, "shared_bytes", 0) <= SHARED_LIMIT
 
 
-def test_a_block_of_the_collapsing_kernel_fits_a_multiprocessor(built: tuple[str, list[Built]]) -> None:
+def test_a_block_of_the_collapsing_kernel_fits_a_multiprocessor(built: tuple[str, list[Code]]) -> None:
     """hyper_connection_pre: two groups of 8 warps hold a tile each; with more than 128 registers one would be left."""
     kernels = [one for one in built[1] if one.request.module == "portable.hyper_connection_pre"]
     assert kernels
     for one in kernels:
-        usage = subprocess.run(
-            [tool("cuobjdump"), "-res-usage", str(one.cubin)], capture_output=True, text=True, check=True
-        ).stdout
         config = one.request.config()
-        assert int(re.findall(r"REG:(\d+)", usage)[0]) * 32 * config.warps * config.groups <= 65536
+        assert one.usage["REG"] * 32 * config.warps * config.groups <= 65536
 
 
-def test_two_streaming_linears_share_a_multiprocessor(built: tuple[str, list[Built]]) -> None:
+def test_two_streaming_linears_share_a_multiprocessor(built: tuple[str, list[Code]]) -> None:
     """A launch fills its rings while the one before is still there: registers and shared memory of a half, or all."""
-    kernels = [one for one in built[1] if one.request.module == "parts.linear_stream"]
-    for one in kernels:
-        usage = subprocess.run(
-            [tool("cuobjdump"), "-res-usage", str(one.cubin)], capture_output=True, text=True, check=True
-        ).stdout
-        plan = one.request.config().plan
-        assert int(re.findall(r"REG:(\d+)", usage)[0]) * plan.threads * plan.blocks_per_multiprocessor <= 65536
+    for one in built[1]:
+        if one.request.module == "parts.linear_stream":
+            plan = one.request.config().plan
+            assert one.usage["REG"] * plan.threads * plan.blocks_per_multiprocessor <= 65536
 
 
-def test_objects_load_without_a_gpu_and_check_their_arguments(built: tuple[str, list[Built]]) -> None:
+def test_objects_load_without_a_gpu_and_check_their_arguments(built: tuple[str, list[Code]]) -> None:
     """F6: dtype, shape and device are checked at every launch, by the object itself."""
     import torch
 
