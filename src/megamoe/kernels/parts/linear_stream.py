@@ -335,7 +335,9 @@ def stream_limit(num_rows: int) -> int:
     From the measured crossover (benchmarks/h100/matrix_kernels.csv). Both paths have the operation's meaning, with sums
     in another order, so this number is where the last bits may change: a function of N alone.
     """
-    return 4 * PASS_TOKENS if num_rows <= 8192 else 2 * PASS_TOKENS
+    if num_rows <= 2048:
+        return 4 * PASS_TOKENS
+    return 2 * PASS_TOKENS if num_rows <= 4096 else PASS_TOKENS
 
 
 def stream_keys(num_rows: int, num_columns: int, x: str, out: str) -> list[Config]:
