@@ -271,7 +271,10 @@ def _linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator
     if generator.device.type == "cpu":
         num_rows = min(num_rows, MOST_ROWS)
     x = _finite_squares(activations(generator, num_tokens, width))
-    return {"x": x, "w": scaled(generator, num_rows, width, scale=width**-0.5).bfloat16()}
+    w = scaled(generator, num_rows, width, scale=width**-0.5).bfloat16()
+    if num_rows == 1:  # a token's only output: terms of both signs can cancel, and no error relative to it is defined
+        w = w.abs()
+    return {"x": x, "w": w}
 
 
 def _linear_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
