@@ -200,7 +200,7 @@ def test_a_model_gets_ready_is_sealed_and_runs(
 
 
 def test_sealed_operations_are_captured_and_replayed(sealed_no_longer: None) -> None:
-    """All operations that have kernels, at the bundled model's sizes: warm up, run, seal, capture, change, replay."""
+    """F12: operations that have kernels, at the bundled model's sizes: warm up, run, seal, capture, change, replay."""
     device = torch.device("cuda")
     calls = [call for call in op_calls("tiny") if call.op in KERNELS and call.op in INPUTS]
     dispatch.prepare([(one.op, one.dims) for one in calls], device, what="tiny", pack=PACK and pathlib.Path(PACK))
