@@ -271,13 +271,14 @@ def test_compile_keys_cover_every_number_of_tokens() -> None:
             assert set(stream_configs(1536, num_tokens, "bf16", "bf16")) <= keys
 
 
+@pytest.mark.parametrize("x_name", ["bf16", "nvfp4"])
 @pytest.mark.parametrize("dims", EXPERTS, ids=lambda dims: f"E{dims['E']} D{dims['D']}")
-def test_expert_keys_cover_every_number_of_tokens(dims: dict[str, int]) -> None:
+def test_expert_keys_cover_every_number_of_tokens(dims: dict[str, int], x_name: str) -> None:
     num_experts, width, inner_size, num_slots = dims["E"], dims["D"], dims["F"], dims["A"]
-    keys = expert_stream.expert_keys(num_experts, width, inner_size, num_slots, "bf16", "bf16")
+    keys = expert_stream.expert_keys(num_experts, width, inner_size, num_slots, x_name, "bf16")
     sorted_by = {key.tokens_per_pass for key in keys if isinstance(key, sort_pairs.Config)}
     for num_tokens in (1, 8, 64, 512, 4096):
-        assert expert_stream.tiles_for(width, inner_size, num_tokens * num_slots, num_experts) * 8 in sorted_by
+        assert expert_stream.tiles_for(width, inner_size, num_tokens * num_slots, num_experts, x_name) * 8 in sorted_by
     for key in keys:
         if isinstance(key, expert_stream.Config):
             assert key.plan.is_possible() and key.shared_bytes <= SHARED_BYTES
@@ -363,7 +364,7 @@ def test_activations_that_are_not_taken() -> None:
 def test_sizes_that_no_plan_fits() -> None:
     assert not StreamPlan(MAX_COLUMNS + 64, 1, 1).is_possible()
     with pytest.raises(NotImplementedError, match="multiples of 64 up to 8192; got 16384 and 2048"):
-        expert_stream.tiles_for(16384, 2048, 6, 8)
+        expert_stream.tiles_for(16384, 2048, 6, 8, "bf16")
     with pytest.raises(NotImplementedError, match="at most 512 experts on a GPU; got 513"):
         sort_pairs.sort_pairs("nvfp4_weight_only_experts", torch.zeros(1, 1, dtype=torch.int64), 513, 8)
 

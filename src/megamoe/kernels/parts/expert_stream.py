@@ -29,6 +29,7 @@ from megamoe.kernels.parts.weight_stream import SHARED_BYTES, TOKENS_PER_TILE, S
 from megamoe.kernels.store import kernel
 
 MAX_TILES = 2  # three leave the rings too little shared memory
+WIDEST_TWO_NVFP4 = 4096  # columns; two tiles of wider NVFP4 tokens do not fit the registers while they are arranged
 BLOCK_UNITS = 2  # in a ring that the block fills; a power of 2
 POOL_PERCENT = 10  # of the units, for blocks that are free before others
 POOL_CHUNK = 4
@@ -130,14 +131,15 @@ def _plan(step: str, num_columns: int, num_tiles: int) -> StreamPlan:
     return StreamPlan(num_columns, 1, num_tiles, 2 if num_columns <= 2048 else 1)
 
 
-def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: int) -> int:
-    """Return the token tiles of a pass: enough for most experts of an even routing, where shared memory allows.
+def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: int, x_name: str) -> int:
+    """Return the token tiles of a pass: enough for most experts of an even routing, where memory allows.
 
     An expert with more pairs is streamed again for the rest. The number decides no result, only how often.
     """
     mean = num_pairs / num_experts
     likely = mean + 3.0 * mean**0.5
-    wanted = min(MAX_TILES, max(1, -(-int(likely) // TOKENS_PER_TILE)))
+    most = 1 if x_name == "nvfp4" and max(num_columns, inner_size) > WIDEST_TWO_NVFP4 else MAX_TILES
+    wanted = min(most, max(1, -(-int(likely) // TOKENS_PER_TILE)))
     for num_tiles in range(wanted, 0, -1):
         plans = (_plan("gate_up", num_columns, num_tiles), _plan("down", inner_size, num_tiles))
         if all(plan.is_possible() and plan.shared_bytes + QUEUE_BYTES <= SHARED_BYTES for plan in plans):
@@ -159,7 +161,8 @@ def expert_keys(
         hidden_name: dtype that gate_up stores.
     """
     keys: list[Any] = []
-    for num_tiles in range(1, tiles_for(width, inner_size, MAX_TILES * TOKENS_PER_TILE * num_experts, num_experts) + 1):
+    many_pairs = MAX_TILES * TOKENS_PER_TILE * num_experts
+    for num_tiles in range(1, tiles_for(width, inner_size, many_pairs, num_experts, x_name) + 1):
         keys += [
             sort_pairs.Config(num_experts, num_tiles * TOKENS_PER_TILE),
             Config("gate_up", inner_size, width, num_slots, num_tiles, x_name, hidden_name),

@@ -93,7 +93,7 @@ def _stream(
     """Stream the weights of the chosen experts past their tokens."""
     (w1, w3, w2), (v1, v3, v2) = weights, shared_weights or (None, None, None)
     (num_experts, inner_size, width), num_slots, num_pairs = w1.shape, expert_ids.shape[1], expert_ids.numel()
-    num_tiles = tiles_for(width, inner_size, num_pairs, num_experts)
+    num_tiles = tiles_for(width, inner_size, num_pairs, num_experts, "bf16")
     pairs = sort_pairs(op, expert_ids.contiguous(), num_experts, num_tiles * TOKENS_PER_TILE, v1 is not None)
     hidden = torch.empty(pairs.order.shape[0], inner_size, dtype=torch.bfloat16, device=x.device)
     gate_up(
