@@ -96,6 +96,7 @@ class Setup:
         spare: bytes between blocks.
         seed: of the order of blocks.
         nobody: what is in the tokens that are nobody's.
+        drafts: tokens that are tried after every single token of a request and all rejected.
     """
 
     area: str = "never"
@@ -106,6 +107,7 @@ class Setup:
     spare: int = 0
     seed: int = 0
     nobody: float = 0.0
+    drafts: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,18 +166,26 @@ class Layer:
         pools = self.pools(setup, window, state, index_state, entries, tokens_per_page)
         kinds = EntryTables(self.ratio, state, entries), EntryTables(self.ratio, index_state, entries)
         starts, outputs = [0] * REQUESTS, [[torch.empty(0, HEADS, self.recipe.width)] for _ in range(REQUESTS)]
-        for parts in steps:
-            in_rings = setup.area == "never" or (setup.area == "long" and max(count for _, count in parts) <= 1)
+        for certain in steps:
+            parts = [self.with_drafts(part, starts, setup) for part in certain]
+            longest = max(count for _, count in parts)
+            in_rings = setup.area == "never" or (setup.area == "long" and longest <= 1 + setup.drafts)
             y = self.step(parts, starts, pools, window, kinds, in_rings, setup, faults, tokens_per_page)
             first = 0
-            for request, count in parts:
+            for (request, count), (_, num_certain) in zip(parts, certain, strict=True):
                 if request >= 0:
-                    outputs[request].append(y[first : first + count])
-                    starts[request] += count
+                    outputs[request].append(y[first : first + num_certain])
+                    starts[request] += num_certain
                 else:
                     assert not bool(y[first : first + count].any())
                 first += count
         return [torch.cat(one) for one in outputs], pools
+
+    def with_drafts(self, part: Part, starts: list[int], setup: Setup) -> Part:
+        request, count = part
+        if request < 0 or count > 1:
+            return part
+        return request, count + min(setup.drafts, self.num_tokens - starts[request] - count)
 
     def ring(self, setup: Setup, capacity: int) -> RowTables:
         if setup.blocks is None:
@@ -215,6 +225,9 @@ class Layer:
         step = step_of(*((request, starts[request] if request >= 0 else 0, count) for request, count in parts))
         is_decode = all(count == 1 for _, count in parts)
         num_tokens, is_nobody = step.positions.shape[0], step.requests < 0
+        is_draft = torch.tensor(
+            [0 < idx <= n - 1 <= setup.drafts for _, n in parts for idx in range(n)], dtype=torch.bool
+        )
         slots = StepSlots.empty(num_tokens, 2, torch.device("cpu"))
         plan_slots(step.tokens, window, kinds, slots, in_rings=in_rings)
         main, index = slots.entries
@@ -223,6 +236,7 @@ class Layer:
         def here(of_tokens: torch.Tensor) -> torch.Tensor:
             rows = of_tokens[step.requests.long(), step.positions]
             rows[is_nobody] = setup.nobody
+            rows[is_draft] = -rows[is_draft]  # tokens that will turn out to be others
             return rows
 
         if faults.write_window_in_decode or not is_decode:
@@ -414,6 +428,20 @@ def test_nobody_changes_nobodys_bits(recipe, setup):
     for content in (1e4, -3.0):
         outputs, others = layer(recipe).steps(padded, dataclasses.replace(setup, nobody=content))
         assert same(outputs, expected) and same_bytes(pools, others) == []
+
+
+@RECIPES
+@pytest.mark.parametrize("drafts, blocks", [(1, None), (4, 3)])
+def test_rejected_drafts_leave_nothing_behind(recipe, drafts, blocks):
+    """Rings with room for a token and its drafts: rows and entries of rejected tokens are never read."""
+    setup = Setup(area="long", ring_tokens=1 + drafts, drafts=drafts, blocks=blocks)
+    assert torch.equal(layer(recipe).run([17] + [1] * 33, setup), whole(recipe))
+
+
+def test_rings_without_room_for_drafts_are_noticed_by_that_test():
+    """One token of room too little is a spare row; two make a draft overwrite a row that the next token reads."""
+    setup = Setup(area="long", ring_tokens=3, drafts=4, poison=0)
+    assert not torch.equal(layer(FP32).run([17] + [1] * 33, setup), whole(FP32))
 
 
 def same_bytes(pools: Pools, others: Pools) -> list[str]:
