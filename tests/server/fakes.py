@@ -69,6 +69,7 @@ class FakeEngine:
         hold: while set, steps make nothing.
         aborted: ids in the order they were aborted.
         broken: raise in the next step.
+        failing: ids that end with an error in their next step.
     """
 
     def __init__(self, script: Script, *, max_sequences: int = 4, max_waiting: int = 8, vocab_size: int = 400) -> None:
@@ -77,6 +78,7 @@ class FakeEngine:
         self.delay_s = 0.0
         self.hold = threading.Event()
         self.broken = False
+        self.failing: set[str] = set()
         self.aborted: list[str] = []
         self.steps = 0
         self.params: list[SamplingParams] = []
@@ -134,6 +136,11 @@ class FakeEngine:
         self.steps += 1
         outputs = []
         for request_id in list(self._requests)[: self._max_sequences]:
+            if request_id in self.failing:
+                num_prompt = len(self._requests.pop(request_id).prompt)
+                error = RuntimeError(f"the engine failed at {request_id}")
+                outputs.append(RequestOutput(request_id, (), None, "error", num_prompt, 0, error))
+                continue
             outputs.append(self._advance(request_id, self._requests[request_id]))
         return outputs
 

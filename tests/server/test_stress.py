@@ -316,6 +316,25 @@ def test_a_broken_engine_is_told_to_everybody(v4_directory: pathlib.Path, monkey
     assert [str(error) for error in errors] == ["the engine broke"], "the traceback is shown once"
 
 
+def test_an_error_at_one_request_is_told_to_it_alone(v4_directory: pathlib.Path) -> None:
+    with a_server(v4_directory) as server, httpx2.Client(base_url=server.url) as client:
+        expected = client.post("/v1/completions", json=COMPLETION).json()["choices"]  # r1, after the warm-up
+        server.engine.delay_s = 0.01
+        server.engine.failing = {"r2", "r4", *(f"r{idx}" for idx in range(6, 14))}
+        for is_stream in (False, True):
+            answer = client.post("/v1/completions", json={**COMPLETION, "stream": is_stream})
+            error = json.loads(answer.text.removeprefix("data: "))["error"]
+            assert answer.status_code == (200 if is_stream else 500)
+            assert error["type"] == "server_error" and error["code"] == "internal_error"
+            assert client.post("/v1/completions", json=COMPLETION).json()["choices"] == expected
+        assert client.get("/health").status_code == 200
+        for _ in range(8):
+            assert client.post("/v1/completions", json=COMPLETION).status_code == 500
+        assert client.get("/health").json()["error"]["code"] == "engine_failing", "nothing works: not the requests"
+        assert client.post("/v1/completions", json=COMPLETION).json()["choices"] == expected
+        assert client.get("/health").status_code == 200
+
+
 def test_a_step_that_does_not_end_is_unhealthy(
     server: RunningServer, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from megamoe.engine.outputs import QueueFull
 from megamoe.engine.sampling_params import SamplingParams
-from megamoe.text.service import Request, RequestStream, RequestTimeout, Service, ServiceStopped
+from megamoe.text.service import Request, RequestFailed, RequestStream, RequestTimeout, Service, ServiceStopped
 from megamoe.text.stop import TextStream
 from megamoe.text.tokenizer import Tokenizer
 
@@ -194,23 +194,57 @@ def test_a_stop_string_across_steps_and_inside_one(run: Any) -> None:
     run(test)
 
 
-def test_a_reader_that_fails_hurts_only_itself(run: Any) -> None:
+@pytest.mark.parametrize("place", ["feed", "finish"])
+@pytest.mark.parametrize("error", [ValueError, KeyError, RecursionError, AssertionError])
+def test_a_reader_that_fails_hurts_only_itself(
+    run: Any, error: type[Exception], place: str, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken(TextStream):
-        def feed(self, token_ids: Any) -> str:
-            raise ValueError("cannot be read")
+        """Fails in one place."""
+
+    def fail(*_: Any) -> str:
+        raise error("cannot be read")
+
+    setattr(Broken, place, fail)
 
     async def test(setup: Setup) -> None:
         good = await setup.service.submit(setup.request())
         bad = await setup.service.submit(
             Request(setup.tokenizer.encode("x"), SamplingParams(max_tokens=9), Broken(setup.tokenizer))
         )
-        with pytest.raises(ValueError, match="cannot be read"):
-            await anext(bad)
+        with pytest.raises(RequestFailed, match="its log says why"):
+            _ = [piece async for piece in bad]
         assert await setup.text(good) == setup.expected()
         await setup.service.stats()
-        assert setup.engine.aborted == ["r1"]
+        assert setup.engine.aborted == (["r1"] if place == "feed" else [])
+        assert not setup.service.failed.is_set()
 
     run(test)
+    assert "request r1 ended by an error" in caplog.text and "cannot be read" in caplog.text, "with its traceback"
+
+
+def test_an_engine_that_fails_at_one_request_serves_the_others(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(setup: Setup) -> None:
+        right = setup.engine.add
+
+        def add(request_id: str, prompt_ids: Any, *rest: Any, **options: Any) -> None:
+            if request_id == "r0":
+                raise TypeError("not what add expects")
+            right(request_id, prompt_ids, *rest, **options)
+
+        setup.engine.add = add  # type: ignore[method-assign]
+        setup.engine.failing = {"r1"}
+        with pytest.raises(RequestFailed):
+            await setup.service.submit(setup.request())
+        bad, good = await setup.service.submit(setup.request()), await setup.service.submit(setup.request())
+        with pytest.raises(RequestFailed):
+            await setup.text(bad)
+        assert setup.service.failures_in_a_row == 2
+        assert await setup.text(good) == setup.expected()
+        assert setup.service.failures_in_a_row == 0 and not setup.service.failed.is_set()
+
+    run(test)
+    assert "not what add expects" in caplog.text and "the engine failed at r1" in caplog.text
 
 
 def test_draining_lets_requests_finish(run: Any) -> None:

@@ -15,6 +15,7 @@ The engine is not thread-safe: one thread calls it. Nothing runs between calls.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -23,8 +24,9 @@ import torch
 
 from megamoe.cache.batch import Batch, Commit
 from megamoe.cache.pages import PageAllocator
-from megamoe.cache.prefix import PrefixCache
+from megamoe.cache.prefix import PrefixCache, PrefixMatch
 from megamoe.engine.config import EngineConfig, EnginePlan, resolve
+from megamoe.engine.containment import Contained
 from megamoe.engine.drafter import Drafter
 from megamoe.engine.logits_filter import LogitsFilter
 from megamoe.engine.model import BatchModel
@@ -106,14 +108,13 @@ class Engine:
                 f"{retry_after_s:.0f} s.",
                 retry_after_s,
             )
-        own_stops = () if params.ignore_eos else self.model.config.eos_token_ids
         request = Request(
             request_id,
             self._next_number,
             prompt_ids,
             params,
             max_length=min(len(prompt_ids) + params.max_tokens, self.plan.max_sequence_tokens + 1),
-            stop_ids=frozenset((*own_stops, *params.stop_token_ids)),
+            stop_ids=self._stop_ids(params),
             logits_filter=logits_filter,
         )
         self._next_number += 1
@@ -183,39 +184,90 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Run one step and return what is new, in order of arrival; requests without a new token are not named."""
+        """Run one step and return what is new, in order of arrival; requests without a new token are not named.
+
+        An error while something is done for one request ends that request (`RequestOutput.error`). One in a call that
+        is made for all of them is traced to whom it belongs by making the call again for each alone.
+        """
         outputs = [self._finish_empty(request) for request in self._empty]
         self._empty.clear()
         step = self._scheduler.next_step()
-        self._prepare(step)
-        if not step.chunks:
+        if step.failed is not None:
+            outputs.append(self._fail(*step.failed))
+        outputs += self._prepare(step)
+        chunks = [chunk for chunk in step.chunks if chunk.request.ring is not None]  # without who has just failed
+        if not chunks:
             return outputs
-        batch, row_starts = self._batch(step.chunks)
-        hidden = self.model.run(self._cache.plan(batch), self._cache)
-        sampling, sampled = self._sample(step.chunks, row_starts, hidden)
-        committed = []  # per chunk: how many of its tokens are certain
-        finished: list[Request] = []
-        row = 0
-        for chunk, samples in zip(step.chunks, sampling, strict=True):
-            if not samples:
-                committed.append(chunk.num_tokens)
-                chunk.request.num_computed += chunk.num_tokens
-                continue
-            output, num_accepted = self._take(chunk, sampled, row)
-            row += 1 + chunk.num_drafts
-            committed.append(chunk.num_tokens + num_accepted)
-            chunk.request.num_computed += committed[-1]
-            outputs.append(output)
-            if output.finish_reason is not None:
-                finished.append(chunk.request)
-        if self._drafter is not None:
-            self._draft(self._drafter, step.chunks, row_starts, committed, sampling, hidden)
-        if self._prefix is not None:
-            self._keep(self._prefix, step.chunks, row_starts, hidden)
-        for request in finished:
-            self._finish(request)
+        parts, failed = self._run(chunks)
+        outputs += failed
+        for part in parts:
+            outputs += self._conclude(part)
         self._counts["steps"] += 1
         return outputs
+
+    def _run(self, chunks: list[Chunk]) -> tuple[list[_Part], list[RequestOutput]]:
+        """Run the model and sample: all chunks at once, or after an error each alone, without those that fail then.
+
+        Nothing that was computed has to be undone: the same rows are written again at the same positions.
+        """
+        with Contained() as fault:
+            return [self._compute(chunks)], []
+        assert fault.error is not None
+        if len(chunks) == 1:
+            return [], [self._fail(chunks[0].request, fault.error)]
+        parts: list[_Part] = []
+        outputs: list[RequestOutput] = []
+        for chunk in chunks:
+            alone, failed = self._run([chunk])
+            parts += alone
+            outputs += failed
+        return parts, outputs
+
+    def _compute(self, chunks: list[Chunk]) -> _Part:
+        batch, row_starts = self._batch(chunks)
+        hidden = self.model.run(self._cache.plan(batch), self._cache)
+        sampling, sampled = self._sample(chunks, row_starts, hidden)
+        ran = [_Ran(*one) for one in zip(chunks, row_starts, sampling, strict=True)]
+        return _Part(ran, hidden, sampled)
+
+    def _conclude(self, part: _Part) -> list[RequestOutput]:
+        """Take in what a part brought: tokens, guesses, pages to keep; return what is new."""
+        outputs: dict[Request, RequestOutput] = {}
+        row = 0
+        for one in part.ran:
+            chunk, request = one.chunk, one.chunk.request
+            num_accepted = 0
+            if one.samples:
+                with Contained() as fault:
+                    outputs[request], num_accepted = self._take(chunk, part.sampled, row)
+                row += 1 + chunk.num_drafts
+                if fault.error is not None:
+                    outputs[request] = self._fail(request, fault.error)
+                    continue
+            one.committed = chunk.num_tokens + num_accepted
+            self._counts["prompt_tokens"] += max(0, min(chunk.num_tokens, request.num_prompt - chunk.start))
+            request.num_computed += one.committed
+        ran = [one for one in part.ran if one.chunk.request.ring is not None]
+        if self._drafter is not None and ran:
+            outputs |= self._draft_for(self._drafter, ran, part.hidden)
+        for one in ran:
+            if self._prefix is not None and one.chunk.request.ring is not None:
+                with Contained() as fault:
+                    self._keep(self._prefix, one, part.hidden)
+                if fault.error is not None:
+                    self._prefix.clear()  # a page may be kept whose snapshot was never taken
+                    outputs[one.chunk.request] = self._fail(one.chunk.request, fault.error)
+        for request, output in outputs.items():
+            if output.finish_reason is not None and output.error is None:
+                self._finish(request)
+        return list(outputs.values())
+
+    def _fail(self, request: Request, error: Exception) -> RequestOutput:
+        """End a request with an error; ring and pages are free at once."""
+        self._scheduler.remove(request)
+        del self._requests[request.request_id]
+        self._counts["failed"] += 1
+        return RequestOutput(request.request_id, (), None, "error", request.num_prompt, request.num_cached, error)
 
     def _check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse a request that can never run."""
@@ -236,6 +288,11 @@ class Engine:
             for token_id in ids:
                 if token_id >= vocab_size:
                     raise ValueError(f"sampling: {name} must name ids 0 to {vocab_size - 1}; got {token_id}.")
+        if params.min_tokens and len(self._stop_ids(params)) >= vocab_size:
+            raise ValueError(
+                f"sampling: min_tokens {params.min_tokens} leaves no token to choose: every id of the vocabulary ends "
+                "the sequence. Name fewer stop_token_ids, or leave min_tokens out."
+            )
         num_tokens = min(len(prompt_ids) + max(params.max_tokens - 1, 0), longest)
         per_page = self._pages.tokens_per_page
         if -(-num_tokens // per_page) > self._pages.num_pages:
@@ -243,6 +300,10 @@ class Engine:
                 f"request: {num_tokens} tokens need {-(-num_tokens // per_page)} pages of {per_page}; the engine has "
                 f"{self._pages.num_pages}. Lower max_tokens, or give the engine more memory."
             )
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        own = () if params.ignore_eos else self.model.config.eos_token_ids
+        return frozenset((*own, *params.stop_token_ids))
 
     def _free_rings(self) -> int:
         return self.config.max_sequences - len(self._scheduler.running)
@@ -252,24 +313,35 @@ class Engine:
         self._counts["finished"] += 1
         return RequestOutput(request.request_id, (), None, "length", request.num_prompt, 0)
 
-    def _prepare(self, step: Step) -> None:
-        """Bring rings and tables in line with what the scheduler decided."""
+    def _prepare(self, step: Step) -> list[RequestOutput]:
+        """Bring rings and tables in line with what the scheduler decided; return who failed."""
+        failed = []
         for request, match in step.admitted:
-            assert request.ring is not None
-            self._write_table(request)
-            if request.num_generated == 0:
-                self._counts["prefix_query_tokens"] += request.num_prompt
-                self._counts["prefix_hit_tokens"] += request.num_computed
-            if match is not None:
-                self._cache.restore(match.snapshot_idx, request.ring, match.num_tokens)
-                if self._drafter is not None:
-                    self._drafter.restore(match.snapshot_idx, request.ring, match.num_tokens)
-            elif self._drafter is not None:
-                self._drafter.start(request.ring)
+            if request.ring is None:
+                continue
+            with Contained() as fault:
+                self._welcome(request, match)
+            if fault.error is not None:
+                failed.append(self._fail(request, fault.error))
         for request in step.grown:
             if request.ring is not None:
                 self._write_table(request)
         self._counts["preemptions"] += len(step.preempted)
+        return failed
+
+    def _welcome(self, request: Request, match: PrefixMatch | None) -> None:
+        """Fill the ring that a request was given."""
+        assert request.ring is not None
+        self._write_table(request)
+        if request.num_generated == 0:
+            self._counts["prefix_query_tokens"] += request.num_prompt
+            self._counts["prefix_hit_tokens"] += request.num_computed
+        if match is not None:
+            self._cache.restore(match.snapshot_idx, request.ring, match.num_tokens)
+            if self._drafter is not None:
+                self._drafter.restore(match.snapshot_idx, request.ring, match.num_tokens)
+        elif self._drafter is not None:
+            self._drafter.start(request.ring)
 
     def _write_table(self, request: Request) -> None:
         pages = self._pages.block_table(request.number)
@@ -291,9 +363,6 @@ class Engine:
             counts.append(count)
             rings.append(request.ring)
             longest = max(longest, start + count)
-            if start >= request.num_prompt:
-                continue
-            self._counts["prompt_tokens"] += min(chunk.num_tokens, request.num_prompt - start)
         ring_idx = np.array(rings)
         width = -(-longest // self._pages.tokens_per_page)
         batch = Batch(np.array(token_ids), np.array(starts), np.array(counts), ring_idx, self._tables[ring_idx, :width])
@@ -361,36 +430,41 @@ class Engine:
         )
         return output, num_accepted
 
-    def _draft(
-        self,
-        drafter: Drafter,
-        chunks: list[Chunk],
-        row_starts: list[int],
-        committed: list[int],
-        sampling: list[bool],
-        hidden: object,
-    ) -> None:
+    def _draft_for(self, drafter: Drafter, ran: list[_Ran], hidden: object) -> dict[Request, RequestOutput]:
+        """Draft for all, or after an error for each alone; return who fails then."""
+        with Contained() as fault:
+            self._draft(drafter, ran, hidden)
+        if fault.error is None:
+            return {}
+        if len(ran) == 1:
+            return {ran[0].chunk.request: self._fail(ran[0].chunk.request, fault.error)}
+        failed: dict[Request, RequestOutput] = {}
+        for one in ran:
+            failed |= self._draft_for(drafter, [one], hidden)
+        return failed
+
+    def _draft(self, drafter: Drafter, ran: list[_Ran], hidden: object) -> None:
         """Show the drafter what is certain and take its guesses."""
         num_drafts = self.config.speculative_tokens
         rows: list[int] = []
         next_ids: list[int] = []
         first_ids, wants, drafting = [], [], []
-        for chunk, row, count, samples in zip(chunks, row_starts, committed, sampling, strict=True):
-            request, start = chunk.request, chunk.start
-            rows += range(row, row + count)
+        for one in ran:
+            request, start, count = one.chunk.request, one.chunk.start, one.committed
+            rows += range(one.row, one.row + count)
             # A sequence that has just ended without a token has none after its last; it needs no guesses either.
             following = request.ids[start + 1 : start + 1 + count]
             next_ids += following + [0] * (count - len(following))
             first_ids.append(request.ids[start])
-            wanted = samples and request.can_draft and request.max_length - len(request.ids) >= 2
+            wanted = one.samples and request.can_draft and request.max_length - len(request.ids) >= 2
             wants.append(wanted)
             if wanted:
                 drafting.append(request)
         commit = Commit(
             rows=np.array(rows),
-            rings=np.array([chunk.request.ring for chunk in chunks]),
-            starts=np.array([chunk.start for chunk in chunks]),
-            counts=np.array(committed),
+            rings=np.array([one.chunk.request.ring for one in ran]),
+            starts=np.array([one.chunk.start for one in ran]),
+            counts=np.array([one.committed for one in ran]),
             first_ids=np.array(first_ids),
             next_ids=np.array(next_ids),
             wants_drafts=np.array(wants),
@@ -399,28 +473,27 @@ class Engine:
         for request, guesses in zip(drafting, drafts.tolist(), strict=True):
             request.drafts = guesses[: request.max_length - len(request.ids) - 1]
 
-    def _keep(self, prefix: PrefixCache, chunks: list[Chunk], row_starts: list[int], hidden: object) -> None:
+    def _keep(self, prefix: PrefixCache, one: _Ran, hidden: object) -> None:
         """Keep the pages that were filled in this step, with what continues a sequence at their ends."""
         size = self._pages.tokens_per_page
-        for chunk, row in zip(chunks, row_starts, strict=True):
-            request = chunk.request
-            first, last = chunk.start // size, request.num_computed // size
-            if first == last:
+        request, start = one.chunk.request, one.chunk.start
+        first, last = start // size, request.num_computed // size
+        if first == last:
+            return
+        assert request.ring is not None
+        pages = self._pages.block_table(request.number)
+        for num_pages in range(first + 1, last + 1):
+            kept = prefix.insert(request.ids, pages, num_pages, request.node)
+            if kept is None:
                 continue
-            assert request.ring is not None
-            pages = self._pages.block_table(request.number)
-            for num_pages in range(first + 1, last + 1):
-                kept = prefix.insert(request.ids, pages, num_pages, request.node)
-                if kept is None:
-                    continue
-                request.node, is_new = kept
-                snapshot_idx = request.node.snapshot_idx
-                if is_new and snapshot_idx is not None:
-                    length = num_pages * size
-                    self._cache.save(request.ring, length, snapshot_idx)
-                    if self._drafter is not None:
-                        last_row = row + length - 1 - chunk.start
-                        self._drafter.save(hidden, last_row, request.ring, length, snapshot_idx)
+            request.node, is_new = kept
+            snapshot_idx = request.node.snapshot_idx
+            if is_new and snapshot_idx is not None:
+                length = num_pages * size
+                self._cache.save(request.ring, length, snapshot_idx)
+                if self._drafter is not None:
+                    last_row = one.row + length - 1 - start
+                    self._drafter.save(hidden, last_row, request.ring, length, snapshot_idx)
 
     def _finish(self, request: Request) -> None:
         self._scheduler.remove(request)
@@ -443,4 +516,31 @@ _COUNTERS = (
     "generated_tokens",
     "finished",
     "aborted",
+    "failed",
 )
+
+
+@dataclasses.dataclass(slots=True)
+class _Ran:
+    """What one sequence did in a step.
+
+    Attributes:
+        chunk: what it was to do.
+        row: of its first token among those of its part.
+        samples: whether a token was drawn after it.
+        committed: how many of its tokens are certain, right drafts included.
+    """
+
+    chunk: Chunk
+    row: int
+    samples: bool
+    committed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Part:
+    """What one run of the model brought: all of a step, or one sequence after an error."""
+
+    ran: list[_Ran]
+    hidden: object
+    sampled: Sampled
