@@ -31,7 +31,7 @@ from megamoe.engine.drafter import Drafter
 from megamoe.engine.logits_filter import LogitsFilter
 from megamoe.engine.model import BatchModel
 from megamoe.engine.outputs import EngineStats, FinishReason, QueueFull, RequestOutput, TokenLogprobs
-from megamoe.engine.request import Request
+from megamoe.engine.request import NewRequest, Request
 from megamoe.engine.sampler import NO_TOKEN, Sampled, choose_drafts, sample_rows
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.engine.scheduler import Chunk, Scheduler, Step
@@ -85,40 +85,52 @@ class Engine:
         *,
         logits_filter: LogitsFilter | None = None,
     ) -> None:
-        """Queue a request.
+        """Queue a request; arguments are those of `NewRequest`, errors those of `add_all`."""
+        self.add_all([NewRequest(request_id, prompt_ids, params, logits_filter)])
 
-        Args:
-            request_id: a name that no unfinished request has.
-            prompt_ids: at least one id; begins with the model's BOS id if it has one.
-            params: sampling and when to stop.
-            logits_filter: restricts the tokens.
+    def add_all(self, requests: Sequence[NewRequest]) -> None:
+        """Queue requests that belong together: all of them or, with an error, none.
 
         Raises:
-            ValueError: the id is taken, the prompt is empty, too long or holds an id outside the vocabulary, a
-                parameter names such an id, or the request could never fit the pages.
+            ValueError: an id is taken, a prompt is empty, too long or holds an id outside the vocabulary, a parameter
+                names such an id, a request could never fit the pages, or so many could never wait together.
             QueueFull: too many requests wait; nothing was changed.
         """
-        if request_id in self._requests:
-            raise ValueError(f"request: {request_id!r} is not finished; use another id, or abort it first.")
-        self._check(prompt_ids, params)
-        if len(self._scheduler.waiting) >= self.config.max_waiting + self._free_rings():
-            retry_after_s = min(max(1.0, self._finish_interval_s), 60.0)
+        names = [one.request_id for one in requests]
+        taken = next((name for name in names if name in self._requests or names.count(name) > 1), None)
+        if taken is not None:
+            raise ValueError(f"request: {taken!r} is not finished; use another id, or abort it first.")
+        for one in requests:
+            self._check(one.prompt_ids, one.params)
+        most = self.config.max_waiting + self.config.max_sequences
+        if len(requests) > most:
+            raise ValueError(
+                f"request: {len(requests)} sequences must be taken together; the engine has room for {most}. Ask for "
+                "fewer, or raise max_waiting."
+            )
+        if len(self._scheduler.waiting) + len(requests) > self.config.max_waiting + self._free_rings():
+            retry_after_s = min(max(1.0, self._finish_interval_s * len(requests)), 60.0)
             raise QueueFull(
-                f"engine: {len(self._scheduler.waiting)} requests wait, the most that may; try again in about "
-                f"{retry_after_s:.0f} s.",
+                f"engine: {len(self._scheduler.waiting)} requests wait, and with {len(requests)} more it would be more "
+                f"than may; try again in about {retry_after_s:.0f} s.",
                 retry_after_s,
             )
+        for one in requests:
+            self._add(one)
+
+    def _add(self, new: NewRequest) -> None:
+        prompt_ids, params = new.prompt_ids, new.params
         request = Request(
-            request_id,
+            new.request_id,
             self._next_number,
             prompt_ids,
             params,
             max_length=min(len(prompt_ids) + params.max_tokens, self.plan.max_sequence_tokens + 1),
             stop_ids=self._stop_ids(params),
-            logits_filter=logits_filter,
+            logits_filter=new.logits_filter,
         )
         self._next_number += 1
-        self._requests[request_id] = request
+        self._requests[new.request_id] = request
         if params.max_tokens == 0:
             self._empty.append(request)
         else:

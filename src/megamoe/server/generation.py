@@ -70,8 +70,7 @@ class Generation(Generic[T]):
             ApiError: the engine refuses one of them.
         """
         try:
-            for request in self._requests:
-                self._streams.append(await self._service.submit(request))
+            self._streams = await self._service.submit_all(self._requests)
         except ServiceError as error:
             raise as_api_error(error) from error
 

@@ -34,6 +34,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 from megamoe.engine.containment import Contained
 from megamoe.engine.engine import Engine
 from megamoe.engine.outputs import EngineStats, QueueFull, RequestOutput, TokenLogprobs
+from megamoe.engine.request import NewRequest
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.text.grammar import GrammarFilter
 
@@ -193,8 +194,8 @@ class RequestStream(Generic[T]):
 
 @dataclasses.dataclass(frozen=True)
 class _Submit:
-    stream: RequestStream[Any]
-    request: Request[Any]
+    streams: Sequence[RequestStream[Any]]
+    requests: Sequence[Request[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,29 +272,39 @@ class Service:
         return 0.0 if started is None else time.monotonic() - started
 
     async def submit(self, request: Request[T]) -> RequestStream[T]:
-        """Queue a request and return its stream once the engine has taken it.
+        """Queue a request and return its stream once the engine has taken it; errors are those of `submit_all`."""
+        return (await self.submit_all([request]))[0]
+
+    async def submit_all(self, requests: Sequence[Request[T]]) -> list[RequestStream[T]]:
+        """Queue requests that belong together and return their streams once the engine has taken all of them.
+
+        They are one command: whoever else submits meanwhile comes before all of them or after all of them, and the
+        engine takes all of them or none.
 
         Raises:
-            ValueError: the engine refuses the request.
+            ValueError: the engine refuses one of them.
             QueueFull: too many requests wait.
-            RequestTimeout: it was not even taken in time.
+            RequestTimeout: they were not even taken in time.
+            RequestFailed: the engine failed at taking them.
             ServiceStopped: the service has stopped or stops.
         """
         if not self._is_accepting:
             raise ServiceStopped("The server is shutting down.")
-        stream = RequestStream(f"r{next(self._ids)}", request, self._cancel)
-        self._streams.add(stream)
-        if request.timeout_s is not None:
-            stream._timer = stream._loop.call_later(request.timeout_s, stream._time_out, request.timeout_s)
-        self._commands.put(_Submit(stream, request))
+        streams = [RequestStream(f"r{next(self._ids)}", request, self._cancel) for request in requests]
+        self._streams.update(streams)
+        for stream, request in zip(streams, requests, strict=True):
+            if request.timeout_s is not None:
+                stream._timer = stream._loop.call_later(request.timeout_s, stream._time_out, request.timeout_s)
+        self._commands.put(_Submit(streams, requests))
         is_wanted = False
         try:
-            await stream._accepted
+            await asyncio.gather(*[stream._accepted for stream in streams])
             is_wanted = True
         finally:
-            if not is_wanted:  # whoever waited has gone, perhaps in the moment it was accepted; or it was refused
-                stream.cancel()
-        return stream
+            if not is_wanted:  # whoever waited has gone, perhaps in the moment they were accepted; or they were refused
+                for stream in streams:
+                    stream.cancel()
+        return streams
 
     async def stats(self) -> EngineStats:
         """Return the engine's numbers, between two steps.
@@ -391,7 +402,7 @@ class Service:
                 return True
             match command:
                 case _Submit():
-                    self._add(command.stream, command.request)
+                    self._add(command.streams, command.requests)
                 case _Cancel():
                     self._running.pop(command.request_id, None)
                     self._engine.abort(command.request_id)
@@ -402,16 +413,20 @@ class Service:
                     return False
             self._hand_over()
 
-    def _add(self, stream: RequestStream[Any], request: Request[Any]) -> None:
+    def _add(self, streams: Sequence[RequestStream[Any]], requests: Sequence[Request[Any]]) -> None:
+        pairs = list(zip(streams, requests, strict=True))
         with Contained() as fault:
-            self._engine.add(stream.request_id, request.prompt_ids, request.params, logits_filter=request.logits_filter)
-        if fault.error is not None:
-            refused = isinstance(fault.error, ValueError | QueueFull)
-            error = fault.error if refused else _defect(stream.request_id, fault.error)
-            self._deliveries.append(functools.partial(self._fail, stream, error))
-            return
-        self._running[stream.request_id] = _Running(stream, request)
-        self._deliveries.append(stream._accept)
+            self._engine.add_all(
+                [NewRequest(stream.request_id, one.prompt_ids, one.params, one.logits_filter) for stream, one in pairs]
+            )
+        for stream, request in pairs:
+            if fault.error is not None:
+                refused = isinstance(fault.error, ValueError | QueueFull)
+                error = fault.error if refused else _defect(stream.request_id, fault.error)
+                self._deliveries.append(functools.partial(self._fail, stream, error))
+            else:
+                self._running[stream.request_id] = _Running(stream, request)
+                self._deliveries.append(stream._accept)
 
     def _step(self) -> None:
         self._step_started = time.monotonic()
