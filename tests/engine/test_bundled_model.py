@@ -132,6 +132,37 @@ def test_every_page_boundary_inside_one_chunk_can_be_continued(
         assert engine.stats().prefix_hit_tokens == hits and recorder.differs(model, shared) == []
 
 
+def test_a_step_that_broke_off_in_the_middle_changes_no_logit(
+    model: Model, text: list[int], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers have overwritten the neighbour's rings with its long chunk before the third fails for the victim."""
+    prompts = {"neighbour": text[:150]}
+    right, block = type(model.blocks[2]).__call__, model.blocks[2]
+
+    def differs() -> list[str]:
+        engine = make(model, max_sequences=2, prefill_chunk=64)
+        engine.add("neighbour", prompts["neighbour"], SamplingParams(max_tokens=6, ignore_eos=True))
+        engine.step()
+
+        def call(self, streams, plan, pools):
+            victim = engine._requests.get("victim")
+            if self is block and victim is not None and victim.ring in plan.slots.requests.tolist():
+                raise RuntimeError("injected")
+            return right(self, streams, plan, pools)
+
+        monkeypatch.setattr(type(block), "__call__", call)
+        engine.add("victim", text[:40], SamplingParams(max_tokens=6))
+        ends = {}
+        while engine.has_work():
+            ends |= {output.request_id: output.finish_reason for output in engine.step()}
+        assert ends == {"neighbour": "length", "victim": "error"}
+        return recorder.differs(model, prompts)
+
+    assert differs() == []
+    monkeypatch.setattr(Engine, "_rebuild", lambda self, chunk: None)
+    assert differs() == ["neighbour"], "the fault that this test is for"
+
+
 def test_preemption_changes_no_logit(model: Model, text: list[int], recorder: Recorder) -> None:
     prompts = {"old": text[:125], "young": text[200:326], "youngest": text[20:140]}
     engine = make(model, num_pages=5, prefill_chunk=64, max_sequence_tokens=400)

@@ -176,33 +176,6 @@ def test_an_error_ends_the_request_it_belongs_to(
     assert engine._pages.num_free_pages == 100
 
 
-def test_a_step_that_broke_off_in_the_middle_costs_nobody_else_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The neighbour's chunk was longer than its ring: what the ring held before it is gone and is computed again."""
-    prompt = [BOS, *range(2, 40)]
-
-    def tokens(*, fails: bool) -> Any:
-        engine = make_engine(prefill_chunk=8, max_sequences=2)
-        engine.add("neighbour", prompt, SamplingParams(max_tokens=9, ignore_eos=True))
-        engine.step()
-        right = engine._cache.read
-
-        def read(ring_idx: int, length: int) -> list[int]:
-            victim = victim_of(engine)
-            if fails and victim is not None and ring_idx == victim.ring:
-                raise Injected("read")
-            return right(ring_idx, length)
-
-        monkeypatch.setattr(engine._cache, "read", read)
-        engine.add("victim", *VICTIM)
-        outputs = collect(engine)
-        assert (outputs["victim"][-1].finish_reason == "error") is fails
-        return tokens_of(outputs["neighbour"])
-
-    assert tokens(fails=True) == tokens(fails=False)
-    monkeypatch.setattr(Engine, "_rebuild", lambda self, chunk: None)
-    assert tokens(fails=True) != tokens(fails=False), "the fault that this test is for shows"
-
-
 def test_an_error_of_all_is_an_error_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request is told; the engine is there for what comes when the trouble is over."""
     engine = make_engine()
