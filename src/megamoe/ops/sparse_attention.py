@@ -87,7 +87,8 @@ def sparse_attention(
         num_visible: [T] int32, entries each token may use; given exactly when `entries` is.
         table: rotary frequencies; R channels are rotated back.
         scale: multiplies the products of queries and rows, and nothing else.
-        window_ends: [T] int64, the position of the newest window row each token sees; its own position when None.
+        window_ends: [T] int64, the position of the newest window row each token sees; its own position when None. Only
+            without `step`.
         out_dtype: bf16 or fp32; the dtype of q when None.
 
     Returns:
@@ -119,6 +120,11 @@ def sparse_attention(
     given = [one is not None for one in (entries, entry_tables, num_visible)]
     if any(given) != all(given) or (entry_idx is not None and not all(given)):
         raise ValueError(f"sparse_attention: {NO_ENTRIES}; got some of them. Pass all, or None for all.")
+    if window_ends is not None and step is not None:
+        raise ValueError(
+            "sparse_attention: window_ends goes with step = None; got both. Rows of a step are counted back from each "
+            "token's own, so put them into the rings first."
+        )
     if window_size < 0:
         raise ValueError(f"sparse_attention: window_size must be >= 0; got {window_size}.")
     if dims["C"] < table.rope_dim:
