@@ -163,7 +163,7 @@ def test_row_invariant(seed: int) -> None:
         ("temperature", -0.1, "temperature must be finite and at least 0; got -0.1"),
         ("temperature", math.nan, "temperature must be finite and at least 0; got nan"),
         ("temperature", math.inf, "temperature must be finite and at least 0; got inf"),
-        ("top_k", -1, "top_k must be at least 0; 0 keeps all tokens; got -1"),
+        ("top_k", -2, r"top_k must be at least 0 \(0 keeps all tokens\), or -1 in a row of nobody; got -2"),
         ("top_p", 0.0, "top_p must be above 0 and at most 1; got 0"),
         ("top_p", 1.5, "top_p must be above 0 and at most 1; got 1.5"),
         ("min_p", -0.1, "min_p must be 0 to 1; got -0.1"),

@@ -5,7 +5,7 @@ Math       temperature 0: the lowest index among the largest logits.
            Otherwise sort logits from high to low, equal ones by index; keep the first top_k (0 keeps all); weigh them
            by exp((logit - max) / temperature); keep those of weight min_p and more (the best has weight 1); keep a
            token while the mass before it is below top_p of the kept mass; take the first token at which the running
-           mass exceeds uniform * kept mass.
+           mass exceeds uniform * kept mass. A row whose top_k is -1 is nobody's: its id is -1.
 Numerics   weights and running sums in fp64, so that a vocabulary of a hundred thousand loses nothing; the random number
            comes in as an argument. Row-invariant.
 Tolerance  verify/tolerance.py, "sample": exact
@@ -35,13 +35,13 @@ def sample(
     Args:
         logits: [T, V] fp32; -inf marks tokens that must not be drawn. T may be 0, V not.
         temperature: [T] fp32, at least 0; 0 takes the best token.
-        top_k: [T] int64, at least 0; 0 keeps all tokens.
+        top_k: [T] int64, at least 0; 0 keeps all tokens. -1 is a row of nobody, whose other values mean nothing.
         top_p: [T] fp32, above 0 and at most 1.
         min_p: [T] fp32, 0 to 1; None or 0 keeps all tokens.
         uniform: [T] fp32 in [0, 1), one random number per row.
 
     Returns:
-        [T] int64 token ids, newly allocated.
+        [T] int64 token ids, newly allocated; -1 in the rows of nobody.
 
     Raises:
         TypeError: a dtype is not as above.
@@ -73,10 +73,18 @@ def reference(
     uniform: torch.Tensor,
 ) -> torch.Tensor:
     """Compute sample in plain torch."""
+    _refuse_rows("top_k", top_k, top_k >= -1, "be at least 0 (0 keeps all tokens), or -1 in a row of nobody")
+    is_row = top_k >= 0
+    if not bool(is_row.all()):
+        ids = torch.full_like(top_k, -1)
+        least = None if min_p is None else min_p[is_row]
+        ids[is_row] = reference(
+            logits[is_row], temperature[is_row], top_k[is_row], top_p[is_row], least, uniform[is_row]
+        )
+        return ids
     best, ids = logits.max(dim=-1)  # the first of equal logits
     _refuse_rows("logits", best, best.isfinite(), "have a finite maximum and no NaN")
     _refuse_rows("temperature", temperature, (temperature >= 0.0) & temperature.isfinite(), "be finite and at least 0")
-    _refuse_rows("top_k", top_k, top_k >= 0, "be at least 0; 0 keeps all tokens")
     _refuse_rows("top_p", top_p, (top_p > 0.0) & (top_p <= 1.0), "be above 0 and at most 1")
     _refuse_rows("uniform", uniform, (uniform >= 0.0) & (uniform < 1.0), "be in [0, 1)")
     if min_p is not None:
