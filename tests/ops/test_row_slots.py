@@ -32,6 +32,12 @@ def test_pages():
     assert row_slots(rows, int32(0, 0, 0), tables, 2).tolist() == [[6, 7], [0, -1], [11, 10]]
 
 
+def test_entries_of_requests():
+    entries = torch.tensor([[0, 3, -1], [2, -1, 4], [-1, -1, 1]])
+    slots = row_slots(entries, int32(0, 1, 1), int32([7, 2, -1], [5, 0, 9]), 2)
+    assert slots.tolist() == [[14, 5, -1], [0, -1, 18], [-1, -1, 11]]
+
+
 def test_a_window_of_two_blocks():
     """Blocks 7 and 4 of three rows: rows 0 to 5, and row 6 where row 0 was."""
     slots = row_slots(torch.arange(8), torch.zeros(8, dtype=torch.int32), int32([7, 4]), 3)

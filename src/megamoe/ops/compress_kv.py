@@ -128,9 +128,10 @@ def check_compressor(
     entries: CachePool,
     ratio: int,
     overlap: bool,
+    entries_name: str = "entries",
 ) -> None:
     """Refuse what does not fit together; shapes and formats only."""
-    pools = {"state": state, "entries": entries} | ({"step": step} if step is not None else {})
+    pools = {"state": state, entries_name: entries} | ({"step": step} if step is not None else {})
     for name, pool in pools.items():
         check_pool(op, name, pool)
     dims = check(
@@ -147,7 +148,7 @@ def check_compressor(
             f"scores) and ape [ratio, {half}]; got {list(raw.shape)} and {list(ape.shape)} for ratio {ratio}."
         )
     for name, pool in pools.items():
-        is_raw = name != "entries"
+        is_raw = name != entries_name
         if pool.width != (2 * half if is_raw else dims["D"]) or (is_raw and pool.row_format is not RowFormat.FP32):
             wanted = f"FP32 rows of width {2 * half}" if is_raw else f"rows of width {dims['D']}"
             raise ValueError(

@@ -266,7 +266,7 @@ def _to_blocks(group: Alternatives) -> Alternatives:
 
 
 def _gather(columns: list[Alternatives]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows [T, J, C] fp32, zeros where there is no item, and where there is one; shared rows are decoded once."""
+    """Return rows [T, J, C] fp32, zeros where there is no item, and where there is one; rows are decoded once."""
     is_item = torch.cat([_any([slots >= 0 for _, slots in group]) for group in columns], dim=1)
     if is_item.shape[0] == 1 and all(len(group) == 1 for group in columns):
         return torch.cat([read_rows(pool, slots) for ((pool, slots),) in columns], dim=1), is_item
