@@ -2,7 +2,7 @@
 """Which implementation of an operation runs: one rule and one table.
 
     cpu    the operation's reference
-    cuda   KERNELS[op][arch], else KERNELS[op]["portable"], else an error
+    cuda   KERNELS[op][arch], else an error
 
 There is no ranking and no fall-back: every implementation gives the operation's meaning, and a missing one is an error
 that says what to do. `use("reference")` is the only process-wide switch; it exists for `verify` and for tests.
@@ -109,7 +109,7 @@ def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callab
         )
     arch = _arch(device)
     table = KERNELS.get(op, {})
-    module = table.get(arch) or table.get("portable")
+    module = table.get(arch)
     if module is None:
         raise NotImplementedError(
             f"{op}: there is no kernel for {arch}; kernels exist for {', '.join(table) or 'no architecture'}. Run it "

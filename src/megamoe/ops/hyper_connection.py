@@ -15,7 +15,7 @@ Math       per token, x = the X streams [X, D] flattened stream by stream:
 Numerics   everything fp32; u, x' and h are rounded once to the dtype of x; post and C stay fp32. Sums over streams are
            added in ascending order, in hyper_connection_post after the term of y. Row-invariant.
 Tolerance  verify/tolerance.py, "hyper_connection_pre", "..._pre_norm", "..._post", "..._head"
-Kernels    portable: pre, pre_norm and head as one kernel that reads the streams once and takes fn to 17 significant
+Kernels    pre, pre_norm and head as one kernel that reads the streams once and takes fn to 17 significant
            bits; post in one pass
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """
