@@ -89,6 +89,7 @@ class Attention:
             selected,
             self.weights.sink,
             scale=self.scale,
+            operand_dtype=self.recipe.attention_operand_dtype,
         )
         return rope(o, plan.positions, self.table, inverse=True)
 
