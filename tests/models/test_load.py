@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import megamoe
+from megamoe.checkpoint import CheckpointError
 from megamoe.models.recipe import RECIPES
 
 from ..fake_files import Files, Raw, fake
@@ -73,14 +74,15 @@ def test_compressed_tensors_gives_the_numbers_of_nvidias_layout(tmp_path, layout
     assert torch.equal(logits(files.write(tmp_path / "theirs"), recipe), ours)
 
 
-def test_a_reciprocal_taken_for_a_scale_would_be_seen(tmp_path):
+def test_a_reciprocal_taken_for_a_scale_is_refused(tmp_path):
     files = Files.read(fake.write_fake(tmp_path / "source", "small", "nvidia"))
-    ours = logits(files.write(tmp_path / "ours"), "w4a16")
     spelled_by_compressed_tensors(files)
     for name in files.tensors:
         if name.endswith(".weight_global_scale"):
             files.put_float(name, 1 / struct.unpack("<f", files.tensors[name].content)[0])
-    assert not torch.allclose(megamoe.load(files.write(tmp_path / "wrong")).logits(TOKENS), ours, rtol=0.1)
+    with pytest.raises(CheckpointError, match="It looks like the reciprocal") as caught:
+        megamoe.load(files.write(tmp_path / "wrong"))
+    assert caught.value.rules == ("tensor-scale-reciprocal",)
 
 
 @pytest.mark.parametrize("recipe", ["exact", "w4a16"])

@@ -15,9 +15,9 @@ from megamoe.checkpoint.headers import INDEX_NAME
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.cli import main
 from megamoe.models import BUNDLED
-from megamoe.verify import scale_samples
+from megamoe.models.deepseek_v4 import samples
+from megamoe.models.deepseek_v4.rules import RULES, Finding
 from megamoe.verify.checkpoint import Verdict, inspect_checkpoint
-from megamoe.verify.rules import RULES, Finding
 
 from ..fake_files import Files, fake
 
@@ -709,7 +709,7 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         configure(
             dspark_block_size=None, dspark_noise_token_id=None, dspark_target_layer_ids=None, dspark_markov_rank=None
         ),
-        "config-draft",
+        "config-draft-unannounced",
         "dspark_block_size",
         "the tensors under mtp are those of a DSpark draft",
     ),
@@ -1000,33 +1000,34 @@ def test_alike_findings_are_one(layouts, tmp_path):
 def test_every_rule_is_exercised():
     found = {row[3] for row in FAULTS} | {row[2] for row in FILE_FAULTS}
     elsewhere = {"shard-gap", "shard-header"}  # tests/checkpoint/test_reader.py
+    elsewhere |= {"values-not-finite", "expert-table", "draft-copy", "not-exact"}  # models/deepseek_v4/test_weights.py
     assert set(RULES) == found | elsewhere
 
 
 def test_every_rule_is_documented(repository):
     text = (repository / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-    for rule, (fault, holds_when) in RULES.items():
-        assert f"| `{rule}` | {fault or '–'} | {holds_when} |" in text, rule
+    for name, rule in RULES.items():
+        assert f"| `{name}` | {rule.fault or '–'} | {rule.level.value} | {rule.holds_when} |" in text, name
 
 
 def test_every_fault_of_the_issue_has_a_rule():
-    assert {fault for fault, _ in RULES.values()} >= {"F2", "F3", "F4", "F5", "F7", "F14", "F15", "F16", "F17", "F20"}
+    assert {rule.fault for rule in RULES.values()} >= {"F2", "F3", "F4", "F5", "F7", "F14", "F15", "F16", "F17", "F20"}
 
 
 # Sampling.
 
 
 def test_sampling_reads_a_bounded_number_of_bytes(layouts, monkeypatch):
-    monkeypatch.setattr(scale_samples, "MAX_SAMPLED", 10)
-    monkeypatch.setattr(scale_samples, "SAMPLE_BYTES", 16)
+    monkeypatch.setattr(samples, "MAX_SAMPLED", 10)
+    monkeypatch.setattr(samples, "SAMPLE_BYTES", 16)
     sampled = inspect_checkpoint(layouts["preview"]).sampled
     assert sampled is not None and sampled.tensors == 10 and sampled.all_tensors == 124
     assert sampled.num_bytes <= 10 * 3 * 16
 
 
 def test_scalars_beyond_the_reads_are_chosen_evenly(layouts, monkeypatch):
-    monkeypatch.setattr(scale_samples, "MAX_READS", 30)
-    monkeypatch.setattr(scale_samples, "_NEIGHBOUR_BYTES", -1)  # no two in one read
+    monkeypatch.setattr(samples, "MAX_READS", 30)
+    monkeypatch.setattr(samples, "_NEIGHBOUR_BYTES", -1)  # no two in one read
     sampled = inspect_checkpoint(layouts["nvidia"]).sampled
     assert sampled is not None and sampled.all_scalars == 120 and sampled.scalars == 30
 

@@ -11,9 +11,10 @@ import torch
 from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.fragment_layout import CodeLayout
-from megamoe.models import BUNDLED, architecture_of
+from megamoe.models import BUNDLED
 from megamoe.models.deepseek_v4.calls import model_calls, pairs, weight_ops
-from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig, load_config
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.weights import WeightLoader
@@ -60,18 +61,25 @@ def load(
         )
     where = _check_device(device)
     directory = _find(model)
-    config = load_config(directory)
-    architecture_of(config.architecture)
+    examined = examine(directory)
+    warnings = examined.refuse()
+    config = examined.usable_config
     _check_recipe(chosen, config)
-    with CheckpointReader(directory) as reader:
+    with CheckpointReader(directory, examined.headers) as reader:
         loader = WeightLoader(
-            reader, config, dequantize=chosen.dequantize_weights, dtype=chosen.activation_dtype, device=where
+            reader,
+            config,
+            dequantize=chosen.dequantize_weights,
+            dtype=chosen.activation_dtype,
+            device=where,
+            examined=examined,
         )
         calls = model_calls(config, loader.formats, chosen)
         what = f"load: model {str(model)!r} with recipe {chosen.name}"
         dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
         weights = loader.load(_layouts(chosen, where))
-    return Model(config, weights, chosen, where, name=str(model), directory=directory)
+    notes = tuple(f"{finding.rule}: {finding}" for finding in warnings)
+    return Model(config, weights, chosen, where, name=str(model), directory=directory, warnings=notes)
 
 
 def _layouts(recipe: Recipe, device: torch.device) -> dict[str, CodeLayout]:

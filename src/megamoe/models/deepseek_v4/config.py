@@ -27,6 +27,8 @@ from typing import Any
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.ops.yarn_scaling import YarnScaling
 
+ARCHITECTURE = "DeepseekV4ForCausalLM"
+
 
 class LayerKind(enum.Enum):
     """What a layer attends to besides its sliding window."""
@@ -289,6 +291,8 @@ class _Parser:
         if names is None or len(names) != 1:
             self.problem(f"architectures is {self.raw.get('architectures')!r}; expected one name in a list.")
             return ""
+        if names[0] != ARCHITECTURE:
+            self.problem(f"architectures names {names[0]!r}; implemented is {ARCHITECTURE!r}.")
         return names[0]
 
     def layers(self, count: int) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:

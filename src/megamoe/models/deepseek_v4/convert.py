@@ -49,11 +49,12 @@ from megamoe.formats import fp8, nvfp4, recode
 from megamoe.formats.e8m0 import e8m0_from_bytes
 from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.scale_search import ScaleSearch
-from megamoe.models.deepseek_v4.config import load_config
+from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.inventory import COMPANIONS
 from megamoe.models.deepseek_v4.layout import Format
+from megamoe.models.deepseek_v4.rules import Finding, refusal
 from megamoe.models.deepseek_v4.stored import StoredTensors
-from megamoe.models.deepseek_v4.weights import check_headers
+from megamoe.models.deepseek_v4.weights import check_copies
 
 UNCALIBRATED_INPUT_SCALE = 0.125
 """input_scale without a calibration, a power of two: block scales of inputs stay normal E4M3 numbers for block maxima
@@ -199,6 +200,7 @@ class Planned:
         inexact: weight -> blocks [row, block of 32] that have no equal and will be rounded, and how many in all.
         formats: weight -> format after the conversion.
         carried_bytes: bytes of tensors that are written as they are.
+        warnings: rules of the source that are broken and stop nothing.
     """
 
     plan: Plan
@@ -206,14 +208,15 @@ class Planned:
     inexact: Mapping[str, tuple[int, list[list[int]]]]
     formats: Mapping[str, Format]
     carried_bytes: int
+    warnings: tuple[Finding, ...] = ()
 
 
 class RangeTensors(StoredTensors):
     """Stored tensors read into memory: nothing is mapped, and only the part that is asked for is read."""
 
-    def __init__(self, reader: CheckpointReader, num_experts: int) -> None:
+    def __init__(self, reader: CheckpointReader, num_experts: int, natives: Mapping[str, str] | None = None) -> None:
         """As StoredTensors."""
-        super().__init__(reader, num_experts)
+        super().__init__(reader, num_experts, natives)
         self._paths: dict[str, pathlib.Path] = {}
 
     def byte_range(self, name: str) -> ByteRange:
@@ -301,11 +304,17 @@ def plan(
         CheckpointError: as `convert`.
         ValueError: the calibration does not fit.
     """
-    config = load_config(source)
-    with CheckpointReader(source) as reader:
-        stored = RangeTensors(reader, config.n_routed_experts)
-        formats = check_headers(stored, config)
-        return _Planner(stored, formats, source, options).make(jobs, progress or (lambda done, total: None))
+    examined = examine(source)
+    warnings = examined.refuse()
+    claims = examined.claims
+    assert claims is not None
+    with CheckpointReader(source, examined.headers) as reader:
+        stored = RangeTensors(reader, examined.usable_config.n_routed_experts, examined.natives)
+        check_copies(stored, claims.copies)
+        if stored.problems:
+            raise refusal(f"checkpoint {source}", stored.problems)
+        planner = _Planner(stored, claims.formats, source, options)
+        return dataclasses.replace(planner.make(jobs, progress or (lambda done, total: None)), warnings=warnings)
 
 
 class _Planner:

@@ -79,6 +79,8 @@ def run(
     finally:
         for line in lines:
             line.close()
+    for finding in planned.warnings:
+        print(f"megamoe: note: {finding.rule}: {finding}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary))
         return 0
@@ -117,6 +119,7 @@ def _summary(planned: Planned) -> dict[str, Any]:
         "made_bytes": planned.plan.num_bytes,
         "files": len(planned.plan.shards),
         "formats": dict(sorted(counts.items())),
+        "warnings": [finding.as_json() for finding in planned.warnings],
         "inexact": {
             name: {"blocks": count, "listed": blocks} for name, (count, blocks) in sorted(planned.inexact.items())
         },

@@ -8,6 +8,8 @@ compressed-tensors stores are turned over here, once, in fp32, and nothing behin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from megamoe.checkpoint.reader import CheckpointReader
@@ -25,14 +27,15 @@ _SMALLEST_RECIPROCAL = 2.0**-127  # one over it, and over what lies under it, is
 class StoredTensors(StoredHeaders):
     """Native name -> stored tensor, read from the mapped files, with a list of everything that is wrong."""
 
-    def __init__(self, reader: CheckpointReader, num_experts: int) -> None:
+    def __init__(self, reader: CheckpointReader, num_experts: int, natives: Mapping[str, str] | None = None) -> None:
         """Give every stored tensor its native name; two with the same one are a problem.
 
         Args:
             reader: open checkpoint.
             num_experts: experts in a fused tensor.
+            natives: stored name -> native name, where that has been worked out already.
         """
-        super().__init__(reader.headers.infos, num_experts)
+        super().__init__(reader.headers.infos, num_experts, natives)
         self.reader = reader
 
     def read(self, name: str) -> torch.Tensor:
