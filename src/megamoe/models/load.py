@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 import torch
 
@@ -17,6 +18,7 @@ from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.model import Model
+from megamoe.models.deepseek_v4.rules import check_accept
 from megamoe.models.deepseek_v4.weights import WeightLoader
 from megamoe.models.recipe import Recipe, get_recipe
 from megamoe.ops import dispatch
@@ -30,6 +32,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     pack: str | os.PathLike[str] | None = None,
+    accept: Iterable[str] = (),
 ) -> Model:
     """Load a model.
 
@@ -43,6 +46,8 @@ def load(
         device: "cpu" or a CUDA device.
         dtype: only torch.float32, and only with recipe "exact" (where it is the default).
         pack: a kernel pack to load kernels from, on a CUDA device (megamoe compile).
+        accept: rules of docs/checkpoints.md that the checkpoint may break, of those that can be accepted; what was
+            accepted is among the model's `notes`.
 
     Returns:
         The model: `logits`, `new_cache`, `step`.
@@ -61,8 +66,9 @@ def load(
         )
     where = _check_device(device)
     directory = _find(model)
+    accepted = check_accept(accept)
     examined = examine(directory)
-    warnings = examined.refuse()
+    warnings = examined.refuse(accepted)
     config = examined.usable_config
     _check_recipe(chosen, config)
     with CheckpointReader(directory, examined.headers) as reader:

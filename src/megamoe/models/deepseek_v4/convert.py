@@ -147,6 +147,7 @@ class ConvertOptions:
         scale_search: how block scales are chosen where values are rounded; a ScaleSearch stands for all kinds.
         calibration: largest magnitude of each weight's input, by weight; None writes UNCALIBRATED_INPUT_SCALE.
         proof: "codes" compares codes and scales, "values" every dequantized value as well.
+        accept: rules that the source may break; what was accepted is written into the manifest.
         producer: name and version for the metadata.
     """
 
@@ -157,6 +158,7 @@ class ConvertOptions:
     scale_search: SearchChoice | ScaleSearch = ScaleSearch.MSE
     calibration: Mapping[str, float] | None = None
     proof: str = "codes"
+    accept: tuple[str, ...] = ()
     producer: tuple[str, str] = ("megamoe", "0")
 
     def __post_init__(self) -> None:
@@ -186,6 +188,7 @@ class ConvertOptions:
             "scale_search": str(self.searches),
             "calibration": None if self.calibration is None else dict(sorted(self.calibration.items())),
             "proof": self.proof,
+            "accept": list(self.accept),
             "producer": list(self.producer),
         }
 
@@ -305,7 +308,7 @@ def plan(
         ValueError: the calibration does not fit.
     """
     examined = examine(source)
-    warnings = examined.refuse()
+    warnings = examined.refuse(options.accept)
     claims = examined.claims
     assert claims is not None
     with CheckpointReader(source, examined.headers) as reader:

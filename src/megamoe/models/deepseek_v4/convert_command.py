@@ -21,6 +21,7 @@ from megamoe.models.deepseek_v4.convert import (
     plan,
 )
 from megamoe.models.deepseek_v4.layout import Format
+from megamoe.models.deepseek_v4.rules import check_accept
 
 
 def run(
@@ -35,6 +36,7 @@ def run(
     calibration: pathlib.Path | None,
     jobs: int,
     proof: str,
+    accept: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
     version: str,
@@ -53,6 +55,7 @@ def run(
         scale_search=SearchChoice.parse(scale_search),
         calibration=None if calibration is None else read_calibration(calibration),
         proof=proof,
+        accept=check_accept(accept),
         producer=("megamoe", version),
     )
     lines: list[ProgressLine] = []
