@@ -714,6 +714,32 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         "the tensors under mtp are those of a DSpark draft",
     ),
     (
+        "DSpark announced over a classic draft",
+        "preview",
+        configure(
+            dspark_block_size=5, dspark_noise_token_id=150, dspark_target_layer_ids=[2, 3, 4], dspark_markov_rank=16
+        ),
+        "config-draft",
+        "dspark_block_size",
+        "is 5, but the tensors under mtp are those of a classic draft (1 stage, no main_proj and no markov_head).",
+    ),
+    (
+        "DSpark targets",
+        "dspark",
+        configure(dspark_target_layer_ids=[3, 4]),
+        "config-draft",
+        "dspark_target_layer_ids",
+        "is [3, 4], but the tensors show 3 layers.",
+    ),
+    (
+        "another architecture's name",
+        "preview",
+        configure(architectures=["DeepseekV4ForConditionalGeneration"]),
+        "config-invalid",
+        "architectures",
+        "architectures names 'DeepseekV4ForConditionalGeneration'; implemented is 'DeepseekV4ForCausalLM'.",
+    ),
+    (
         "DSpark rank",
         "dspark",
         configure(dspark_markov_rank=32),
@@ -769,7 +795,9 @@ ALONE = {
     "layers, one more", "layers alone",
     "more layers than ratios", "no compressor", "fallback layer_types", "hash layers", "experts", "fused experts",
     "F14 of the last experts",
-    "hidden size", "vocabulary", "DSpark unannounced", "DSpark rank", "F16 expert_dtype", "F16 no declaration",
+    "hidden size", "vocabulary", "DSpark unannounced", "DSpark rank",
+    "DSpark announced over a classic draft", "DSpark targets", "another architecture's name",
+    "F16 expert_dtype", "F16 no declaration",
 }  # fmt: skip
 
 
@@ -1000,6 +1028,7 @@ def test_alike_findings_are_one(layouts, tmp_path):
 def test_every_rule_is_exercised():
     found = {row[3] for row in FAULTS} | {row[2] for row in FILE_FAULTS}
     elsewhere = {"shard-gap", "shard-header"}  # tests/checkpoint/test_reader.py
+    elsewhere |= {"config-release"}  # tests/models/deepseek_v4/test_releases.py
     elsewhere |= {"values-not-finite", "expert-table", "draft-copy", "not-exact"}  # models/deepseek_v4/test_weights.py
     assert set(RULES) == found | elsewhere
 

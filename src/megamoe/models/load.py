@@ -84,7 +84,7 @@ def load(
         what = f"load: model {str(model)!r} with recipe {chosen.name}"
         dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
         weights = loader.load(_layouts(chosen, where))
-    notes = tuple(f"{finding.rule}: {finding}" for finding in warnings)
+    notes = tuple(f"{finding.rule}: {finding}" for finding in (*warnings, *examined.told))
     return Model(config, weights, chosen, where, name=str(model), directory=directory, warnings=notes)
 
 

@@ -22,6 +22,7 @@ from megamoe.models.deepseek_v4.inventory import Entry, Role
 from megamoe.models.deepseek_v4.layout import FLOATS, Format, StoredHeaders
 from megamoe.models.deepseek_v4.memory import WeightBytes, kind_of_weight
 from megamoe.models.deepseek_v4.observed import DraftFound
+from megamoe.models.deepseek_v4.releases import release_of
 from megamoe.models.deepseek_v4.rules import Finding, group
 from megamoe.models.deepseek_v4.samples import Sampled
 
@@ -116,7 +117,6 @@ _PUBLISHED: dict[tuple[str, str, str], tuple[str, int, int]] = {
     ("Flash", "nvfp4", "mtp"): ("NVIDIA DeepSeek-V4-Flash-NVFP4", 135_235, 168_266_793_544),
     ("Pro", "nvfp4", "mtp"): ("NVIDIA DeepSeek-V4-Pro-NVFP4", 285_660, 913_061_485_688),
 }
-_SIZES = {(4096, 43, 256): "Flash", (7168, 61, 384): "Pro"}
 
 
 class _Inspector:
@@ -211,7 +211,8 @@ class _Inspector:
         """Return which release this looks like, and its published totals."""
         assert self.config is not None and self.draft is not None and self.stored is not None
         config = self.config
-        size = _SIZES.get((config.hidden_size, config.num_hidden_layers, config.n_routed_experts), "")
+        known = release_of(config)
+        size = known.name if known is not None else ""
         draft = "dspark" if self.draft.num_dspark else "mtp" if self.draft.num_mtp else "none"
         kinds = _kinds(self.formats)
         experts, linears = kinds["experts"], kinds["linears"]

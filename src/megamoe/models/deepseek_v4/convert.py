@@ -317,7 +317,9 @@ def plan(
         if stored.problems:
             raise refusal(f"checkpoint {source}", stored.problems)
         planner = _Planner(stored, claims.formats, source, options)
-        return dataclasses.replace(planner.make(jobs, progress or (lambda done, total: None)), warnings=warnings)
+        return dataclasses.replace(
+            planner.make(jobs, progress or (lambda done, total: None)), warnings=(*warnings, *examined.told)
+        )
 
 
 class _Planner:

@@ -25,6 +25,7 @@ from megamoe.models.deepseek_v4.inventory import Entry, Role
 from megamoe.models.deepseek_v4.layout import Format, StoredHeaders
 from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.observed import DraftFound, Observed, contradiction, reconcile, reconcile_draft
+from megamoe.models.deepseek_v4.releases import check_release, note_yarn
 from megamoe.models.deepseek_v4.rules import Finding, refuse
 from megamoe.models.deepseek_v4.samples import Sampled, check_scales
 
@@ -38,6 +39,7 @@ _OTHER_TENSORS = {
     "vision.": "DeepSeek-V4-Flash-Vision-Exp (a vision tower and gates with a second bias)",
     "aligner.": "DeepSeek-V4-Flash-Vision-Exp (a vision tower and gates with a second bias)",
 }
+_TOLD = ("config-no-yarn",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Examined:
     def refuse(self, accept: Collection[str] = ()) -> tuple[Finding, ...]:
         """Refuse the checkpoint if it breaks a rule that stops `load` and `convert`; see `rules.refuse`."""
         return refuse(f"checkpoint {self.headers.directory}", self.problems, accept)
+
+    @property
+    def told(self) -> tuple[Finding, ...]:
+        """The notes that whoever uses the checkpoint should read, not only who inspects it."""
+        return tuple(note for note in self.notes if note.rule in _TOLD)
 
     @property
     def usable_config(self) -> ModelConfig:
@@ -223,6 +230,8 @@ class _Examiner:
         config, contradictions = reconcile_draft(draft, stored, config)
         self.problems += contradictions
         self.config = config
+        self.problems += check_release(config)
+        self.notes += note_yarn(config)
         claims = self.claims = claim_tensors(stored, config, draft)
         unavailable = {_module_of(native_name(name)) for name in headers.unavailable}
         for problem in stored.problems:

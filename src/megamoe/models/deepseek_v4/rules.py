@@ -87,6 +87,7 @@ RULES: dict[str, Rule] = {
     "config-size": _refused("", "config.json and tensors agree on the model's dimensions"),
     "config-draft": _refused("", "config.json and tensors agree on the DSpark draft"),
     "config-draft-unannounced": _warned("", "config.json has the dspark_* fields of the DSpark draft that is stored"),
+    "config-release": _warned("", "a released model's config.json has the release's values where no tensor shows them"),
     "config-format": _warned("F16", "config.json declares the formats the tensors have, module by module"),
     "quant-config-disagrees": _warned("F16", "hf_quant_config.json and config.json declare the same"),
     # scales
