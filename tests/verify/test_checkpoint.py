@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -269,6 +270,37 @@ def copy_under_another_name(files: Files) -> None:
     """The same native tensor twice."""
     raw = files.tensors[f"{WQ_A}.weight"]
     files.put(f"model.{WQ_A}.weight", raw.dtype, raw.shape, raw.content)
+
+
+def zero(name: str, pattern: bytes = b"\0") -> Callable[[Files], None]:
+    """A tensor whose bytes never came."""
+
+    def inject(files: Files) -> None:
+        raw = files.tensors[name]
+        raw.content = (pattern * len(raw.content))[: len(raw.content)]
+
+    return inject
+
+
+FUSED = "model.layers.2.mlp.experts.down_proj"
+
+
+def zero_fused(files: Files) -> None:
+    """The last expert of a tensor that holds all of them."""
+    raw = files.tensors[FUSED]
+    raw.content = raw.content[: len(raw.content) // 4 * 3] + bytes(len(raw.content) // 4)
+
+
+def nan_over_zeros(files: Files) -> None:
+    """What ModelOpt and torchao write for a matrix of zeros: 0 / 0."""
+    zero(f"{EXPERT}.weight")(files)
+    files.tensors[E4M3_SCALES].content = bytes([0x7F]) * len(files.tensors[E4M3_SCALES].content)
+
+
+def nan_over_zeros_e8m0(files: Files) -> None:
+    """The same in MXFP4."""
+    zero(f"{EXPERT}.weight")(files)
+    files.tensors[f"{EXPERT}.scale"].content = bytes([0xFF]) * len(files.tensors[f"{EXPERT}.scale"].content)
 
 
 FALLBACK = ["heavily_compressed_attention"] * 3 + ["compressed_sparse_attention", "heavily_compressed_attention"]
@@ -557,12 +589,95 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
     ("F20 to zero", "preview", cast_e8m0_to_zero, "scale-cast", f"{EXPERT}.scale", "the middle scale is 2^-127"),
     ("F20 to fp32", "preview", cast_e8m0_to_float, "scale-cast", f"{WQ_A}.scale", "the middle scale is 11"),
     (
-        "F20 of E4M3",
+        "scales of zero",
         "nvidia",
         lambda files: files.put(E4M3_SCALES, "F8_E4M3", (256, 8)),
-        "scale-cast",
+        "scale-zero",
         E4M3_SCALES,
-        "the middle scale is 0, a size no weight needs",
+        "scales are zero wherever they were looked at, and codes are not.",
+    ),
+    (
+        "zero matrix",
+        "preview",
+        zero(f"{WQ_A}.weight"),
+        "values-zero",
+        f"{WQ_A}.weight",
+        "wq_a.weight: all zero wherever",
+    ),
+    ("zero expert", "nvidia", zero(f"{EXPERT}.weight"), "values-zero", f"{EXPERT}.weight", "(4,092 of 16,384 bytes)"),
+    ("zero of either sign", "bf16", zero("head.weight", b"\0\x80"), "values-zero", "head.weight", "all zero"),
+    (
+        "zero embedding",
+        "resave",
+        zero("model.embed_tokens.weight"),
+        "values-zero",
+        "model.embed_tokens.weight",
+        "all zero",
+    ),
+    (
+        "zero norm",
+        "dspark",
+        zero("norm.weight"),
+        "values-zero",
+        "norm.weight",
+        "norm.weight: all zero; no trained model",
+    ),
+    ("zero expert of a fused tensor", "resave-modules", zero_fused, "values-zero", FUSED, "all zero wherever"),
+    (
+        "NaN scales over zeros",
+        "nvidia",
+        nan_over_zeros,
+        "scale-nan",
+        E4M3_SCALES,
+        "over codes that are all zero: ModelOpt and torchao divide by an amax of 0 there.",
+    ),
+    (
+        "NaN scales over zeros in E8M0",
+        "preview",
+        nan_over_zeros_e8m0,
+        "scale-nan",
+        f"{EXPERT}.scale",
+        "over codes that are all zero",
+    ),
+    (
+        "NaN values",
+        "preview",
+        poke("layers.2.attn.compressor.wkv.weight", 2, b"\xc0\x7f"),
+        "values-not-finite",
+        "layers.2.attn.compressor.wkv.weight",
+        "holds NaN or infinity.",
+    ),
+    (
+        "NaN values of FP8",
+        "preview",
+        poke(f"{WQ_A}.weight", 9, b"\x7f"),
+        "values-not-finite",
+        f"{WQ_A}.weight",
+        "holds NaN",
+    ),
+    (
+        "infinite values of fp32",
+        "preview",
+        poke("layers.2.attn.attn_sink", 4, struct.pack("<f", float("-inf"))),
+        "values-not-finite",
+        "layers.2.attn.attn_sink",
+        "holds NaN",
+    ),
+    (
+        "an expert that is not there",
+        "preview",
+        poke("layers.0.ffn.gate.tid2eid", 8, struct.pack("<q", 4)),
+        "expert-table",
+        "layers.0.ffn.gate.tid2eid",
+        "expert 4 (1 of 320 entries looked at); experts are 0 to 3.",
+    ),
+    (
+        "a draft's head of its own",
+        "preview",
+        lambda files: files.put("mtp.0.head.weight", "BF16", (160, 256), bytes([1, 60]) * 160 * 256),
+        "draft-copy",
+        "mtp.0.head.weight",
+        "differs from head.weight.",
     ),
     (
         "F20 dtype",
@@ -600,7 +715,7 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
     (
         "half precision",
         "bf16",
-        lambda files: files.put("norm.weight", "F16", (256,)),
+        lambda files: files.put("norm.weight", "F16", (256,), bytes([0, 60]) * 256),
         "tensor-dtype",
         "norm.weight",
         "F16 [256], expected BF16 or F32 [256].",
@@ -790,7 +905,8 @@ ALONE = {
     "F2", "F2 of compressed-tensors", "F3", "F3 of one weight", "F3 of compressed-tensors", "F3 of weights", "F4",
     "F4 of MXFP4", "F4 of FP8", "F5", "F5 packed along N", "F5 of a plain weight", "F7", "F7 negative", "F7 of MXFP4",
     "F7 of Base", "F15", "F15 of compressed-tensors", "zero scale", "infinite scale", "F17", "F20", "F20 to zero",
-    "F20 to fp32", "F20 of E4M3", "F20 dtype",
+    "F20 to fp32", "scales of zero", "F20 dtype", "zero matrix", "zero expert", "zero of either sign", "zero embedding",
+    "zero norm", "zero expert of a fused tensor", "NaN values", "NaN values of FP8", "an expert that is not there",
     "a layer far out", "unknown tensor", "two spellings", "misshapen", "half precision", "layers, one short",
     "layers, one more", "layers alone",
     "more layers than ratios", "no compressor", "fallback layer_types", "hash layers", "experts", "fused experts",
@@ -1029,7 +1145,7 @@ def test_every_rule_is_exercised():
     found = {row[3] for row in FAULTS} | {row[2] for row in FILE_FAULTS}
     elsewhere = {"shard-gap", "shard-header"}  # tests/checkpoint/test_reader.py
     elsewhere |= {"config-release"}  # tests/models/deepseek_v4/test_releases.py
-    elsewhere |= {"values-not-finite", "expert-table", "draft-copy", "not-exact"}  # models/deepseek_v4/test_weights.py
+    elsewhere |= {"not-exact"}  # tests/models/deepseek_v4/test_weights.py
     assert set(RULES) == found | elsewhere
 
 
@@ -1047,11 +1163,36 @@ def test_every_fault_of_the_issue_has_a_rule():
 
 
 def test_sampling_reads_a_bounded_number_of_bytes(layouts, monkeypatch):
-    monkeypatch.setattr(samples, "MAX_SAMPLED", 10)
+    assert 3 * samples.SAMPLE_BYTES <= 4096
     monkeypatch.setattr(samples, "SAMPLE_BYTES", 16)
     sampled = inspect_checkpoint(layouts["preview"]).sampled
-    assert sampled is not None and sampled.tensors == 10 and sampled.all_tensors == 124
-    assert sampled.num_bytes <= 10 * 3 * 16
+    assert sampled is not None and sampled.scales == 124
+    assert sampled.num_bytes <= (sampled.scales + sampled.values) * 3 * 16
+
+
+def test_a_file_whose_second_half_never_came_is_refused_by_everything(tmp_path, capsys):
+    directory = tmp_path / "half"
+    shutil.copytree(BUNDLED["tiny"], directory)
+    (shard,) = directory.glob("*.safetensors")
+    shard.chmod(0o644)
+    size = shard.stat().st_size
+    with open(shard, "r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    found = inspect_checkpoint(directory).findings
+    assert {one.rule for one in found} <= {"values-zero", "scalar-invalid", "scale-zero"}
+    zeros = {subject for one in found if one.rule == "values-zero" for subject in one.subjects}
+    assert len(zeros) > 20
+    assert main(["generate", "--model", str(directory), "--prompt", "def "]) == 2
+    assert "all zero" in capsys.readouterr().err
+    assert main(["convert", str(directory), str(tmp_path / "out"), "--to", "mxfp4"]) == 2
+    assert "all zero" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_sparse_fake_is_said_to_be_one(tmp_path):
+    found = inspect_checkpoint(fake.write_fake(tmp_path, "flash", "preview"))
+    assert found.findings == () and [note.rule for note in found.notes] == ["fake"]
+    assert found.sampled is not None and found.sampled.values == 0
 
 
 def test_scalars_beyond_the_reads_are_chosen_evenly(layouts, monkeypatch):

@@ -230,11 +230,12 @@ def _print(inspection: Inspection, request: PlanRequest, console: Console) -> No
         console.print()
     _print_findings("findings", inspection.findings, console, "bold red")
     _print_findings("notes", inspection.notes, console, "bold")
-    if inspection.sampled is not None and inspection.sampled.all_tensors:
+    if inspection.sampled is not None and inspection.sampled.num_bytes:
         sampled = inspection.sampled
         console.print(
-            f"scales looked at: {sampled.scalars:,} of {sampled.all_scalars:,} scalars, parts of {sampled.tensors:,} "
-            f"of {sampled.all_tensors:,} block-scale tensors ({sampled.num_bytes:,} bytes); load reads all of them"
+            f"looked at: {sampled.scalars:,} of {sampled.all_scalars:,} scalar scales, at most 4 KiB of each of "
+            f"{sampled.scales:,} block-scale tensors and of {sampled.values:,} matrices, norms and tables "
+            f"({sampled.num_bytes:,} bytes); load reads all of them"
         )
     if inspection.config is not None and inspection.weights is not None:
         _print_memory(inspection, request, console)

@@ -27,7 +27,7 @@ from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.observed import DraftFound, Observed, contradiction, reconcile, reconcile_draft
 from megamoe.models.deepseek_v4.releases import check_release, note_yarn
 from megamoe.models.deepseek_v4.rules import Finding, refuse
-from megamoe.models.deepseek_v4.samples import Sampled, check_scales
+from megamoe.models.deepseek_v4.samples import Sampled, check_samples, is_fake
 
 _OTHERS = {
     "deepseek_v41": "DeepSeek-V4.1 (another architecture: shared compressors, Engram tables, FP8 blocks of 32)",
@@ -39,7 +39,7 @@ _OTHER_TENSORS = {
     "vision.": "DeepSeek-V4-Flash-Vision-Exp (a vision tower and gates with a second bias)",
     "aligner.": "DeepSeek-V4-Flash-Vision-Exp (a vision tower and gates with a second bias)",
 }
-_TOLD = ("config-no-yarn",)
+_TOLD = ("config-no-yarn", "fake")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +248,12 @@ class _Examiner:
 
         quant = self.read_quant_file()
         self.problems += check_declared(raw, quant, claims.formats, is_packed=is_packed, spelled=spelled)
-        found, self.sampled = check_scales(headers, stored, claims.formats)
+        found, self.sampled = check_samples(headers, stored, claims)
         self.problems += found
+
+        if is_fake(headers):
+            text = "A fake with true headers and no weights (tools/fake_checkpoint.py): its values were not looked at."
+            self.notes.append(Finding("fake", (), text, is_note=True))
 
     def note_leftovers(self, stored: StoredHeaders, claims: Claims) -> None:
         """Say what a draft left behind: norms of a stripped stage, copies of embedding and head."""

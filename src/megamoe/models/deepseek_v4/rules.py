@@ -93,6 +93,7 @@ RULES: dict[str, Rule] = {
     # scales
     "scale-nan": _refused("F7", "no block scale is NaN, negative or infinite"),
     "scale-cast": _unless_accepted("F20", "block scales have the size of scales: E8M0 bytes were not cast as numbers"),
+    "scale-zero": _unless_accepted("", "block scales over codes that are not zero are not all zero"),
     "scalar-invalid": _refused("", "a tensor or input scale is positive and finite"),
     "input-scale-reciprocal": _unless_accepted(
         "F3", "an input scale multiplies: activation amax / 2688, or its reciprocal by name"
@@ -105,6 +106,7 @@ RULES: dict[str, Rule] = {
     ),
     "gate-up-scales-differ": _warned("F2", "gate and up of an expert share their tensor scale"),
     # values
+    "values-zero": _unless_accepted("", "no matrix, norm, embedding or head is all zero"),
     "values-not-finite": _refused("", "no value is NaN or infinite"),
     "expert-table": _refused("", "a table of experts names experts that exist"),
     "draft-copy": _refused("", "a draft's copy of the embedding or the head equals it"),

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at a few bytes of a checkpoint's scales: enough to see most ways of storing them wrong, too few to take long.
+"""Look at a few bytes of every tensor: enough to see most ways of storing it wrong, too few to take long.
 
-Two kinds of bytes are read. Scalars (tensor and input scales): all of them, where neighbours can be read together in at
-most MAX_READS reads, else an even choice. Block scales: up to SAMPLE_BYTES from the start, the middle and the end of
-each of up to MAX_SAMPLED tensors, chosen by a hash of the name so that every run looks at the same ones. A rule that
-holds here holds for what was read; `load` reads every byte.
+Scalars (tensor and input scales) are read completely, where neighbours can be read together in at most MAX_READS reads,
+else an even choice of them. Of every block-scale tensor and every matrix, norm and table at most 4 KiB are read: all of
+it where it is small, else SAMPLE_BYTES from the start, the middle and the end. Every run looks at the same bytes. A
+rule that holds here holds for what was read; `load` reads every byte. What is all zero is found here for certain, and
+what is zero wherever it was looked at is taken for it.
 
 What is plausible: a model's weights and the activations behind its norms are small. Weights above 224 and activations
 above 2688 do not occur in a trained model, so an FP8 or E8M0 scale, a tensor scale or an input scale of 1 and more is
-not a scale that multiplies.
+not a scale that multiplies. Nor is a matrix, a norm, the embedding or the head of a trained model all zero: that is a
+file whose bytes never came. Biases, sinks, positions and hyper-connections may be.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ import os
 import pathlib
 import statistics
 import struct
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from megamoe.checkpoint.headers import Headers, TensorInfo
+from megamoe.checkpoint.headers import ITEM_BYTES, Headers, TensorInfo
 from megamoe.checkpoint.problem import Problem
+from megamoe.models.deepseek_v4.claims import Claims
+from megamoe.models.deepseek_v4.inventory import Entry, Role
 from megamoe.models.deepseek_v4.layout import REDO, Format, StoredHeaders
 
 MAX_READS = 4096
-MAX_SAMPLED = 1024  # tensors
-SAMPLE_BYTES = 2048  # from each of three places
+SAMPLE_BYTES = 1364  # from each of three places: 4 KiB together
+FAKE = "megamoe_fake"  # key of a header's metadata: names and shapes are true, values are holes
 _NEIGHBOUR_BYTES = 1 << 16  # a gap up to this is read rather than skipped
 _LARGEST_RUN_BYTES = 1 << 20
 
@@ -46,15 +49,15 @@ class Sampled:
     Attributes:
         scalars: scalars read.
         all_scalars: scalars there are.
-        tensors: block-scale tensors looked at.
-        all_tensors: block-scale tensors there are.
+        scales: block-scale tensors looked at.
+        values: matrices, norms and tables looked at.
         num_bytes: bytes read.
     """
 
     scalars: int
     all_scalars: int
-    tensors: int
-    all_tensors: int
+    scales: int
+    values: int
     num_bytes: int
 
 
@@ -87,30 +90,144 @@ class ByteReader:
         return content
 
 
-def check_scales(
-    headers: Headers, stored: StoredHeaders, formats: Mapping[str, Format]
-) -> tuple[list[Problem], Sampled]:
-    """Sample the scales of all quantized weights.
+def check_samples(headers: Headers, stored: StoredHeaders, claims: Claims) -> tuple[list[Problem], Sampled]:
+    """Look at the scales of all quantized weights, and at the values of everything.
 
     Args:
         headers: of the checkpoint.
         stored: its tensors under native names.
-        formats: weight -> format, of the weights whose headers are sound.
+        claims: which of them belong to the model, and their formats.
 
     Returns:
         What is wrong, and how much was looked at.
     """
     problems: list[Problem] = []
+    formats = claims.formats
     with ByteReader(headers) as reader:
         wanted = _scalar_names(stored, formats)
         scalars = _read_scalars(reader, stored, wanted)
-        problems += _check_scalars(stored, formats, scalars)
+        if is_fake(headers):
+            problems += _check_scalars(stored, formats, scalars, frozenset())
+            return problems, Sampled(len(scalars), len(wanted), 0, 0, reader.num_bytes)
+        values = _Values(reader, stored)
+        for entry in claims.entries:
+            problems += values.check(entry, formats.get(entry.name))
+        problems += _check_copies(reader, stored, claims.copies)
+        problems += _check_scalars(stored, formats, scalars, values.zero)
         blocks = [module for module, found in formats.items() if found is not Format.PLAIN]
-        chosen = sorted(blocks, key=lambda module: zlib.crc32(module.encode()))[:MAX_SAMPLED]
-        for module in sorted(chosen):
-            problems += _check_block_scales(reader, stored, module, formats[module])
-        sampled = Sampled(len(scalars), len(wanted), len(chosen), len(blocks), reader.num_bytes)
+        for module in blocks:
+            problems += _check_block_scales(reader, stored, module, formats[module], module in values.zero)
+        sampled = Sampled(len(scalars), len(wanted), len(blocks), values.count, reader.num_bytes)
     return problems, sampled
+
+
+def is_fake(headers: Headers) -> bool:
+    """Say whether a shard is marked as having no weights (tools/fake_checkpoint.py)."""
+    return any(FAKE in metadata for metadata in headers.metadata.values())
+
+
+# Values.
+
+
+_MAY_BE_ZERO = ("attn_sink", ".bias", ".ape", "_fn", "_base", "_scale")
+
+
+class _Values:
+    """Looks at the values of tensors.
+
+    Attributes:
+        zero: weights (native, without ".weight") that are zero wherever they were looked at.
+        count: tensors looked at.
+    """
+
+    def __init__(self, reader: ByteReader, stored: StoredHeaders) -> None:
+        self.reader = reader
+        self.stored = stored
+        self.zero: set[str] = set()
+        self.count = 0
+
+    def check(self, entry: Entry, found: Format | None) -> Iterable[Problem]:
+        is_weight = entry.role in (Role.LINEAR, Role.EXPERT)
+        name = self.stored.codes_name(entry.name) if is_weight else entry.name
+        if (is_weight and found is None) or name not in self.stored:
+            return []
+        self.count += 1
+        dtype = self.stored.dtype(name)
+        sample = _sample(self.reader, self.stored, name, ITEM_BYTES[dtype])
+        if entry.role is Role.TABLE:
+            return _check_table(self.stored, name, sample, ITEM_BYTES[dtype])
+        if not sample.translate(None, _ZEROS[dtype] if dtype in _ZEROS else _FP4_ZEROS):
+            if not sample or name.endswith(_MAY_BE_ZERO):
+                return []
+            self.zero.add(entry.name)
+            return [self.all_zero(name, len(sample))]
+        return _check_finite(self.stored, name, dtype, sample)
+
+    def all_zero(self, name: str, looked_at: int) -> Problem:
+        _, _, size = _place(self.stored, name)
+        where = "" if looked_at == size else f" wherever it was looked at ({looked_at:,} of {size:,} bytes)"
+        text = f"{self.stored.label(name)}: all zero{where}; no trained model has such a tensor."
+        remedy = f"The file was reserved and never filled, or zeros were written for what was not computed. {REDO}"
+        return Problem("values-zero", self.stored.stored_name(name), text, remedy, "zeros", "values")
+
+
+_FP4_ZEROS = b"\x00\x08\x80\x88"
+_ZEROS = {"BF16": b"\x00\x80", "F32": b"\x00\x80", "F8_E4M3": b"\x00\x80"}  # of either sign
+
+
+def _check_finite(stored: StoredHeaders, name: str, dtype: str, sample: bytes) -> list[Problem]:
+    if dtype in ("BF16", "F32"):
+        width = ITEM_BYTES[dtype]
+        high = sample[width - 1 :: width]
+        is_bad = (b"\x7f" in high or b"\xff" in high) and any(
+            one & 0x7F == 0x7F and other & 0x80 for one, other in zip(high, sample[width - 2 :: width], strict=False)
+        )
+    else:
+        is_bad = dtype == "F8_E4M3" and (b"\x7f" in sample or b"\xff" in sample)
+    return [not_finite(stored, name)] if is_bad else []
+
+
+def not_finite(stored: StoredHeaders, name: str) -> Problem:
+    """Return the problem that a tensor holds what is no number."""
+    text = f"{stored.label(name)}: holds NaN or infinity."
+    return Problem("values-not-finite", stored.stored_name(name), text, f"The bytes are damaged. {REDO}")
+
+
+def original_of(copy: str) -> str:
+    """Return the native name of the embedding or head that a draft's tensor repeats."""
+    return copy.split(".", 2)[2]
+
+
+def differing_copy(stored: StoredHeaders, copy: str) -> Problem:
+    """Return the problem that a draft's copy of the embedding or the head is not the same tensor."""
+    text = f"{stored.label(copy)}: differs from {original_of(copy)}."
+    return Problem("draft-copy", stored.stored_name(copy), text, "A draft shares embedding and head.")
+
+
+def _check_copies(reader: ByteReader, stored: StoredHeaders, copies: Iterable[str]) -> Iterator[Problem]:
+    for copy in copies:
+        original = original_of(copy)
+        if original not in stored:
+            continue
+        infos = [stored.info(name) for name in (copy, original)]
+        are_alike = (infos[0].dtype, infos[0].shape) == (infos[1].dtype, infos[1].shape)
+        if not are_alike or _sample(reader, stored, copy, 1) != _sample(reader, stored, original, 1):
+            yield differing_copy(stored, copy)
+
+
+def _check_table(stored: StoredHeaders, name: str, sample: bytes, width: int) -> list[Problem]:
+    entries = struct.unpack(
+        f"<{len(sample) // width}{'q' if width == 8 else 'i'}", sample[: len(sample) // width * width]
+    )
+    bad = [entry for entry in entries if not 0 <= entry < stored.num_experts]
+    if not bad:
+        return []
+    text = (
+        f"{stored.label(name)}: expert {bad[0]} ({len(bad)} of {len(entries)} entries looked at); experts are 0 to "
+        f"{stored.num_experts - 1}."
+    )
+    remedy = "Use the config.json that belongs to the weights."
+    return [Problem("expert-table", stored.stored_name(name), text, remedy)]
 
 
 # Scalars.
@@ -152,12 +269,14 @@ def _read_scalars(reader: ByteReader, stored: StoredHeaders, names: list[str]) -
 
 
 def _check_scalars(
-    stored: StoredHeaders, formats: Mapping[str, Format], scalars: Mapping[str, float]
+    stored: StoredHeaders, formats: Mapping[str, Format], scalars: Mapping[str, float], zero: Collection[str]
 ) -> Iterator[Problem]:
     multiplying: dict[str, float] = {}
     for name, value in scalars.items():
-        leaf = name.rpartition(".")[2]
+        module, _, leaf = name.rpartition(".")
         if not 0.0 < value < float("inf"):
+            if module in zero and not leaf.startswith("input"):
+                continue  # the scale of a matrix of zeros, which has been taken down
             text = f"{stored.label(name)}: {value}; a scale must be positive and finite."
             yield Problem("scalar-invalid", stored.stored_name(name), text, REDO, str(value), "positive and finite")
         else:
@@ -245,67 +364,92 @@ def _pieces(num_bytes: int, item: int) -> list[tuple[int, int]]:
     return [(0, count), (middle - middle % item, count), (num_bytes - count, count)]
 
 
+def _place(stored: StoredHeaders, name: str) -> tuple[str, int, int]:
+    """Return shard, first byte and size of a tensor; of one expert's part, where it is fused."""
+    source, info = stored.source(name), stored.info(name)
+    if source.expert is None:
+        return info.shard, info.begin, info.num_bytes
+    size = info.num_bytes // (stored.num_experts * source.num_parts)
+    return info.shard, info.begin + (source.expert * source.num_parts + source.part) * size, size
+
+
 def _sample(reader: ByteReader, stored: StoredHeaders, name: str, item: int) -> bytes:
-    """Return bytes of a tensor from up to three places; of a fused tensor, of all experts."""
-    info = stored.info(name)
-    return b"".join(
-        reader.read(info.shard, info.begin + offset, count) for offset, count in _pieces(info.num_bytes, item)
-    )
+    """Return bytes of a tensor from up to three places."""
+    shard, begin, size = _place(stored, name)
+    return b"".join(reader.read(shard, begin + offset, count) for offset, count in _pieces(size, item))
 
 
-def _check_block_scales(reader: ByteReader, stored: StoredHeaders, module: str, found: Format) -> Iterable[Problem]:
+def _check_block_scales(
+    reader: ByteReader, stored: StoredHeaders, module: str, found: Format, is_zero: bool
+) -> Iterable[Problem]:
     name = stored.scales_name(module, found)
-    if found is Format.NVFP4:
-        sample = _sample(reader, stored, name, 1)
-        bad = _bad_bytes(stored, name, sample, _BAD_E4M3, "NaN or negative in E4M3")
-        is_empty = bool(sample) and not any(sample) and _holds_values(reader, stored, module)
-        return [_cast(stored, name, "0")] if is_empty else bad
     dtype = stored.dtype(name)
-    if dtype in ("F32", "BF16"):
-        width = 4 if dtype == "F32" else 2
-        sample = _sample(reader, stored, name, width)
-        return _check_float_scales(stored, name, sample, width)
-    sample = _sample(reader, stored, name, 1)
-    bad = _bad_bytes(stored, name, sample, b"\xff", "NaN in E8M0")
-    return bad or _check_e8m0(reader, stored, module, name, sample)
+    width = ITEM_BYTES[dtype]
+    sample = _sample(reader, stored, name, width)
+    if found is not Format.NVFP4 and width == 1:
+        bad = _bad_bytes(stored, name, sample, b"\xff", "NaN in E8M0", is_zero)
+        return bad or _check_e8m0(stored, name, sample, is_zero)
+    if sample and not any(sample):
+        return [] if is_zero else [_zero_scales(stored, name)]
+    if found is Format.NVFP4:
+        return _bad_bytes(stored, name, sample, _BAD_E4M3, "NaN or negative in E4M3", is_zero)
+    return _check_float_scales(stored, name, sample, width, is_zero)
 
 
-def _bad_bytes(stored: StoredHeaders, name: str, sample: bytes, bad: bytes, what: str) -> list[Problem]:
-    remaining = sample.translate(None, bad)
-    num_bad = len(sample) - len(remaining)
+def _bad_bytes(stored: StoredHeaders, name: str, sample: bytes, bad: bytes, what: str, is_zero: bool) -> list[Problem]:
+    num_bad = len(sample) - len(sample.translate(None, bad))
     if not num_bad:
         return []
     first = next(byte for byte in sample if byte in bad)
-    text = f"{stored.label(name)}: byte 0x{first:02x}, {what} ({num_bad} of {len(sample)} bytes looked at)."
-    remedy = f"The bytes are damaged or not scales. {REDO}"
-    return [Problem("scale-nan", stored.stored_name(name), text, remedy, f"0x{first:02x}", "0x00 to 0x7e")]
+    said = f"byte 0x{first:02x}, {what} ({num_bad} of {len(sample)} bytes looked at)"
+    return [bad_scales(stored, name, said, is_zero, got=f"0x{first:02x}", allowed="0x00 to 0x7e")]
 
 
-def _check_float_scales(stored: StoredHeaders, name: str, sample: bytes, width: int) -> list[Problem]:
+def bad_scales(
+    stored: StoredHeaders, name: str, said: str, is_zero: bool, *, got: str = "", allowed: str = ""
+) -> Problem:
+    """Return the problem that block scales are no numbers, with the cause where the codes are all zero."""
+    text = f"{stored.label(name)}: {said}"
+    if is_zero:
+        text += ", over codes that are all zero: ModelOpt and torchao divide by an amax of 0 there."
+        remedy = "Export the weight again; if it is to be zero, store scales of zero."
+    else:
+        text += "."
+        remedy = f"The bytes are damaged or not scales. {REDO}"
+    return Problem("scale-nan", stored.stored_name(name), text, remedy, got, allowed)
+
+
+def _check_float_scales(stored: StoredHeaders, name: str, sample: bytes, width: int, is_zero: bool) -> list[Problem]:
     words = [sample[start : start + width] for start in range(0, len(sample) - width + 1, width)]
     values = [float(struct.unpack("<f", word if width == 4 else b"\0\0" + word)[0]) for word in words]
     bad = [value for value in values if not 0.0 <= value < float("inf")]
     if bad:
-        text = f"{stored.label(name)}: {bad[0]}, not finite or negative ({len(bad)} of {len(values)} looked at)."
-        remedy = f"The bytes are damaged or not scales. {REDO}"
-        return [Problem("scale-nan", stored.stored_name(name), text, remedy, str(bad[0]), "finite, not negative")]
+        said = f"{bad[0]}, not finite or negative ({len(bad)} of {len(values)} looked at)"
+        return [bad_scales(stored, name, said, is_zero, got=str(bad[0]), allowed="finite, not negative")]
     if values and (middle := statistics.median(values)) >= _PLAUSIBLE:
         return [_cast(stored, name, f"{middle:.6g}")]
     return []
 
 
-def _check_e8m0(reader: ByteReader, stored: StoredHeaders, module: str, name: str, sample: bytes) -> list[Problem]:
-    used = [byte for byte in sample if byte]
-    if used and statistics.median(used) >= _E8M0_ONE:
-        return [_cast(stored, name, f"2^{int(statistics.median(used)) - 127}")]
-    if sample and max(sample) <= _E8M0_TINY and _holds_values(reader, stored, module):
+_BELOW_ONE = bytes(range(_E8M0_ONE))
+_TINY = bytes(range(_E8M0_TINY + 1))
+
+
+def _check_e8m0(stored: StoredHeaders, name: str, sample: bytes, is_zero: bool) -> list[Problem]:
+    num_used = len(sample) - sample.count(0)
+    if 2 * len(sample.translate(None, _BELOW_ONE)) >= num_used > 0:  # the median may be one and more
+        middle = statistics.median(byte for byte in sample if byte)
+        if middle >= _E8M0_ONE:
+            return [_cast(stored, name, f"2^{int(middle) - 127}")]
+    if sample and not is_zero and not sample.translate(None, _TINY):
         return [_cast(stored, name, f"2^{max(sample) - 127}")]
     return []
 
 
-def _holds_values(reader: ByteReader, stored: StoredHeaders, module: str) -> bool:
-    """Say whether the codes looked at are other than zero, of either sign."""
-    return bool(_sample(reader, stored, stored.codes_name(module), 1).translate(None, b"\x00\x80\x08\x88"))
+def _zero_scales(stored: StoredHeaders, name: str) -> Problem:
+    text = f"{stored.label(name)}: scales are zero wherever they were looked at, and codes are not."
+    remedy = f"Scales were not computed, or their bytes never came. {REDO}"
+    return Problem("scale-zero", stored.stored_name(name), text, remedy, "0", "scales above 0 over codes that are not")
 
 
 def _cast(stored: StoredHeaders, name: str, middle: str) -> Problem:

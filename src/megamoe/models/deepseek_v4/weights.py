@@ -40,6 +40,7 @@ from megamoe.models.deepseek_v4.layout import Format, dspark_shape
 from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.observed import Observed, check_draft
 from megamoe.models.deepseek_v4.rules import RULES, Level, refusal
+from megamoe.models.deepseek_v4.samples import differing_copy, original_of
 from megamoe.models.deepseek_v4.stored import StoredTensors
 
 LinearWeight = torch.Tensor | Fp8BlockTensor | NvFp4Tensor
@@ -349,13 +350,11 @@ def claim_stored(stored: StoredTensors, config: ModelConfig) -> Claims:
 def check_copies(stored: StoredTensors, names: Iterable[str]) -> None:
     """Take down every copy of the embedding or the head in a draft that is not the same tensor."""
     for name in names:
-        original = name.split(".", 2)[2]
-        if original not in stored:
+        if original_of(name) not in stored:
             continue
-        copy, first = stored.read(name), stored.read(original)
+        copy, first = stored.read(name), stored.read(original_of(name))
         if copy.dtype != first.dtype or not torch.equal(copy, first):
-            text = f"{stored.label(name)}: differs from {original}."
-            stored.problem("draft-copy", stored.stored_name(name), text, "A draft shares embedding and head.")
+            stored.take_down(differing_copy(stored, name))
 
 
 class _Loader:
