@@ -537,6 +537,49 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         "quantization_config",
         "quant_method is 'fp8', but no weight is quantized.",
     ),
+    *(
+        (
+            f"quant_method {method}",
+            "nvidia",
+            declare(quant_method=method),
+            "config-format",
+            "quantization_config.quant_method",
+            f"{words} quant_method; known is 'fp8' or 'modelopt' or 'compressed-tensors'.",
+        )
+        for method, words in (("modelopt_fp4", "has 'modelopt_fp4' as"), ("mxfp4", "has 'mxfp4' as"), (None, "has no"))
+    ),
+    (
+        "blocks of 32",
+        "preview",
+        declare(weight_block_size=[32, 32]),
+        "config-format",
+        "quantization_config.weight_block_size",
+        "has [32, 32] as weight_block_size; known is [128, 128]. The tensors were read as what they are.",
+    ),
+    (
+        "static activations",
+        "preview",
+        declare(activation_scheme="static"),
+        "config-format",
+        "quantization_config.activation_scheme",
+        "has 'static' as activation_scheme",
+    ),
+    (
+        "quantization_config is a text",
+        "preview",
+        configure(quantization_config="fp8"),
+        "config-format",
+        "quantization_config",
+        "quantization_config is 'fp8'; expected an object.",
+    ),
+    (
+        "layers as text",
+        "preview",
+        configure(num_hidden_layers="5"),
+        "config-invalid",
+        "num_hidden_layers",
+        "num_hidden_layers is the text '5', not a number. Write it without quotes.",
+    ),
     (
         "F16 another tool's method",
         "compressed-tensors",
@@ -907,6 +950,8 @@ ALONE = {
     "F7 of Base", "F15", "F15 of compressed-tensors", "zero scale", "infinite scale", "F17", "F20", "F20 to zero",
     "F20 to fp32", "scales of zero", "F20 dtype", "zero matrix", "zero expert", "zero of either sign", "zero embedding",
     "zero norm", "zero expert of a fused tensor", "NaN values", "NaN values of FP8", "an expert that is not there",
+    "quant_method modelopt_fp4", "quant_method mxfp4", "quant_method None", "blocks of 32", "static activations",
+    "quantization_config is a text", "layers as text",
     "a layer far out", "unknown tensor", "two spellings", "misshapen", "half precision", "layers, one short",
     "layers, one more", "layers alone",
     "more layers than ratios", "no compressor", "fallback layer_types", "hash layers", "experts", "fused experts",
@@ -962,10 +1007,19 @@ def overlap(directory: pathlib.Path) -> None:
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + raw[8 + length :])
 
 
+def stop_a_conversion(directory: pathlib.Path) -> None:
+    """What is left when a conversion is stopped between two files."""
+    job = {"tool": "megamoe convert", "options": {"to": "mxfp4", "experts": "requantize", "calibration": {}}}
+    (directory / "convert-manifest.jsonl").write_text(f'{json.dumps(job)}\n{{"shard": "model-00001-of-00002"}}\n{{"sh')
+    (directory / "config.json").unlink()
+    (directory / "model-00002-of-00002.safetensors").unlink()
+
+
 FILE_FAULTS: list[tuple[str, Callable[[pathlib.Path], object], str, str, Verdict]] = [
     ("truncated", truncate, "shard-truncated", "model-00002-of-00002.safetensors", Verdict.FINDINGS),
     ("truncated header", truncate_header, "shard-truncated", "model-00002-of-00002.safetensors", Verdict.FINDINGS),
     ("overlap", overlap, "shard-overlap", "", Verdict.FINDINGS),
+    ("stopped conversion", stop_a_conversion, "conversion-unfinished", "convert-manifest.jsonl", Verdict.UNREADABLE),
     (
         "shard missing",
         lambda directory: (directory / "model-00002-of-00002.safetensors").unlink(),
@@ -1049,6 +1103,43 @@ def test_broken_files_are_found(layouts, tmp_path, break_files, rule, subject, v
     assert rules == {rule} | gap, [(one.rule, one.subjects[:3], one.text) for one in inspection.findings]
     if subject:
         finding(inspection.findings, rule, subject)
+
+
+def test_a_stopped_conversion_is_told_how_to_go_on(layouts, tmp_path):
+    directory = Files.read(layouts["preview"]).write(tmp_path)
+    stop_a_conversion(directory)
+    (found,) = inspect_checkpoint(directory).findings
+    assert "a conversion that was stopped (1 file finished, config.json comes last)" in found.text
+    assert found.remedy.endswith(f"SRC {directory} --to mxfp4 --experts requantize --calibration FILE")
+
+
+def test_a_complete_conversion_is_none_that_was_stopped(layouts, tmp_path, capsys):
+    assert main(["convert", str(layouts["preview"]), str(tmp_path / "out")]) == 0
+    assert inspect_checkpoint(tmp_path / "out").findings == ()
+    (tmp_path / "out" / "config.json").unlink()
+    assert [one.rule for one in inspect_checkpoint(tmp_path / "out").findings] == ["conversion-unfinished"]
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_truncated_shard_whose_header_is_whole_is_compared(layouts, tmp_path, has_index):
+    files = Files.read(layouts["preview"])
+    files.config["hidden_size"] = 512
+    directory = files.write(tmp_path)
+    truncate(directory)
+    if not has_index:
+        (directory / INDEX_NAME).unlink()
+    found = inspect_checkpoint(directory)
+    assert [one.rule for one in found.findings] == ["shard-truncated", "config-size"] and found.notes == ()
+    assert "8 of 180 tensors end beyond its" in found.findings[0].text
+    assert found.num_tensors == found.expected_tensors == 360
+
+
+def test_a_label_nobody_knows_does_not_end_the_comparison(layouts, tmp_path):
+    files = Files.read(layouts["nvidia"])
+    declare(quant_method="modelopt_fp4")(files)
+    drop("layers.2.attn.kv_norm.weight")(files)
+    rules = {one.rule for one in inspect_checkpoint(files.write(tmp_path)).findings}
+    assert rules == {"config-format", "tensor-missing"}
 
 
 def test_a_missing_directory_is_refused(tmp_path):

@@ -29,7 +29,7 @@ from megamoe.checkpoint import report
 from megamoe.checkpoint.byte_range import ByteRange, as_tensor, read_range
 from megamoe.checkpoint.convert import Output, Plan, Result, Shard, Step
 from megamoe.checkpoint.headers import INDEX_NAME
-from megamoe.checkpoint.manifest import MANIFEST_NAME, Record, source_files
+from megamoe.checkpoint.manifest import Record, source_files
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.checkpoint.reader import DTYPES, CheckpointReader
 from megamoe.checkpoint.steps import (
@@ -44,6 +44,7 @@ from megamoe.checkpoint.steps import (
     to_fp8,
     to_mxfp4,
 )
+from megamoe.checkpoint.stopped import MANIFEST_NAME
 from megamoe.checkpoint.writer import encode_json
 from megamoe.formats import fp8, nvfp4, recode
 from megamoe.formats.e8m0 import e8m0_from_bytes
@@ -658,8 +659,9 @@ class _Planner:
             if name not in _MADE_FILES and not name.endswith(".safetensors")
         }
         content = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        declared = content.get("quantization_config")
         quantization = quantization_config(
-            self.after, content.get("quantization_config"), producer=self.options.producer
+            self.after, declared if isinstance(declared, dict) else None, producer=self.options.producer
         )
         content.pop("quantization_config", None)
         experts = {found for module, found in self.after.items() if ".experts." in module and module[0] == "l"}

@@ -13,11 +13,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pathlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from megamoe.checkpoint.headers import Headers, read_headers
 from megamoe.checkpoint.problem import CheckpointError, Problem
+from megamoe.checkpoint.stopped import MANIFEST_NAME, Stopped, stopped_conversion
 from megamoe.models.deepseek_v4.claims import Claims, claim_tensors
 from megamoe.models.deepseek_v4.config import ARCHITECTURE, ModelConfig, parse_config
 from megamoe.models.deepseek_v4.declared import check_declared
@@ -120,6 +122,10 @@ class _Examiner:
         self.observed = Observed(headers.infos, self.natives, headers.unavailable)
 
     def examine(self) -> Examined:
+        if (stopped := stopped_conversion(self.headers.directory)) is not None:
+            self.problems = [_unfinished(self.headers.directory, stopped)]  # everything else follows from that
+            self.is_unreadable = True
+            return self.result(None, "")
         raw = self.read_config()
         self.note_total_size()
         other = self.other_architecture(raw) if raw is not None else ""
@@ -132,6 +138,9 @@ class _Examiner:
             config = self.parse(raw)
             if config is not None and self.headers.infos:
                 self.compare(config, raw)
+        return self.result(raw, other)
+
+    def result(self, raw: Mapping[str, Any] | None, other: str) -> Examined:
         return Examined(
             headers=self.headers,
             natives=self.natives,
@@ -205,6 +214,8 @@ class _Examiner:
         said, shown = raw.get("num_hidden_layers"), self.observed.num_layers
         if said == shown or not shown:
             return None
+        if type(said) is not int:
+            return self.parse_without_number_of_layers(raw, shown)
         try:
             config = parse_config({**raw, "num_hidden_layers": shown})
         except CheckpointError:
@@ -212,11 +223,28 @@ class _Examiner:
         self.problems.append(contradiction("config-layers", "num_hidden_layers", said, shown))
         return config
 
+    def parse_without_number_of_layers(self, raw: Mapping[str, Any], shown: int) -> ModelConfig | None:
+        """Return the configuration if nothing but num_hidden_layers was unusable, having taken that down; else None."""
+        try:
+            config = parse_config({**raw, "num_hidden_layers": shown})
+        except CheckpointError:
+            return None
+        try:
+            parse_config(raw)
+        except CheckpointError as error:
+            line = next((one for one in error.problems if one.startswith("num_hidden_layers")), str(error))
+            text = f"config.json: {line.removeprefix('config.json: ')}"
+            remedy = f"The tensors show {shown}."
+            self.problems.append(Problem("config-invalid", "num_hidden_layers", text, remedy))
+        return config
+
     def compare(self, config: ModelConfig, raw: Mapping[str, Any]) -> None:
         """Compare tensors with the inventory, the declarations and each other."""
         headers, natives, observed = self.headers, self.natives, self.observed
+        read = {info.shard for info in headers.infos.values()}
         has_unknown_part = not headers.unavailable and any(
-            problem.rule in ("shard-missing", "shard-header", "shard-truncated", "index-unreadable")
+            problem.rule in ("shard-missing", "shard-header", "index-unreadable")
+            or (problem.rule == "shard-truncated" and problem.subject not in read)
             for problem in headers.problems
         )
         if has_unknown_part:
@@ -316,6 +344,31 @@ class _Examiner:
         text = f"hf_quant_config.json: not JSON ({reason})."
         self.problems.append(Problem("quant-config-disagrees", "hf_quant_config.json", text, "Download it again."))
         return None
+
+
+_DEFAULTS = {
+    "to": "nvfp4",
+    "experts": "lossless",
+    "attention": "keep",
+    "draft": "keep",
+    "scale_search": "mse",
+    "proof": "codes",
+}
+
+
+def _unfinished(directory: pathlib.Path, stopped: Stopped) -> Problem:
+    chosen = [
+        f" --{name.replace('_', '-')} {stopped.options[name]}"
+        for name, default in _DEFAULTS.items()
+        if stopped.options.get(name, default) != default
+    ]
+    chosen += [" --calibration FILE"] if stopped.options.get("calibration") is not None else []
+    text = (
+        f"{directory}: a conversion that was stopped ({stopped.num_files} file"
+        f"{'' if stopped.num_files == 1 else 's'} finished, config.json comes last)."
+    )
+    remedy = f"Give the same command again, it goes on: megamoe convert SRC {directory}{''.join(chosen)}"
+    return Problem("conversion-unfinished", MANIFEST_NAME, text, remedy)
 
 
 def _module_of(native: str) -> str:
