@@ -404,7 +404,7 @@ def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path, recipes: tup
     """
     from megamoe.kernels.compile import CompileError
     from megamoe.kernels.pack import build_pack
-    from megamoe.kernels.plan import module_for, requests_for
+    from megamoe.kernels.plan import module_for, only_few_tokens, requests_for
 
     start = time.perf_counter()
     calls = [call for model in models for call in _calls_of(model, recipes)]
@@ -421,6 +421,9 @@ def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path, recipes: tup
     print(f"{len(pack.objects)} kernels for {pack.target} in {out}: {num_bytes} bytes, {seconds:.1f} s")
     if without:
         print(f"without a kernel for {pack.target}: {', '.join(without)}")
+    few = [f"{op} ({number})" for op, number in only_few_tokens({op for op, _ in calls}, arch)]
+    if few:
+        print(f"for few tokens only on {pack.target}: {', '.join(few)}")
     return 0
 
 

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-Word = TypeVar("Word", int, Any)  # an integer, or an array of uint64: numpy types what they make with Python's as signed
+Word = TypeVar("Word", int, Any)
+"""An integer, or an array of uint64, which numpy's types call signed after arithmetic with a Python integer."""
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -46,7 +47,7 @@ def uniform(seed: int, index: int) -> float:
     (seed mod 2^32, seed div 2^32). Both are below 2^64.
     """
     word = philox((index & _MASK, index >> 32, 0, 0), (seed & _MASK, seed >> 32))[0]
-    return (word >> 8) * 2.0**-24
+    return int(word >> 8) * 2.0**-24
 
 
 def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -56,4 +57,5 @@ def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> npt.NDArray[np.flo
     seed, index = np.array(seeds, dtype=np.uint64), np.array(indices, dtype=np.uint64)
     mask, half, zero = np.uint64(_MASK), np.uint64(32), np.zeros_like(index)
     word = philox((index & mask, index >> half, zero, zero), (seed & mask, seed >> half))[0]
-    return (word >> 8).astype(np.float32) * np.float32(2.0**-24)
+    numbers: npt.NDArray[np.float32] = (word >> 8).astype(np.float32) * np.float32(2.0**-24)
+    return numbers
