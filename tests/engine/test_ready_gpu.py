@@ -32,7 +32,7 @@ from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.kernels import KERNELS
 from megamoe.kernels.compile import Request
 from megamoe.kernels.plan import module_for
-from megamoe.kernels.portable import rms_norm
+from megamoe.kernels.rows import rms_norm
 from megamoe.kernels.store import SealedError, store_for, target_of
 from megamoe.models.deepseek_v4.config import parse_config
 from megamoe.models.deepseek_v4.inventory import Role, inventory

@@ -34,7 +34,7 @@ from megamoe.kernels import KERNELS, store
 from megamoe.kernels import pack as packing
 from megamoe.kernels.compile import Request
 from megamoe.kernels.plan import requests_for
-from megamoe.kernels.portable import rms_norm
+from megamoe.kernels.rows import rms_norm
 from megamoe.kernels.store import KernelStore, SealedError
 from megamoe.models.deepseek_v4.shapes import op_calls
 from megamoe.models.deepseek_v4.weights import WeightLoader
@@ -229,7 +229,7 @@ class PretendGpu:
             module.configs = lambda dims: ()  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, module.__name__, module)
             for call in op_calls("tiny"):
-                if "sm90" not in KERNELS.get(call.op, {}) and "portable" not in KERNELS.get(call.op, {}):
+                if "sm90" not in KERNELS.get(call.op, {}):
                     monkeypatch.setitem(KERNELS, call.op, {"sm90": module.__name__})
         self.picks = Picks(monkeypatch, self.launch)
 
@@ -299,7 +299,7 @@ def test_serve_explains_the_ledger_of_a_sealed_store(
     assert gpu.store.sealed and kernels["summary"] == f"{len(gpu.store.ledger)} kernels for sm90a, sealed"
     assert len(kernels["ledger"]) == len(gpu.store.ledger) > 8
     assert set(kernels["ledger"][0]) == {"kernel", "key", "seconds", "origin"}
-    norm = [one["key"] for one in kernels["ledger"] if one["kernel"] == "portable.rms_norm"]
+    norm = [one["key"] for one in kernels["ledger"] if one["kernel"] == "rows.rms_norm"]
     assert {"width": 256, "x": "bf16", "weight": "bf16", "out": "bf16"} in norm
     assert "brought into the order that the kernels" in kernels["conversions"][0]
 
@@ -347,7 +347,7 @@ def test_a_model_without_kernels_is_refused_by_name_before_its_weights_are_read(
     assert time.perf_counter() - start < 5
     missing = str(error.value).partition("have no kernel: ")[2].partition(". There are")[0].split(", ")
     assert missing == sorted(missing) and "sparse_attention" in missing and "rms_norm" not in missing
-    assert all("sm90" not in KERNELS.get(op, {}) and "portable" not in KERNELS.get(op, {}) for op in missing)
+    assert all("sm90" not in KERNELS.get(op, {}) for op in missing)
     assert "There are kernels for " in str(error.value) and "rms_norm" in str(error.value)
     assert str(error.value).endswith("Run it by its references on the CPU: --device cpu, or device='cpu'.")
     assert hopper.compiler.compiled == [] and hopper.store.ledger == []

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from megamoe.kernels.compile import Built, Request
-from megamoe.kernels.portable import quantize_fp8_rows, rms_norm
+from megamoe.kernels.rows import quantize_fp8_rows, rms_norm
 
 REQUESTS = [
     Request.of(rms_norm.__name__, rms_norm.Config(4096, "bf16", "bf16", "bf16")),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel and configuration of the table, compiled without a GPU: what PTX and SASS must and must not hold.
 
-`make test-kernels`. For sm_90a all kernels, for sm_100a the portable ones; the sizes are those of all three models.
+`make test-kernels`. For sm_90a all kernels, for sm_100a what the table names there. Sizes are those of all models.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.kernels
 
 SHARED_LIMIT = 227 * 1024
 PTX_WANTED = {
-    "portable.rms_norm": ["rsqrt.approx.f32", "shfl.sync.bfly.b32", "griddepcontrol.wait"],
-    "portable.quantize_nvfp4": ["div.rn.f32", "rcp.rn.f32", "cvt.rn.satfinite.e4m3x2.f32", "max.NaN.f32"],
-    "portable.rms_norm_quantize_nvfp4": ["div.rn.f32", "cvt.rn.satfinite.e4m3x2.f32", "rsqrt.approx.f32"],
-    "portable.quantize_fp8_rows": ["div.rn.f32", "cvt.rn.satfinite.e4m3x2.f32"],
-    "portable.hyper_connection_pre": [
+    "rows.rms_norm": ["rsqrt.approx.f32", "shfl.sync.bfly.b32", "griddepcontrol.wait"],
+    "rows.quantize_nvfp4": ["div.rn.f32", "rcp.rn.f32", "cvt.rn.satfinite.e4m3x2.f32", "max.NaN.f32"],
+    "rows.rms_norm_quantize_nvfp4": ["div.rn.f32", "cvt.rn.satfinite.e4m3x2.f32", "rsqrt.approx.f32"],
+    "rows.quantize_fp8_rows": ["div.rn.f32", "cvt.rn.satfinite.e4m3x2.f32"],
+    "hyper_connection.hyper_connection_pre": [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32",
         "cp.async.bulk.prefetch.L2.global",
@@ -42,16 +42,16 @@ PTX_WANTED = {
         "barrier.cluster.wait",
         "griddepcontrol.wait",
     ],
-    "portable.clamped_swiglu": ["min.NaN.f32", "max.NaN.f32", "ex2.approx"],
-    "parts.route_scores": ["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "sqrt.rn.f32"],
-    "parts.route_tiles": [
+    "rows.clamped_swiglu": ["min.NaN.f32", "max.NaN.f32", "ex2.approx"],
+    "router.route_scores": ["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "sqrt.rn.f32"],
+    "router.route_tiles": [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
         "cp.async.cg.shared.global",
         "sqrt.rn.f32",
     ],
-    "parts.route_select": ["div.rn.f32", "griddepcontrol.wait"],
-    "parts.linear_stream": [
+    "router.route_select": ["div.rn.f32", "griddepcontrol.wait"],
+    "linear.linear_stream": [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         "mul.rn.bf16x2",
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
@@ -59,72 +59,72 @@ PTX_WANTED = {
         "griddepcontrol.wait",
         "griddepcontrol.launch_dependents",
     ],
-    "parts.expert_stream": [
+    "experts.expert_stream": [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         "mul.rn.bf16x2",
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
         "griddepcontrol.wait",
     ],
-    "parts.expert_tiles": [
+    "experts.expert_tiles_sm90": [
         "wgmma.mma_async.sync.aligned.m64n",
         "cp.async.bulk.tensor.2d.shared::cta.global",
         "mul.rn.bf16x2",
     ],
-    "parts.grouped_stream": [
+    "linear.grouped_stream": [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         "mul.rn.bf16x2",
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes",
         "griddepcontrol.wait",
         "griddepcontrol.launch_dependents",
     ],
-    "parts.weight_tiles": ["wgmma.mma_async.sync.aligned.m64n", "setmaxnreg.inc"],
-    "parts.sort_pairs": ["match.any.sync.b32", "griddepcontrol.wait"],
-    "parts.sum_slots": ["griddepcontrol.wait"],
-    "parts.expand_nvfp4": ["mul.rn.bf16x2"],
-    "parts.fp8_stream": [
+    "linear.weight_tiles_sm90": ["wgmma.mma_async.sync.aligned.m64n", "setmaxnreg.inc"],
+    "experts.sort_pairs": ["match.any.sync.b32", "griddepcontrol.wait"],
+    "experts.sum_slots": ["griddepcontrol.wait"],
+    "rows.expand_nvfp4": ["mul.rn.bf16x2"],
+    "fp8.fp8_stream": [
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
         "cvt.rn.f16x2.e4m3x2",
         "cp.async.cg.shared.global.L2::128B",
         "griddepcontrol.wait",
         "griddepcontrol.launch_dependents",
     ],
-    "parts.fp8_tiles": ["wgmma.mma_async.sync.aligned.m64n", "setmaxnreg.inc"],
-    "parts.fp8_expand": ["cvt.rn.f16x2.e4m3x2"],
+    "fp8.fp8_tiles_sm90": ["wgmma.mma_async.sync.aligned.m64n", "setmaxnreg.inc"],
+    "fp8.fp8_expand": ["cvt.rn.f16x2.e4m3x2"],
 }
 """Module → instructions that its PTX must hold."""
 
 PTX_FORBIDDEN = {
-    "portable.quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
-    "portable.rms_norm_quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
-    "portable.quantize_fp8_rows": ["div.full.f32", "div.approx", "rcp.approx"],
+    "rows.quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
+    "rows.rms_norm_quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
+    "rows.quantize_fp8_rows": ["div.full.f32", "div.approx", "rcp.approx"],
 }
 """Module → instructions whose rounding is not the operation's."""
 
 SASS_WANTED = {
-    "portable.rms_norm": ["LDG.E.128", "STG.E.128"],
-    "portable.quantize_nvfp4": ["LDG.E.128", "STG.E.64"],
-    "portable.rms_norm_quantize_nvfp4": ["LDG.E.128", "STG.E.128", "STG.E.64"],
-    "portable.quantize_fp8_rows": ["LDG.E.128", "STG.E.64"],
-    "portable.clamped_swiglu": ["LDG.E.128", "STG.E.128"],
-    "portable.hyper_connection_post": ["LDG.E.128", "STG.E.128"],
-    "portable.hyper_connection_pre": ["LDG.E.128", "STG.E.128", "LDS.128", "HMMA.16816.F32.BF16"],
-    "parts.route_scores": ["LDG.E.128", "HMMA.16816.F32.BF16"],
-    "parts.route_tiles": ["LDGSTS.E.BYPASS", "LDSM.16.M88.4", "HMMA.16816.F32.BF16"],
-    "parts.linear_stream": ["UBLKCP", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
-    "parts.expert_stream": ["UBLKCP", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
-    "parts.expert_tiles": ["UTMALDG.2D", "LDS.128", "HGMMA.64x", "HMUL2.BF16_V2"],
-    "parts.gather_rows": ["STG.E.128"],
-    "parts.grouped_stream": ["UBLKCP", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
-    "parts.weight_tiles": ["UTMALDG.2D", "HGMMA.64x", "STG.E"],
-    "parts.sum_slots": ["LDG.E.128", "STG.E.128"],
-    "parts.expand_nvfp4": ["STG.E.128"],
-    "parts.fp8_stream": ["LDGSTS.E.BYPASS.LTC128B.128", "LDS.128", "F2FP.F16.E4M3.UNPACK_B", "HMMA.16816.F32"],
-    "parts.fp8_tiles": ["UTMALDG.2D", "HGMMA.64x", "STSM.16.MT88.4", "STG.E.128"],
-    "parts.fp8_expand": ["STG.E.128"],
+    "rows.rms_norm": ["LDG.E.128", "STG.E.128"],
+    "rows.quantize_nvfp4": ["LDG.E.128", "STG.E.64"],
+    "rows.rms_norm_quantize_nvfp4": ["LDG.E.128", "STG.E.128", "STG.E.64"],
+    "rows.quantize_fp8_rows": ["LDG.E.128", "STG.E.64"],
+    "rows.clamped_swiglu": ["LDG.E.128", "STG.E.128"],
+    "hyper_connection.hyper_connection_post": ["LDG.E.128", "STG.E.128"],
+    "hyper_connection.hyper_connection_pre": ["LDG.E.128", "STG.E.128", "LDS.128", "HMMA.16816.F32.BF16"],
+    "router.route_scores": ["LDG.E.128", "HMMA.16816.F32.BF16"],
+    "router.route_tiles": ["LDGSTS.E.BYPASS", "LDSM.16.M88.4", "HMMA.16816.F32.BF16"],
+    "linear.linear_stream": ["UBLKCP", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
+    "experts.expert_stream": ["UBLKCP", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
+    "experts.expert_tiles_sm90": ["UTMALDG.2D", "LDS.128", "HGMMA.64x", "HMUL2.BF16_V2"],
+    "experts.gather_rows": ["STG.E.128"],
+    "linear.grouped_stream": ["UBLKCP", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
+    "linear.weight_tiles_sm90": ["UTMALDG.2D", "HGMMA.64x", "STG.E"],
+    "experts.sum_slots": ["LDG.E.128", "STG.E.128"],
+    "rows.expand_nvfp4": ["STG.E.128"],
+    "fp8.fp8_stream": ["LDGSTS.E.BYPASS.LTC128B.128", "LDS.128", "F2FP.F16.E4M3.UNPACK_B", "HMMA.16816.F32"],
+    "fp8.fp8_tiles_sm90": ["UTMALDG.2D", "HGMMA.64x", "STSM.16.MT88.4", "STG.E.128"],
+    "fp8.fp8_expand": ["STG.E.128"],
 }
 """Module → prefixes of instructions that its SASS must hold."""
 
-SPILLS_ALLOWED = {"parts.expert_stream": 4, "parts.fp8_stream": 10, "portable.hyper_connection_pre": 32}
+SPILLS_ALLOWED = {"experts.expert_stream": 4, "fp8.fp8_stream": 10, "hyper_connection.hyper_connection_pre": 32}
 """Module → stack accesses in its SASS. 512 threads leave 128 registers; one or two that are needed once a launch, a
 pass or a unit do not fit in some configurations, most of them with a second token tile. In hyper_connection_pre it is a
 few addresses, once a tile of 16 tokens. In fp8_stream it is the second half of K = 12288 and 16384, whose 1,024 threads
@@ -133,10 +133,7 @@ have 64 registers each."""
 
 def planned(target: str) -> list[Request]:
     calls = [(call.op, call.dims) for model in MODELS for call in op_calls(model) if call.op in KERNELS]
-    requests = requests_for(calls, target)
-    if target != "sm90a":  # the folders of other architectures are compiled for these only
-        requests = [one for one in requests if not one.module.startswith("sm90.")]
-    return requests
+    return requests_for(calls, target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,14 +236,14 @@ def test_sass_has_wide_accesses_and_no_spills(built: tuple[str, list[Code]]) -> 
 def test_products_are_issued_without_waits_between_them(built: tuple[str, list[Code]]) -> None:
     """Where registers run short, the compiler waits after every wgmma: right, and half as fast."""
     for one in built[1]:
-        if one.request.module == "parts.expert_tiles":
+        if one.request.module == "experts.expert_tiles_sm90":
             assert one.count("WARPGROUP.DEPBAR") <= 4, str(one.request)  # for each set of registers, the end; else 16
 
 
 def test_wgmma_instructions_overlap(built: tuple[str, list[Code]]) -> None:
     """Where the compiler cannot see that sums stay in place between instructions, it waits after every single one."""
     for one in built[1]:
-        if one.request.module == "parts.weight_tiles":
+        if one.request.module == "linear.weight_tiles_sm90":
             assert one.count("HGMMA") >= 4 * one.count("WARPGROUP.ARRIVE"), str(one.request)
 
 
@@ -261,7 +258,7 @@ def test_resources_are_within_limits(built: tuple[str, list[Code]]) -> None:
 
 def test_a_block_of_the_collapsing_kernel_fits_a_multiprocessor(built: tuple[str, list[Code]]) -> None:
     """hyper_connection_pre: two groups of 8 warps hold a tile each; with more than 128 registers one would be left."""
-    kernels = [one for one in built[1] if one.request.module == "portable.hyper_connection_pre"]
+    kernels = [one for one in built[1] if one.request.module == "hyper_connection.hyper_connection_pre"]
     assert kernels
     for one in kernels:
         config = one.request.config()
@@ -271,7 +268,7 @@ def test_a_block_of_the_collapsing_kernel_fits_a_multiprocessor(built: tuple[str
 def test_two_streaming_linears_share_a_multiprocessor(built: tuple[str, list[Code]]) -> None:
     """A launch fills its rings while the one before is still there: registers and shared memory of a half, or all."""
     for one in built[1]:
-        if one.request.module == "parts.linear_stream":
+        if one.request.module == "linear.linear_stream":
             plan = one.request.config().plan
             assert one.usage["REG"] * plan.threads * plan.blocks_per_multiprocessor <= 65536
 
@@ -280,9 +277,7 @@ def test_objects_load_without_a_gpu_and_check_their_arguments(built: tuple[str, 
     """F6: dtype, shape and device are checked at every launch, by the object itself."""
     import torch
 
-    one = next(
-        one for one in built[1] if str(one.request) == "portable.rms_norm[width=4096,x=bf16,weight=bf16,out=bf16]"
-    )
+    one = next(one for one in built[1] if str(one.request) == "rows.rms_norm[width=4096,x=bf16,weight=bf16,out=bf16]")
     launch = load_library(one.path, one.request.symbol)
     x = torch.zeros(2, 4096, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="expected device_type=cuda"):

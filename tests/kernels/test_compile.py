@@ -14,8 +14,8 @@ import pytest
 from megamoe.kernels import KERNELS
 from megamoe.kernels import compile as compiling
 from megamoe.kernels.compile import CompileError, Request, compile_objects, num_workers, source_hash
-from megamoe.kernels.portable import rms_norm
-from megamoe.kernels.portable.rms_norm import Config
+from megamoe.kernels.rows import rms_norm
+from megamoe.kernels.rows.rms_norm import Config
 from megamoe.models.deepseek_v4.shapes import op_shapes
 
 CONFIG = Config(4096, "bf16", "bf16", "bf16")
@@ -26,7 +26,7 @@ CONFIG = Config(4096, "bf16", "bf16", "bf16")
 
 def test_a_request_names_module_and_every_field() -> None:
     request = Request.of(rms_norm.__name__, CONFIG)
-    assert str(request) == "portable.rms_norm[width=4096,x=bf16,weight=bf16,out=bf16]"
+    assert str(request) == "rows.rms_norm[width=4096,x=bf16,weight=bf16,out=bf16]"
     assert request.config() == CONFIG
     assert request.symbol == Request.of(rms_norm.__name__, Config(4096, "bf16", "bf16", "bf16")).symbol
 
@@ -36,7 +36,7 @@ def test_f6_another_value_is_another_object() -> None:
     requests = {Request.of(rms_norm.__name__, CONFIG)}
     for field, value in (("width", 4104), ("x", "f32"), ("weight", None), ("out", "f32")):
         requests.add(Request.of(rms_norm.__name__, dataclasses.replace(CONFIG, **{field: value})))
-    requests.add(Request.of("megamoe.kernels.portable.quantize_nvfp4", CONFIG))
+    requests.add(Request.of("megamoe.kernels.rows.quantize_nvfp4", CONFIG))
     assert len({one.symbol for one in requests}) == 6
 
 
@@ -57,32 +57,32 @@ def copied(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.P
 def hash_after(path: pathlib.Path) -> str:
     path.write_text(path.read_text(encoding="utf-8") + "\n# changed\n", encoding="utf-8")
     source_hash.cache_clear()
-    return source_hash("portable.rms_norm")
+    return source_hash("rows.rms_norm")
 
 
 @pytest.mark.parametrize(
     ("file", "counts"),
     [
-        ("portable/rms_norm.py", True),
-        ("portable/rms_norm_device.py", True),
+        ("rows/rms_norm.py", True),
+        ("rows/rms_norm_device.py", True),
         ("parts/rows.py", True),  # imported by the host half
         ("parts/rows_device.py", True),
         ("parts/mma_device.py", False),
-        ("portable/quantize_nvfp4_device.py", False),
+        ("rows/quantize_nvfp4_device.py", False),
         ("store.py", False),
     ],
 )
 def test_source_hash_follows_imports(copied: pathlib.Path, file: str, counts: bool) -> None:
-    before = source_hash("portable.rms_norm")
+    before = source_hash("rows.rms_norm")
     assert (hash_after(copied / file) != before) is counts
 
 
 def test_source_hash_reaches_through_imports(copied: pathlib.Path) -> None:
-    before = source_hash("portable.quantize_nvfp4")
+    before = source_hash("rows.quantize_nvfp4")
     path = copied / "parts/ptx_device.py"  # quantize_nvfp4_device -> nvfp4_device -> ptx_device
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     source_hash.cache_clear()
-    assert source_hash("portable.quantize_nvfp4") != before
+    assert source_hash("rows.quantize_nvfp4") != before
 
 
 # refusals
@@ -107,8 +107,8 @@ def test_a_kernel_that_does_not_compile_is_told_with_the_compilers_words(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiling, "_require_tools", lambda: None)
-    with pytest.raises(CompileError, match=r"(?s)for sm90a does not compile.*portable\.no_such_kernel"):
-        compile_objects([Request("portable.no_such_kernel", ())], "sm90a", tmp_path)
+    with pytest.raises(CompileError, match=r"(?s)for sm90a does not compile.*rows\.no_such_kernel"):
+        compile_objects([Request("rows.no_such_kernel", ())], "sm90a", tmp_path)
 
 
 def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_device_halves_exist_for_every_request_module() -> None:
-    for module in ("portable.rms_norm", "parts.route_scores", "portable.hyper_connection_pre"):
+    for module in ("rows.rms_norm", "router.route_scores", "hyper_connection.hyper_connection_pre"):
         assert importlib.util.find_spec(f"megamoe.kernels.{module}_device") is not None
 
 
@@ -141,7 +141,7 @@ def test_nothing_else_compiles(repository: pathlib.Path) -> None:
 @pytest.mark.parametrize("module", sorted({module for table in KERNELS.values() for module in table.values()}))
 def test_compile_keys_are_frozen_and_plain(module: str) -> None:
     """dtypes, static sizes and tile choices: what is in a key decides the object, and nothing else may."""
-    op = module.rpartition(".")[2]
+    op = next(op for op, table in KERNELS.items() if module in table.values())
     configs = list(importlib.import_module(module).configs(op_shapes(op)[0].dims))
     assert configs
     for config in configs:

@@ -17,8 +17,9 @@ import megamoe
 from megamoe.formats import fp8
 from megamoe.formats.e4m3 import lookup_e4m3
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
-from megamoe.kernels.parts import fp8_tiles
-from megamoe.kernels.parts.fp8_stream import (
+from megamoe.kernels.fp8 import fp8_linear, fp8_tiles_sm90
+from megamoe.kernels.fp8.fp8_linear import stream_limit
+from megamoe.kernels.fp8.fp8_stream import (
     BLOCK,
     MAX_BLOCKS,
     PASS_TOKENS,
@@ -26,8 +27,6 @@ from megamoe.kernels.parts.fp8_stream import (
     WARPS,
     stream_configs,
 )
-from megamoe.kernels.sm90 import fp8_linear
-from megamoe.kernels.sm90.fp8_linear import stream_limit
 from megamoe.kernels.store import store_for, target_of
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
 from megamoe.ops.quantize import quantize_fp8_rows
@@ -104,7 +103,7 @@ def test_folded_codes_times_scales_are_exact() -> None:
     for byte in (1, 60, 105, 127, 130, 141):
         factor = bf16_halves(torch.tensor((byte + 113) << 7))[0]
         want = values * 2.0 ** (byte - 127)
-        got = (numbers * factor).double() * fp8_tiles.UNDO
+        got = (numbers * factor).double() * fp8_tiles_sm90.UNDO
         exact = finite & (want.abs() >= 2.0**-110)
         assert torch.equal(got[exact], want[exact]), byte
     met = ((codes & 0x7F) + 1) & 0x80
@@ -143,8 +142,8 @@ def test_compile_keys_cover_every_number_of_tokens(dims: dict[str, int]) -> None
         assert set(stream_configs(dims["K"], num_tokens, "bf16")) <= keys
     for folded in (True, False):
         for num_tokens in (stream_limit(dims["N"]) + 1, 64, 65, 128, 1000, 4096):
-            rows, tokens = fp8_tiles.tile_shape(dims["N"], num_tokens, folded, 132)
-            assert fp8_tiles.Config(rows, tokens, folded, "bf16") in keys
+            rows, tokens = fp8_tiles_sm90.tile_shape(dims["N"], num_tokens, folded, 132)
+            assert fp8_tiles_sm90.Config(rows, tokens, folded, "bf16") in keys
 
 
 # Refusals, and nothing to do.

@@ -13,11 +13,11 @@ from megamoe.formats import nvfp4
 from megamoe.formats.e2m1 import decode_packed
 from megamoe.formats.e4m3 import lookup_e4m3
 from megamoe.formats.fragment_layout import codes_to_fragments
-from megamoe.kernels.parts import expert_stream, sort_pairs
+from megamoe.kernels.experts import expert_stream, nvfp4_weight_only_experts, sort_pairs
+from megamoe.kernels.linear import nvfp4_linear, nvfp4_weight_only_linear
+from megamoe.kernels.linear.linear_stream import LinearPlan, column_parts, stream_configs, stream_keys, stream_limit
 from megamoe.kernels.parts.fragment import SCALE_BITS, TWO_TO_112, TWO_TO_127, UNDO, code_pairs, plain_pair
-from megamoe.kernels.parts.linear_stream import LinearPlan, column_parts, stream_configs, stream_keys, stream_limit
 from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, SHARED_BYTES, WARPS, StreamPlan, unit_range
-from megamoe.kernels.sm90 import nvfp4_linear, nvfp4_weight_only_experts, nvfp4_weight_only_linear
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
 
 LINEARS = sorted({call.dims["K"] for model in MODELS for call in op_calls(model) if call.op == "nvfp4_linear"})

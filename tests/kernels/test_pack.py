@@ -92,11 +92,11 @@ DAMAGE: dict[str, tuple[Callable[[Pack], object], str]] = {
     "another format": (lambda pack: edit(pack, lambda one: one.update(format=9)), "its format is 9"),
     "unknown target": (lambda pack: edit(pack, lambda one: one.update(target="sm80")), "manifest.json is damaged"),
     "another program": (lambda pack: edit(pack, lambda one: one.update(megamoe="9")), "was built by megamoe 9"),
-    "a flipped byte": (_flip_a_byte, rf"{REQUESTS[1].symbol}.so \(portable.rms_norm\[width=512.*damaged: its SHA-256"),
+    "a flipped byte": (_flip_a_byte, rf"{REQUESTS[1].symbol}.so \(rows.rms_norm\[width=512.*damaged: its SHA-256"),
     "two objects swapped": (_swap_two, "damaged: its SHA-256"),
     "a lost object": (
         lambda pack: pack.objects[REQUESTS[2]].path.unlink(),
-        r"\.so \(portable.quantize_fp8_rows.*missing",
+        r"\.so \(rows.quantize_fp8_rows.*missing",
     ),
     "a stranger": (lambda pack: (pack.path / "more.so").write_text("x"), "more.so is not listed"),
     "names exchanged": (lambda pack: edit(pack, _exchange_names), "not that kernel's name"),

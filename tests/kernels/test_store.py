@@ -63,7 +63,7 @@ def test_a_damaged_cache_is_refused_by_name(tmp_path: pathlib.Path, compiler: Fa
     make_store(tmp_path).get(REQUESTS[0])
     (library,) = tmp_path.rglob("*.so")
     library.write_text("something else")
-    with pytest.raises(PackError, match=rf"{REQUESTS[0].symbol}.so \(portable.rms_norm.*damaged. Delete its folder"):
+    with pytest.raises(PackError, match=rf"{REQUESTS[0].symbol}.so \(rows.rms_norm.*damaged. Delete its folder"):
         make_store(tmp_path).get(REQUESTS[0])
 
 
@@ -127,7 +127,7 @@ def test_after_the_seal_nothing_new(tmp_path: pathlib.Path, compiler: FakeCompil
     store.seal()
     assert store.sealed and store.get(REQUESTS[1])()[1] == REQUESTS[1].symbol
     store.warm_up(REQUESTS[:2])  # all there: nothing to refuse
-    with pytest.raises(SealedError, match=r"^portable\.quantize_fp8_rows\[width=4096,x=bf16\]: was not loaded before"):
+    with pytest.raises(SealedError, match=r"^rows\.quantize_fp8_rows\[width=4096,x=bf16\]: was not loaded before"):
         store.get(REQUESTS[2])
     with pytest.raises(SealedError, match=r"quantize_fp8_rows.*Warm up before seal"):
         store.warm_up(REQUESTS)

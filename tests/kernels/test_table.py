@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import pathlib
+import re
 
 import pytest
 import torch
@@ -12,32 +13,54 @@ import torch
 from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels import ARCHITECTURES, KERNELS, WEIGHT_LAYOUTS, support_table
-from megamoe.kernels.compile import PACKAGE, TARGETS, Request
+from megamoe.kernels.compile import PACKAGE, TARGETS, Request, imported
 from megamoe.kernels.plan import module_for, requests_for
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls, op_shapes
 from megamoe.verify.inputs import INPUTS
 from megamoe.verify.tolerance import TOLERANCES
 
 MODULES = sorted({module for table in KERNELS.values() for module in table.values()})
-FOLDERS = ("portable", "sm90", "sm100")
+ROOMS = sorted({module.removeprefix(PACKAGE).partition(".")[0] for module in MODULES})
+BOUND = re.compile(rf"_({'|'.join(ARCHITECTURES)})$")
 
 
 def test_every_entry_has_a_file_and_every_file_an_entry(repository: pathlib.Path) -> None:
+    """A host half is an operation's, and in the table, or that of a kernel behind operations of its room or another."""
     root = repository / "src/megamoe/kernels"
-    files = {
-        f"{PACKAGE}{folder}.{path.stem}"
-        for folder in FOLDERS
-        for path in (root / folder).glob("*.py")
-        if path.stem != "__init__" and not path.stem.endswith("_device")
-    }
-    assert files == set(MODULES)
+    reached, todo = set(), [module.removeprefix(PACKAGE) for module in MODULES]
+    while todo:
+        name = todo.pop()
+        path = root.joinpath(*name.split(".")).with_suffix(".py")
+        if path.is_file() and name not in reached:
+            reached.add(name)
+            todo += [f"{name}_device", *imported(path)]
+    files = {f"{path.parent.name}.{path.stem}" for path in root.glob("*/*.py") if path.stem != "__init__"}
+    assert files == reached
+    operations = {one for one in files if BOUND.sub("", one.partition(".")[2]) in KERNELS}
+    assert {PACKAGE + one for one in operations} == set(MODULES)
+
+
+def test_parts_are_vocabulary(repository: pathlib.Path) -> None:
+    """A kernel lies in the room of its subject; what kernels of several rooms say it with is in parts/."""
+    root = repository / "src/megamoe/kernels"
+    assert {path.parent.name for path in root.glob("*/*.py")} == {*ROOMS, "parts"}
+    for path in (root / "parts").glob("*.py"):
+        assert not re.search(r"^(class Config|def program|def run)\b", path.read_text("utf-8"), re.MULTILINE), path
+
+
+def test_an_architecture_is_in_the_name_of_what_is_bound_to_it(repository: pathlib.Path) -> None:
+    for path in (repository / "src/megamoe/kernels").rglob("*_device.py"):
+        bound = BOUND.search(path.stem.removesuffix("_device"))
+        wgmma = re.search(r"^from cutlass\.cute\.nvgpu import .*\bwarpgroup\b", path.read_text("utf-8"), re.MULTILINE)
+        assert bool(wgmma) == bool(bound and bound[1] == "sm90"), path
 
 
 @pytest.mark.parametrize("op", sorted(KERNELS))
 def test_entries_are_well_formed(op: str, repository: pathlib.Path) -> None:
     for arch, module in KERNELS[op].items():
-        assert arch in (*ARCHITECTURES, "portable")
-        assert module.split(".")[-2:] == [arch, op], "a kernel has its operation's name and its architecture's folder"
+        assert arch in ARCHITECTURES
+        name, bound = module.split(".")[-1], BOUND.search(module)
+        assert BOUND.sub("", name) == op and (bound is None or bound[1] == arch), "a kernel has its operation's name"
         host = importlib.import_module(module)
         assert callable(host.run) and callable(host.configs)
         assert f"ops/{op}.py" in host.__doc__ or "ops/" in host.__doc__, "the header says where the meaning is"
@@ -85,7 +108,7 @@ def test_requests_of_a_model_can_be_rebuilt_from_their_values(model: str, target
 def test_planning_passes_over_what_has_no_kernel() -> None:
     assert requests_for([("hadamard", {"n": 128})], "sm90a") == []
     assert module_for("hadamard", "sm90a") is None
-    assert module_for("rms_norm", "sm100a") == "megamoe.kernels.portable.rms_norm"
+    assert module_for("rms_norm", "sm100a") == "megamoe.kernels.rows.rms_norm"
     with pytest.raises(ValueError, match="--arch must be one of sm90a, sm100a, sm103a; got 'sm80'"):
         module_for("rms_norm", "sm80")
 

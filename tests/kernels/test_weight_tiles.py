@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from megamoe.formats import nvfp4
-from megamoe.kernels.parts import expand_nvfp4, grouped_stream, weight_tiles
+from megamoe.kernels.linear import (
+    grouped_linear_sm90,
+    grouped_stream,
+    linear_sm90,
+    nvfp4_grouped_linear,
+    nvfp4_weight_only_grouped_linear,
+    weight_tiles_sm90,
+)
+from megamoe.kernels.linear.weight_tiles_sm90 import BF16_TILES, NVFP4_TILES, Config, best_tile, place, tile_keys
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE
-from megamoe.kernels.parts.weight_tiles import BF16_TILES, NVFP4_TILES, Config, best_tile, place, tile_keys
-from megamoe.kernels.sm90 import grouped_linear, linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
+from megamoe.kernels.rows import expand_nvfp4
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
 
 ALL = [
@@ -25,10 +32,10 @@ ALL += [Config("bf16", False, out, *tile) for tile in BF16_TILES for out in ("bf
 def test_a_block_has_what_it_needs(config: Config) -> None:
     assert config.shared_bytes <= 227 * 1024 - 1024
     assert config.stages >= 3, "one being read, one released, one on its way"
-    assert (2 * config.stages + 2) * 8 <= weight_tiles.RESERVED_BYTES - 128, (
+    assert (2 * config.stages + 2) * 8 <= weight_tiles_sm90.RESERVED_BYTES - 128, (
         "barriers, and an alignment of 128 after them"
     )
-    assert config.rows == config.warpgroups * config.row_groups * weight_tiles.GROUP_ROWS
+    assert config.rows == config.warpgroups * config.row_groups * weight_tiles_sm90.GROUP_ROWS
     assert config.tokens % config.staged_tokens == 0
     assert config.staged_tokens % 16 == 0, "stmatrix takes 16 tokens at a time"
     registers = config.row_groups * (config.tokens // 2 + (32 if config.weight == "nvfp4" else 0))
@@ -96,11 +103,13 @@ def test_refusals_say_what_to_do() -> None:
             torch.zeros(2, 1, 128), nvfp4.quantize(torch.randn(1, 16, 128)).fragments(), torch.bfloat16
         )
     with pytest.raises(NotImplementedError, match=r"bf16 weights; got torch.bfloat16 and torch.float32"):
-        linear.run(torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(16, 64), torch.bfloat16)
+        linear_sm90.run(torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(16, 64), torch.bfloat16)
     with pytest.raises(NotImplementedError, match="K a multiple of 8; got 12"):
-        linear.run(torch.zeros(2, 12, dtype=torch.bfloat16), torch.zeros(16, 12, dtype=torch.bfloat16), torch.bfloat16)
+        linear_sm90.run(
+            torch.zeros(2, 12, dtype=torch.bfloat16), torch.zeros(16, 12, dtype=torch.bfloat16), torch.bfloat16
+        )
     with pytest.raises(NotImplementedError, match="K a multiple of 64; got 72"):
-        grouped_linear.run(x[..., :72], torch.zeros(3, 16, 72, dtype=torch.bfloat16), torch.bfloat16)
+        grouped_linear_sm90.run(x[..., :72], torch.zeros(3, 16, 72, dtype=torch.bfloat16), torch.bfloat16)
 
 
 Launch = tuple[Config | grouped_stream.Config, tuple[torch.Tensor | int, ...]]
@@ -110,11 +119,11 @@ Launch = tuple[Config | grouped_stream.Config, tuple[torch.Tensor | int, ...]]
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Record what would be launched on a device of 132 multiprocessors."""
     recorded: list[Launch] = []
-    for module in (weight_tiles, grouped_stream, expand_nvfp4):
+    for module in (weight_tiles_sm90, grouped_stream, expand_nvfp4):
         monkeypatch.setattr(
             module, "kernel", lambda _, config, __: lambda *arguments: recorded.append((config, arguments))
         )
-    for module in (weight_tiles, grouped_stream):
+    for module in (weight_tiles_sm90, grouped_stream):
         monkeypatch.setattr(module, "num_multiprocessors", lambda _: 132)
     return recorded
 
@@ -125,9 +134,9 @@ def test_every_door_launches_its_kernels(launches: list[Launch], num_tokens: int
     plain, w = torch.randn(3, 48, 256, dtype=torch.bfloat16), nvfp4.quantize(torch.randn(3, 48, 256)).fragments()
     quantized = nvfp4.quantize(x.float(), scale_per="row")
     outs = [
-        grouped_linear.run(x, plain, torch.bfloat16),
-        linear.run(x[:, 0], plain[0], torch.float32),
-        linear.run(x[:, 0], plain[0, :1], torch.bfloat16),
+        grouped_linear_sm90.run(x, plain, torch.bfloat16),
+        linear_sm90.run(x[:, 0], plain[0], torch.float32),
+        linear_sm90.run(x[:, 0], plain[0, :1], torch.bfloat16),
         nvfp4_weight_only_grouped_linear.run(x, w, torch.bfloat16),
         nvfp4_grouped_linear.run(quantized, w, torch.bfloat16),
     ]

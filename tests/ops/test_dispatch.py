@@ -39,15 +39,12 @@ def kernel_module(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_cpu_runs_the_reference_even_where_a_kernel_exists(monkeypatch: pytest.MonkeyPatch, kernel_module: str) -> None:
-    monkeypatch.setitem(KERNELS, "op", {"sm90": kernel_module, "portable": kernel_module})
+    monkeypatch.setitem(KERNELS, "op", {"sm90": kernel_module})
     assert pick("op", CPU, _reference) is _reference
 
 
-@pytest.mark.parametrize("arch", ["sm90", "portable"])
-def test_cuda_runs_the_kernel_of_its_architecture_or_the_portable_one(
-    arch: str, monkeypatch: pytest.MonkeyPatch, kernel_module: str
-) -> None:
-    monkeypatch.setitem(KERNELS, "op", {arch: kernel_module, "sm100": "never imported"})
+def test_cuda_runs_the_kernel_of_its_architecture(monkeypatch: pytest.MonkeyPatch, kernel_module: str) -> None:
+    monkeypatch.setitem(KERNELS, "op", {"sm90": kernel_module, "sm100": "never imported"})
     assert pick("op", CUDA, _reference)() == "kernel"
 
 
@@ -190,7 +187,7 @@ def test_warm_up_loads_a_models_kernels_and_seal_ends_it(
     dispatch.warm_up(calls, CUDA)  # nothing new
     with pytest.raises(store.SealedError, match="was not loaded before the store was sealed"):
         dispatch.warm_up([("rms_norm", {"K": 1024})], CUDA)
-    assert "sealed" in dispatch.explain(CUDA) and "portable.rms_norm[width=256" in dispatch.explain(CUDA)
+    assert "sealed" in dispatch.explain(CUDA) and "rows.rms_norm[width=256" in dispatch.explain(CUDA)
 
 
 def test_the_cpu_has_nothing_to_warm_up() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only place that compiles kernels: what a compile key is, and the processes that turn keys into objects.
 
-A kernel is two files. `portable/rms_norm.py`, the host half, has a frozen dataclass `Config`, whose fields are the
+A kernel is two files. `rows/rms_norm.py`, the host half, has a frozen dataclass `Config`, whose fields are the
 compile key (dtypes, static sizes, tile choices), and `run`, which allocates outputs and launches. `rms_norm_device.py`
 has `program(config)`, which returns the CuTe DSL function and its symbolic arguments; only that half imports the DSL,
 and only this file imports that half. So a machine that serves needs neither the DSL nor a compiler.
@@ -54,7 +54,7 @@ class Request:
     """One kernel to compile or to load: a host module and the values of its compile key.
 
     Attributes:
-        module: name below `megamoe.kernels`, for example "portable.rms_norm".
+        module: name below `megamoe.kernels`, for example "rows.rms_norm".
         values: (field, value) pairs of the module's `Config`, in its order.
     """
 
@@ -94,7 +94,7 @@ def source_hash(module: str) -> str:
         path = root.joinpath(*todo.pop().split(".")).with_suffix(".py")
         if path.is_file() and path not in files:
             files.add(path)
-            todo += _imported(path)
+            todo += imported(path)
     digest = hashlib.sha256(f"{RECIPE} {OPTIONS}".encode())
     for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -105,7 +105,7 @@ MACHINERY = {"compile", "pack", "plan", "store"}
 """Modules of this package that move objects about and are not part of any."""
 
 
-def _imported(path: pathlib.Path) -> list[str]:
+def imported(path: pathlib.Path) -> list[str]:
     """Return the modules below this package that a file imports."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

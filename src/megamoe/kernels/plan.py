@@ -13,8 +13,7 @@ from megamoe.kernels.compile import Request, require_target, unique
 def module_for(op: str, target: str) -> str | None:
     """Return the host module of an operation on a compile target ("sm90a"), or None if there is no kernel."""
     require_target(target)
-    table = KERNELS.get(op, {})
-    return table.get(target.rstrip("a")) or table.get("portable")
+    return KERNELS.get(op, {}).get(target.rstrip("a"))
 
 
 def requests_for(calls: Iterable[tuple[str, Mapping[str, int]]], target: str) -> list[Request]:

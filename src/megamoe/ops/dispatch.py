@@ -2,7 +2,7 @@
 """Which implementation of an operation runs: one rule and one table.
 
     cpu    the operation's reference
-    cuda   KERNELS[op][arch], else KERNELS[op]["portable"], else an error
+    cuda   KERNELS[op][arch], else an error
 
 There is no ranking and no fall-back: every implementation gives the operation's meaning, and a missing one is an error
 that says what to do. Two switches exist for `verify` and for tests, and both hold for the thread and the `with` block
@@ -156,7 +156,7 @@ def _kernel(op: str, device: torch.device) -> Run:
         )
     arch = _arch(device)
     table = KERNELS.get(op, {})
-    module = table.get(arch) or table.get("portable")
+    module = table.get(arch)
     if module is None:
         raise NotImplementedError(
             f"{op}: there is no kernel for {arch}; kernels exist for {', '.join(table) or 'no architecture'}. Run it "

@@ -19,7 +19,7 @@ Numerics   everything fp32; u, x' and h are rounded once to the dtype of x; post
            added in ascending order, in hyper_connection_post after the term of y. Row-invariant.
 Tolerance  verify/tolerance.py, "hyper_connection_pre", "..._pre_norm", "..._post", "..._post_pre_norm", "..._head",
            "..._head_norm"
-Kernels    portable: pre, pre_norm and head as one kernel that reads the streams once and takes fn to 17 significant
+Kernels    pre, pre_norm and head as one kernel that reads the streams once and takes fn to 17 significant
            bits; post in one pass. post_pre_norm, head_norm: none yet
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """

@@ -7,7 +7,7 @@ Numerics   fp32 inside; bit-exact on every device. Row-invariant: with dynamic s
 Polarity   a tensor scale MULTIPLIES codes. A checkpoint's `input_scale` (amax / 2688) is passed as it is stored; its
            reciprocal is never used anywhere.
 Tolerance  verify/tolerance.py, "quantize_nvfp4", "quantize_fp8_rows", "quantize_mxfp4": exact
-Kernels    quantize_nvfp4, quantize_fp8_rows: portable, one pass, a row in registers. They cannot raise for NaN and
+Kernels    quantize_nvfp4, quantize_fp8_rows: one pass, a row in registers. They cannot raise for NaN and
            infinity without waiting for the device: the scale of such a block becomes NaN, which dequantize refuses
 Source     docs/numerics.md, sections "NVFP4", "FP8" and "MXFP4"
 """

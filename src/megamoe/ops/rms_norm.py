@@ -5,7 +5,7 @@ Math       y[.., k] = x[.., k] * rsqrt(mean_k(x^2) + eps) * weight[k]; without a
 Numerics   fp32 inside (a bf16 input is widened first, so the per-head query norm is an fp32 norm, too); the weight is
            used in fp32 and not offset by one; one rounding to out_dtype. Row-invariant.
 Tolerance  verify/tolerance.py, "rms_norm"
-Kernels    portable: one pass, a row in registers
+Kernels    one pass, a row in registers
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code. It takes the mean of the per-head query
            norm in bf16; here, as in the serving engines, that norm is fp32 like every other.
 """

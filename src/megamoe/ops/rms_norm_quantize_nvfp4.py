@@ -5,7 +5,7 @@ Math       y = rms_norm(x, weight); q = quantize_nvfp4(y)
 Numerics   those of the two operations: q is exactly the quantization of the y returned, after its rounding. W4A4
            layers need both: the router and the compressor read y, the quantized linears q.
 Tolerance  verify/tolerance.py: y as "rms_norm"; q equals quantize_nvfp4(y) bit for bit
-Kernels    portable: one pass over x
+Kernels    one pass over x
 Source     ops/rms_norm.py, ops/quantize.py
 """
 

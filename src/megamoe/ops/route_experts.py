@@ -8,7 +8,7 @@ Numerics   everything fp32, the product included (the gate is stored in bf16 and
            selects; the weights are the unbiased scores, of experts chosen by table, too. Equal scores go to the lowest
            expert. Nothing is added to the sum that normalizes. Row-invariant.
 Tolerance  verify/tolerance.py, "route_experts"
-Kernels    portable: scores on the matrix unit, then a selection by warps. Ids outside the table or the experts give NaN
+Kernels    scores on the matrix unit, then a selection by warps. Ids outside the table or the experts give NaN
            weights there, since a kernel cannot raise without waiting for the device
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """

@@ -6,7 +6,7 @@ Numerics   fp32 from the inputs to the single rounding to out_dtype. The gate is
            sides, both before the activation. Routed and shared experts use the same clamp. NaN stays NaN.
            Row-invariant.
 Tolerance  verify/tolerance.py, "clamped_swiglu"
-Kernels    portable: one pass
+Kernels    one pass
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """
 

@@ -18,11 +18,11 @@ from megamoe.formats import fp8, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
-from megamoe.kernels.parts import expert_tiles
-from megamoe.kernels.parts.grouped_stream import STREAM_LIMIT
-from megamoe.kernels.parts.linear_stream import stream_limit
-from megamoe.kernels.parts.route_tiles import MANY_TOKENS
-from megamoe.kernels.sm90 import fp8_linear as sm90_fp8_linear
+from megamoe.kernels.experts import expert_tiles_sm90
+from megamoe.kernels.fp8 import fp8_linear as fp8_linear_kernel
+from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT
+from megamoe.kernels.linear.linear_stream import stream_limit
+from megamoe.kernels.router.route_tiles import MANY_TOKENS
 from megamoe.ops.fp8_linear import fp8_linear
 from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
 from megamoe.ops.hyper_connection import (
@@ -263,7 +263,7 @@ def _fp8_weight(generator: torch.Generator, num_rows: int, width: int) -> Fp8Blo
 
 
 def _fp8_streamed(dims: Mapping[str, int]) -> int:
-    return sm90_fp8_linear.stream_limit(dims["N"])
+    return fp8_linear_kernel.stream_limit(dims["N"])
 
 
 def _linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
@@ -349,7 +349,7 @@ def _untiled_routes(dims: Mapping[str, int]) -> int:
 
 
 def _experts_streamed(dims: Mapping[str, int]) -> int:
-    return expert_tiles.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
+    return expert_tiles_sm90.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
 
 
 def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:

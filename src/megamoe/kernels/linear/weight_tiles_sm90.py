@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host side of y = x w^T in tiles on wgmma: NVFP4 or bf16 weights, one matrix or one for each group of the input.
+
+The weight is the M side of the instruction, tokens are the N side. A producer warp brings tokens and weights of a step
+(64 columns) by TMA, several stages deep. NVFP4 weights travel as codes and scales in fragment order; each warp of the
+consumer warpgroups loads those of its own rows from shared memory and decodes them into registers, while the tensor
+cores work on the step before. bf16 weights are read by the instruction where they lie.
+
+Blocks are persistent: while consumers scale one tile, the producer is already loading for the next, and three warps
+that have nothing else to do carry finished tiles from shared memory to global memory. Tiles are visited in bands of
+token blocks, so that a weight comes from memory about once and not once for every 128 tokens.
+
+How large a tile is decides no bit: every output is the sum over K in steps of 16 in ascending order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_ROWS, TILE_SCALE_BYTES
+from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.kernels.linear.linear_stream import DTYPE_NAMES, num_multiprocessors
+from megamoe.kernels.store import kernel
+
+GROUP_ROWS = 64  # rows of an instruction
+MAX_STAGES = 24
+SHARED_BYTES = 226 * 1024
+RESERVED_BYTES = 1024  # barriers, and padding up to the first tile
+BAND = 8  # token blocks that are visited side by side
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The compile key.
+
+    Attributes:
+        weight: "nvfp4" in fragment order, or "bf16" row-major.
+        scaled: x is code * block scale * 2^-7 of NVFP4 activations, and each token and group has a tensor scale.
+        out: "bf16" or "f32".
+        rows: weight rows of a tile, 64, 128 or 256.
+        tokens: tokens of a tile.
+    """
+
+    weight: str
+    scaled: bool
+    out: str
+    rows: int
+    tokens: int
+
+    @property
+    def warpgroups(self) -> int:
+        """Consumer warpgroups."""
+        return min(2, self.rows // GROUP_ROWS)
+
+    @property
+    def consumers(self) -> int:
+        """Consumer threads."""
+        return self.warpgroups * 128
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: consumers, a producer warp, three storing warps."""
+        return self.consumers + 128
+
+    @property
+    def row_groups(self) -> int:
+        """Instructions side by side in a consumer warpgroup."""
+        return self.rows // GROUP_ROWS // self.warpgroups
+
+    @property
+    def row_tiles(self) -> int:
+        """Row tiles of the fragment layout."""
+        return self.rows // TILE_ROWS
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights in a stage."""
+        if self.weight == "bf16":
+            return self.rows * TILE_COLUMNS * 2
+        return self.row_tiles * (TILE_CODE_BYTES + TILE_SCALE_BYTES)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a stage: tokens and weights."""
+        return self.tokens * TILE_COLUMNS * 2 + self.weight_bytes
+
+    @property
+    def out_stride(self) -> int:
+        """Values between tokens of the finished tile in shared memory: rows start in other banks."""
+        return self.rows + 8
+
+    @property
+    def staged_tokens(self) -> int:
+        """Tokens of a finished tile that are in shared memory at a time."""
+        return self.tokens if self.tokens <= 128 else 64
+
+    @property
+    def out_bytes(self) -> int:
+        """Shared memory of the finished tile."""
+        return self.staged_tokens * self.out_stride * 2 if self.out == "bf16" else 0
+
+    @property
+    def stages(self) -> int:
+        """Stages that fit."""
+        return min(MAX_STAGES, (SHARED_BYTES - RESERVED_BYTES - self.out_bytes) // self.stage_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return RESERVED_BYTES + self.out_bytes + self.stages * self.stage_bytes
+
+
+NVFP4_TILES = {(128, 256): 600, (256, 128): 620, (128, 128): 350, (128, 64): 255, (64, 128): 225, (64, 64): 215}
+"""Rows and tokens of the tiles that exist → nanoseconds of a step, measured on an H100."""
+
+BF16_TILES = {(128, 256): 740, (128, 128): 390, (64, 64): 250, (64, 16): 130}
+"""The same for bf16 weights."""
+
+
+def best_tile(
+    tiles: dict[tuple[int, int], int], num_groups: int, num_rows: int, num_columns: int, num_tokens: int, blocks: int
+) -> tuple[int, int]:
+    """Return the tile that is done first: rounds of blocks times nanoseconds of a tile. It decides no bit."""
+
+    def nanoseconds(tile: tuple[int, int]) -> float:
+        rows, tokens = tile
+        rounds = -(-num_groups * -(-num_rows // rows) * -(-num_tokens // tokens) // blocks)
+        return rounds * (-(-num_columns // TILE_COLUMNS) * tiles[tile] + 600 + rows * tokens / 9)
+
+    return min(tiles, key=nanoseconds)
+
+
+def place(
+    tile: Any, group_blocks: Any, row_blocks: Any, token_blocks: Any, minimum: Callable[[Any, Any], Any] = min
+) -> tuple[Any, Any, Any]:
+    """Return group, row block within the group, and token block of a tile: bands of tokens, all rows of a band.
+
+    Args:
+        tile: its number; like everything here an int, or a number of the device.
+        group_blocks, row_blocks, token_blocks: row blocks of a group, of all groups; token blocks.
+        minimum: of two such numbers.
+    """
+    first = tile // (row_blocks * BAND) * BAND
+    width = minimum(token_blocks - first, BAND)
+    rest = tile - first * row_blocks
+    row_block = rest // width
+    group = row_block // group_blocks
+    return group, row_block - group * group_blocks, first + rest - row_block * width
+
+
+def tile_keys(weight: str, scaled: bool, out: str) -> list[Config]:
+    """Return the compile keys for every number of rows, columns and tokens."""
+    return [Config(weight, scaled, out, *tile) for tile in (NVFP4_TILES if weight == "nvfp4" else BF16_TILES)]
+
+
+def require_bf16(op: str, x: torch.Tensor, w: torch.Tensor, multiple: int) -> None:
+    """Refuse what the copy engine or the matrix instruction does not take."""
+    if x.dtype != torch.bfloat16 or w.dtype != torch.bfloat16:
+        raise NotImplementedError(
+            f"{op}: the kernel takes bf16 activations and bf16 weights; got {x.dtype} and {w.dtype}. Convert them, or "
+            'run the reference: with megamoe.ops.use("reference").'
+        )
+    if w.shape[-1] % multiple:
+        raise NotImplementedError(
+            f"{op}: the kernel takes K a multiple of {multiple}; got {w.shape[-1]}. Pad x and w with zeros, or run the "
+            'reference: with megamoe.ops.use("reference").'
+        )
+
+
+def tile_linear(
+    x: torch.Tensor,
+    x_tensor_scale: torch.Tensor | None,
+    w: NvFp4Tensor,
+    out_dtype: torch.dtype,
+    tile: tuple[int, int] | None = None,
+    blocks: int | None = None,
+) -> torch.Tensor:
+    """Multiply by NVFP4 weights.
+
+    Args:
+        x: [T, K] or [T, G, K] bf16, contiguous.
+        x_tensor_scale: [T] or [T, G] fp32 of expanded NVFP4 activations, or None.
+        w: [N, K] or [G, N, K] in fragment order; for G above 1, K is a multiple of 128.
+        out_dtype: bf16 or fp32.
+    """
+    token_scales = () if x_tensor_scale is None else (x_tensor_scale.view(-1),)
+    num_columns = w.shape[-1]
+    weight = (
+        w.codes.view(-1, num_columns // 2),
+        w.scales.view(torch.uint8).view(-1, num_columns // 16),
+        w.tensor_scale.view(-1),
+    )
+    return _launch("nvfp4", x, tuple(w.shape), (*weight, *token_scales), out_dtype, tile, blocks)
+
+
+def plain_tile_linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    out_dtype: torch.dtype,
+    tile: tuple[int, int] | None = None,
+    blocks: int | None = None,
+) -> torch.Tensor:
+    """Multiply by bf16 weights.
+
+    Args:
+        x: [T, K] or [T, G, K] bf16, contiguous, K a multiple of 8, for G above 1 of 64.
+        w: [N, K] or [G, N, K] bf16, contiguous.
+        out_dtype: bf16 or fp32.
+    """
+    weight = (w.view(-1, w.shape[-1]),)
+    if out_dtype == torch.bfloat16 and w.shape[-2] % 8:  # rows of the result would not be 16-byte aligned
+        return _launch("bf16", x, tuple(w.shape), weight, torch.float32, tile, blocks).to(out_dtype)
+    return _launch("bf16", x, tuple(w.shape), weight, out_dtype, tile, blocks)
+
+
+def _launch(
+    weight: str,
+    x: torch.Tensor,
+    w_shape: tuple[int, ...],
+    arguments: tuple[torch.Tensor, ...],
+    out_dtype: torch.dtype,
+    tile: tuple[int, int] | None,
+    blocks: int | None,
+) -> torch.Tensor:
+    *groups, num_rows, num_columns = w_shape
+    num_tokens, num_groups = x.shape[0], groups[0] if groups else 1
+    out = torch.empty(num_tokens, *groups, num_rows, dtype=out_dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    multiprocessors = num_multiprocessors(x.device)
+    tiles = NVFP4_TILES if weight == "nvfp4" else BF16_TILES
+    tile = tile or best_tile(tiles, num_groups, num_rows, num_columns, num_tokens, multiprocessors)
+    config = Config(weight, len(arguments) == 4, DTYPE_NAMES[out_dtype], *tile)
+    num_tiles = num_groups * -(-num_rows // config.rows) * -(-num_tokens // config.tokens)
+    blocks = blocks or min(multiprocessors, num_tiles)
+    kernel(__name__, config, x.device)(x.view(num_tokens, -1), *arguments, out.view(num_tokens, -1), num_groups, blocks)
+    return out
