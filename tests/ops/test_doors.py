@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every door checks what the host knows and leaves values to the reference: none of them waits for a device.
+
+Doors are found by reading `ops/`: a public function that calls `pick`. A new one without a case here fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megamoe import ops
+from megamoe.formats import fp8, mxfp4, nvfp4
+from megamoe.formats.cache_rows import CachePool, RowFormat
+from megamoe.formats.scale_layout import ScaleLayout
+from megamoe.ops.compress_kv import compress_kv
+from megamoe.ops.copy_cache import copy_cache
+from megamoe.ops.experts import experts
+from megamoe.ops.fp8_experts import fp8_experts
+from megamoe.ops.fp8_linear import fp8_linear
+from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
+from megamoe.ops.hadamard import hadamard
+from megamoe.ops.hyper_connection import (
+    hyper_connection_head,
+    hyper_connection_post,
+    hyper_connection_pre,
+    hyper_connection_pre_norm,
+)
+from megamoe.ops.index_topk import index_scores, index_topk
+from megamoe.ops.linear import linear
+from megamoe.ops.nvfp4_experts import nvfp4_experts
+from megamoe.ops.nvfp4_linear import nvfp4_linear
+from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
+from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
+from megamoe.ops.penalize import penalize
+from megamoe.ops.quantize import quantize_fp8_rows, quantize_mxfp4, quantize_nvfp4
+from megamoe.ops.read_cache import read_cache
+from megamoe.ops.rms_norm import rms_norm
+from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
+from megamoe.ops.rope import rope, rope_table
+from megamoe.ops.route_experts import route_experts
+from megamoe.ops.sample import sample
+from megamoe.ops.sparse_attention import sparse_attention
+from megamoe.ops.swiglu import clamped_swiglu
+from megamoe.ops.token_logprobs import token_logprobs
+from megamoe.ops.write_cache import write_cache
+
+from ..host_reads import HostReads, count_host_reads
+
+FOLDER = pathlib.Path(ops.__file__).parent
+T, WIDTH, NUM_EXPERTS = 3, 64, 4
+
+Case = Callable[[], Any]
+"""A door with its arguments."""
+
+bound = functools.partial
+
+
+def _pool(row_format: RowFormat = RowFormat.BF16, width: int = WIDTH) -> CachePool:
+    pool = CachePool.allocate(2, 8, row_format, width)
+    write_cache(torch.randn(16, width), pool, torch.arange(16))
+    return pool
+
+
+def _slots(*shape: int) -> torch.Tensor:
+    slots = torch.arange(int(np.prod(shape))).reshape(shape) % 16
+    slots[-1] = -1
+    return slots
+
+
+def _quantized(*shape: int, scale_per: Any = "tensor") -> nvfp4.NvFp4Tensor:
+    return nvfp4.quantize(torch.randn(shape), scale_per=scale_per)
+
+
+def _streams() -> tuple[torch.Tensor, ...]:
+    return torch.randn(T, 2, WIDTH), torch.randn(8, 2 * WIDTH), torch.randn(8), torch.ones(3)
+
+
+def _routed(weights: Callable[..., Any]) -> tuple[Any, ...]:
+    """x, route weights, expert ids, w1, w3, w2."""
+    ids = torch.arange(2 * T).reshape(T, 2) % NUM_EXPERTS
+    up = weights(NUM_EXPERTS, 32, WIDTH), weights(NUM_EXPERTS, 32, WIDTH)
+    return torch.randn(T, WIDTH), torch.rand(T, 2), ids, *up, weights(NUM_EXPERTS, WIDTH, 32)
+
+
+def _experts(door: Callable[..., Any], weights: Callable[..., Any]) -> list[Case]:
+    return [bound(door, *_routed(weights), swiglu_limit=7.0, shared_output=torch.randn(T, WIDTH))]
+
+
+def _nvfp4_experts(door: Callable[..., Any]) -> list[Case]:
+    shared = _quantized(32, WIDTH), _quantized(32, WIDTH), _quantized(WIDTH, 32)
+    return [
+        *_experts(door, _quantized),
+        bound(door, *_routed(_quantized), swiglu_limit=7.0, shared_weights=shared),
+    ]
+
+
+def _route_experts() -> list[Case]:
+    given = {"top_k": 2, "routed_scaling": 2.5}
+    x, gate, ids = torch.randn(T, WIDTH), torch.randn(NUM_EXPERTS, WIDTH), torch.arange(T)
+    table = torch.arange(10).reshape(5, 2) % NUM_EXPERTS
+    return [
+        bound(route_experts, x, gate, bias=torch.randn(NUM_EXPERTS), **given),
+        bound(route_experts, x, gate, expert_table=table, token_ids=ids, **given),
+    ]
+
+
+def _compress_kv() -> list[Case]:
+    table = rope_table(16, 1e4)
+    pool = _pool(RowFormat.FP32, 4 * 32)
+    positions = torch.tensor([0, 4])
+    norm = torch.ones(32)
+    return [bound(compress_kv, pool, _slots(2, 8), norm, positions, table, ratio=4, overlap=True)]
+
+
+def _index_topk() -> list[Case]:
+    tables = {
+        "block_tables": torch.tensor([[1, 0]], dtype=torch.int32),
+        "query_starts": torch.tensor([0, T], dtype=torch.int32),
+        "num_visible": torch.tensor([3, 9, 16], dtype=torch.int32),
+    }
+    q = torch.randn(T, 2, 128)
+    keys = _pool(RowFormat.INDEX_FP4, 128)
+    queries = mxfp4.quantize(q), fp8.quantize_rows(q, group=128), q
+    return [bound(index_topk, one, torch.randn(T, 2), keys, top_k=4, **tables) for one in queries]
+
+
+def _index_scores() -> list[Case]:
+    return [bound(index_scores, torch.randn(T, 2, 128), torch.randn(T, 2), _pool(width=128), _slots(9))]
+
+
+def _sparse_attention() -> list[Case]:
+    q, sink = torch.randn(T, 2, WIDTH), torch.randn(2)
+    given = {"sink": sink, "scale": 0.1}
+    return [
+        bound(sparse_attention, q, _pool(), _slots(T, 4), _pool(), _slots(T, 3), **given),
+        bound(sparse_attention, q, _pool(), _slots(T, 4), None, None, **given),
+    ]
+
+
+def _sample() -> list[Case]:
+    one = torch.ones(T)
+    given = {"temperature": one, "top_k": torch.full((T,), 3), "top_p": one * 0.9, "uniform": one * 0.5}
+    return [bound(sample, torch.randn(T, 9), min_p=min_p, **given) for min_p in (None, one * 0.1)]
+
+
+def _penalize() -> list[Case]:
+    rows, ids, counts = torch.tensor([0, 1]), torch.tensor([2, 3]), torch.ones(2)
+    one = torch.ones(T)
+    return [bound(penalize, torch.randn(T, 9), rows, ids, counts, repetition=one, presence=one, frequency=one)]
+
+
+def _hyper_connection_post() -> list[Case]:
+    x, mix = torch.randn(T, 2, WIDTH), torch.rand(T, 2, 2)
+    return [bound(hyper_connection_post, torch.randn(T, WIDTH), x, torch.rand(T, 2), mix)]
+
+
+def _grouped(quantized: bool, weights: Callable[..., Any], door: Callable[..., Any]) -> list[Case]:
+    x = _quantized(T, 2, WIDTH, scale_per="row") if quantized else torch.randn(T, 2, WIDTH)
+    return [bound(door, x, weights(2, 16, WIDTH))]
+
+
+def _x() -> torch.Tensor:
+    return torch.randn(T, WIDTH)
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "clamped_swiglu": lambda: [bound(clamped_swiglu, _x(), _x(), limit=7.0, row_weight=torch.ones(T))],
+    "compress_kv": _compress_kv,
+    "copy_cache": lambda: [bound(copy_cache, _pool(), _slots(T), _pool(), _slots(T))],
+    "experts": lambda: _experts(experts, torch.randn),
+    "fp8_experts": lambda: _experts(fp8_experts, lambda *shape: fp8.quantize_blocks(torch.randn(shape))),
+    "fp8_linear": lambda: [bound(fp8_linear, fp8.quantize_rows(_x()), fp8.quantize_blocks(torch.randn(16, WIDTH)))],
+    "grouped_linear": lambda: _grouped(False, torch.randn, grouped_linear),
+    "hadamard": lambda: [bound(hadamard, _x())],
+    "hyper_connection_head": lambda: [
+        bound(hyper_connection_head, _streams()[0], torch.randn(2, 2 * WIDTH), torch.randn(2), torch.ones(1))
+    ],
+    "hyper_connection_post": _hyper_connection_post,
+    "hyper_connection_pre": lambda: [bound(hyper_connection_pre, *_streams())],
+    "hyper_connection_pre_norm": lambda: [bound(hyper_connection_pre_norm, *_streams(), torch.ones(WIDTH))],
+    "index_scores": _index_scores,
+    "index_topk": _index_topk,
+    "linear": lambda: [bound(linear, _x(), torch.randn(16, WIDTH))],
+    "nvfp4_experts": lambda: _nvfp4_experts(nvfp4_experts),
+    "nvfp4_grouped_linear": lambda: _grouped(True, _quantized, nvfp4_grouped_linear),
+    "nvfp4_linear": lambda: [bound(nvfp4_linear, _quantized(T, WIDTH, scale_per="row"), _quantized(16, WIDTH))],
+    "nvfp4_weight_only_experts": lambda: _nvfp4_experts(nvfp4_weight_only_experts),
+    "nvfp4_weight_only_grouped_linear": lambda: _grouped(False, _quantized, nvfp4_weight_only_grouped_linear),
+    "nvfp4_weight_only_linear": lambda: [bound(nvfp4_weight_only_linear, _x(), _quantized(16, WIDTH))],
+    "penalize": _penalize,
+    "quantize_fp8_rows": lambda: [bound(quantize_fp8_rows, _x())],
+    "quantize_mxfp4": lambda: [bound(quantize_mxfp4, _x())],
+    "quantize_nvfp4": lambda: [
+        bound(quantize_nvfp4, _x()),
+        bound(quantize_nvfp4, _x(), scale_layout=ScaleLayout.TILED_128X4),
+        bound(quantize_nvfp4, _x(), tensor_scale=torch.tensor(0.01)),
+    ],
+    "read_cache": lambda: [bound(read_cache, _pool(), _slots(T, 2))],
+    "rms_norm": lambda: [bound(rms_norm, _x(), None), bound(rms_norm, _x(), torch.ones(WIDTH))],
+    "rms_norm_quantize_nvfp4": lambda: [bound(rms_norm_quantize_nvfp4, _x().bfloat16(), torch.ones(WIDTH))],
+    "rope": lambda: [bound(rope, _x(), torch.arange(T), rope_table(16, 1e4), inverse=True)],
+    "route_experts": _route_experts,
+    "sample": _sample,
+    "sparse_attention": _sparse_attention,
+    "token_logprobs": lambda: [bound(token_logprobs, torch.randn(T, 9), torch.arange(T), num_top=2)],
+    "write_cache": lambda: [bound(write_cache, _x(), _pool(), _slots(T))],
+}
+
+STILL_READ = {"compress_kv", "index_scores", "index_topk", "sparse_attention"}
+"""Doors that look at slots before they pick; their address form is about to change, and the looking with it."""
+
+
+def _functions() -> Iterator[ast.FunctionDef]:
+    for path in sorted(FOLDER.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                yield node
+
+
+def _calls_pick(function: ast.FunctionDef) -> bool:
+    return any(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "pick"
+        for node in ast.walk(function)
+    )
+
+
+def _doors() -> list[str]:
+    return sorted(one.name for one in _functions() if not one.name.startswith("_") and _calls_pick(one))
+
+
+def _count(case: Case) -> HostReads:
+    with count_host_reads() as reads:
+        case()
+    return reads
+
+
+# --- every door ---
+
+
+def test_every_door_has_a_case_and_every_case_is_a_door() -> None:
+    assert sorted(CASES) == _doors(), "add the door to CASES, with arguments for every path through it"
+    assert len(_doors()) > 30  # it does find them
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - STILL_READ))
+def test_a_door_reads_nothing_back(name: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    for case in CASES[name]():
+        reads = _count(case)
+        assert reads.operations[:1] == [name]  # it went through `pick`, under the door's own name
+        assert reads.places == []
+
+
+# --- the check itself ---
+
+VALUES = torch.tensor([3, 1, 2])
+MASK = VALUES > 1
+
+READS: dict[str, Callable[[], Any]] = {
+    "item": lambda: VALUES.max().item(),
+    "int": lambda: int(VALUES.max()),
+    "float": lambda: float(VALUES[0]),
+    "bool": lambda: bool(MASK.all()),
+    "index": lambda: range(VALUES[0]),
+    "slice": lambda: VALUES[: VALUES[1]],
+    "size": lambda: torch.zeros(VALUES[0]),
+    "format": lambda: f"{VALUES[0]}",
+    "in": lambda: 3 in VALUES,
+    "tolist": lambda: VALUES.tolist(),
+    "numpy": lambda: VALUES.numpy(),
+    "asarray": lambda: np.asarray(VALUES),
+    "cpu": lambda: VALUES.cpu(),
+    "to": lambda: VALUES.to("cpu"),
+    "mask": lambda: VALUES[MASK],
+    "set by mask": lambda: VALUES.clone().__setitem__(MASK, torch.tensor([7, 8])),
+    "where": lambda: torch.where(MASK),
+    "nonzero": lambda: MASK.nonzero(),
+    "masked_select": lambda: VALUES.masked_select(MASK),
+    "unique": lambda: VALUES.unique(),
+    "unique_consecutive": lambda: VALUES.unique_consecutive(),
+    "bincount": lambda: torch.bincount(VALUES),
+    "repeat_interleave": lambda: VALUES.repeat_interleave(VALUES),
+    "equal": lambda: torch.equal(VALUES, VALUES),
+    "tensor of tensors": lambda: torch.tensor([VALUES[0], VALUES[1]]),
+}
+
+WORK: dict[str, Callable[[], Any]] = {
+    "shapes": lambda: VALUES.new_empty(VALUES.shape[0], 2).reshape(-1)[: VALUES.numel()],
+    "masks": lambda: VALUES.masked_fill(MASK, 0) + torch.where(MASK, VALUES, 0),
+    "fill by mask": lambda: VALUES.clone().__setitem__(MASK, 0),
+    "gather": lambda: VALUES[VALUES - 1].sort().values.aminmax(),
+    "rows": lambda: list(VALUES),
+    "repeat": lambda: VALUES.repeat_interleave(2),
+    "repeat to a size": lambda: VALUES.repeat_interleave(VALUES, output_size=6),
+    "upload": lambda: torch.tensor([1, 2]) + torch.from_numpy(np.arange(2)),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", READS)
+def test_a_read_is_seen(name: str, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        reads = _count(READS[name])
+    assert len(reads.places) == 1 and "test_doors.py" in reads.places[0]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", WORK)
+def test_work_without_a_read_is_not(name: str, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        assert _count(WORK[name]).places == []
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - STILL_READ))
+def test_a_read_in_a_door_is_caught(name: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """`int(t.max())` in the dimension check of a door; a reference that does the same is left alone."""
+    torch.manual_seed(seed)
+    (case, *_) = CASES[name]()
+    module = sys.modules[case.func.__module__]  # type: ignore[attr-defined]
+    right = sys.modules["megamoe.ops.check"].check
+
+    def looks_at_values(op: str, /, **given: Any) -> dict[str, int]:
+        int(torch.ones(2).max())
+        return right(op, **given)
+
+    holder = module if hasattr(module, "check") else sys.modules["megamoe.ops.expert_common"]
+    monkeypatch.setattr(holder, "check", looks_at_values)
+    assert len(_count(case).places) == 1
+
+
+def test_what_an_operation_runs_may_read() -> None:
+    with count_host_reads() as reads, ops.watch(lambda op, run, reference: lambda *args: VALUES.tolist()):
+        assert rms_norm(VALUES.float(), None) == [3, 1, 2]
+        int(VALUES[0])
+    assert reads.operations == ["rms_norm"] and len(reads.places) == 1
