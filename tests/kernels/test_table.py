@@ -102,7 +102,7 @@ def test_requests_of_a_model_can_be_rebuilt_from_their_values(model: str, target
     requests = requests_for(((call.op, call.dims) for call in op_calls(model)), target)
     assert len(requests) > 5 and len({one.symbol for one in requests}) == len(requests)
     for one in requests:
-        assert Request.of(PACKAGE + one.module, one.config()) == one
+        assert Request.of(one.config()) == one
 
 
 def test_planning_passes_over_what_has_no_kernel() -> None:

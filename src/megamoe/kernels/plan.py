@@ -27,7 +27,5 @@ def requests_for(calls: Iterable[tuple[str, Mapping[str, int]]], target: str) ->
     for op, dims in calls:
         module = module_for(op, target)
         if module is not None:
-            # A config belongs to the module of its class: an operation may launch kernels of several.
-            configs = importlib.import_module(module).configs(dims)
-            requests += [Request.of(type(config).__module__, config) for config in configs]
+            requests += [Request.of(config) for config in importlib.import_module(module).configs(dims)]
     return unique(requests)

@@ -18,17 +18,11 @@ from typing import Any
 import torch
 
 from megamoe.formats.fp8 import BLOCK, Fp8BlockTensor, Fp8RowTensor
-from megamoe.kernels.fp8 import fp8_expand, fp8_tiles_sm90
-from megamoe.kernels.fp8.fp8_stream import (
-    PASS_TOKENS,
-    TILE_COUNTS,
-    TILE_ROWS,
-    TOKENS_PER_TILE,
-    stream_configs,
-    stream_linear,
-)
+from megamoe.kernels.fp8 import fp8_expand_config, fp8_tiles_sm90, fp8_tiles_sm90_config
+from megamoe.kernels.fp8.fp8_stream import PASS_TOKENS, TILE_COUNTS, stream_configs, stream_linear
+from megamoe.kernels.fp8.fp8_stream_config import TILE_ROWS, TOKENS_PER_TILE
 from megamoe.kernels.fp8.fp8_tiles_sm90 import tile_linear
-from megamoe.kernels.linear.linear_stream import aligned
+from megamoe.kernels.parts.launch import aligned
 
 OP = "fp8_linear"
 
@@ -43,10 +37,10 @@ def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     for count in TILE_COUNTS:
         yield from stream_configs(dims["K"], count * TOKENS_PER_TILE, "bf16")
     for folded in (True, False):
-        yield fp8_expand.Config(folded)
+        yield fp8_expand_config.Config(folded)
         for rows, tokens in fp8_tiles_sm90.TILE_TIMES:
-            if folded or rows == fp8_tiles_sm90.GROUP_ROWS:
-                yield fp8_tiles_sm90.Config(rows, tokens, folded, "bf16")
+            if folded or rows == fp8_tiles_sm90_config.GROUP_ROWS:
+                yield fp8_tiles_sm90_config.Config(rows, tokens, folded, "bf16")
 
 
 def run(x: Fp8RowTensor, w: Fp8BlockTensor, out_dtype: torch.dtype) -> torch.Tensor:

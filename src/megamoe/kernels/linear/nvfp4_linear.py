@@ -18,21 +18,16 @@ import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
-from megamoe.kernels.linear.linear_stream import (
-    aligned,
-    require_fragments,
-    stream_keys,
-    stream_limit,
-    stream_linear,
-)
+from megamoe.kernels.linear.linear_stream import stream_keys, stream_limit, stream_linear
 from megamoe.kernels.linear.weight_tiles_sm90 import tile_keys, tile_linear
-from megamoe.kernels.rows import expand_nvfp4
+from megamoe.kernels.parts.launch import aligned, require_fragments
+from megamoe.kernels.rows import expand_nvfp4, expand_nvfp4_config
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from stream_keys(dims["N"], dims["K"], "nvfp4", "bf16")
-    yield expand_nvfp4.Config()
+    yield expand_nvfp4_config.Config()
     yield from tile_keys("nvfp4", True, "bf16")
 
 

@@ -18,8 +18,8 @@ import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT, require_columns, stream_grouped, stream_keys
-from megamoe.kernels.linear.linear_stream import aligned, require_fragments
 from megamoe.kernels.linear.weight_tiles_sm90 import tile_keys, tile_linear
+from megamoe.kernels.parts.launch import aligned, require_fragments
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:

@@ -17,14 +17,9 @@ from typing import Any
 import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.linear.linear_stream import (
-    aligned,
-    require_fragments,
-    stream_keys,
-    stream_limit,
-    stream_linear,
-)
+from megamoe.kernels.linear.linear_stream import stream_keys, stream_limit, stream_linear
 from megamoe.kernels.linear.weight_tiles_sm90 import tile_keys, tile_linear
+from megamoe.kernels.parts.launch import aligned, require_fragments
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
