@@ -48,7 +48,26 @@ TOLERANCES: dict[str, Tolerance] = {
         1e-4, "as hyper_connection_pre; u may round otherwise in the few elements that lie within 1e-5 of a step"
     ),
     "hyper_connection_post": Tolerance(1e-6, "X + 1 fp32 products a channel"),
+    "hyper_connection_post_pre_norm": Tolerance(
+        1e-4, "as hyper_connection_pre_norm, over streams that may round otherwise where they lie within 1e-6 of a step"
+    ),
+    "hyper_connection_head_norm": Tolerance(
+        1e-4, "as hyper_connection_head; h may round otherwise in the few elements that lie within 1e-5 of a step"
+    ),
     "hyper_connection_head": Tolerance(3e-5, "an fp32 product over X * D, then X products a channel"),
+    "embed_streams": Tolerance(0.0, _EXACT),
+    "mean_of_streams": Tolerance(0.0, "X - 1 fp32 additions in a stated order and one division, each rounded"),
+    "add_to_streams": Tolerance(0.0, "one fp32 addition, then one rounding"),
+    "rotate_queries": Tolerance(
+        1e-5, "as rms_norm, then rope: a normed element may round otherwise within 1e-5 of a step of bf16"
+    ),
+    "write_latent": Tolerance(
+        1e-5,
+        "as rms_norm; the stored rows are those of rotate_queries with a weight, rounded to the format of the pool",
+    ),
+    "round_index_query": Tolerance(
+        1e-6, "as rope and hadamard before the rounding to the key format; the head weights are one product, exact"
+    ),
     "quantize_nvfp4": Tolerance(0.0, _EXACT),
     "quantize_fp8_rows": Tolerance(0.0, _EXACT),
     "quantize_mxfp4": Tolerance(0.0, _EXACT),
