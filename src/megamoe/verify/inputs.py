@@ -18,7 +18,7 @@ from megamoe.formats import fp8, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
-from megamoe.kernels.experts import expert_tiles_sm90
+from megamoe.kernels.experts import expert_stream
 from megamoe.kernels.fp8 import fp8_linear as fp8_linear_kernel
 from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT
 from megamoe.kernels.linear.linear_stream import stream_limit
@@ -349,7 +349,7 @@ def _untiled_routes(dims: Mapping[str, int]) -> int:
 
 
 def _experts_streamed(dims: Mapping[str, int]) -> int:
-    return expert_tiles_sm90.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
+    return expert_stream.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
 
 
 def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:

@@ -10,30 +10,13 @@ Limits     up to 1024 experts, top_k up to 32
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
+from megamoe.kernels.router.route_select_config import Config
 from megamoe.kernels.store import kernel
 
-TOKENS = 4  # warps per block
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        experts: E.
-        top_k: A.
-        mode: "score", "biased" (score + bias selects), "table32" or "table64" (by token id, tables of int32 or int64).
-    """
-
-    experts: int
-    top_k: int
-    mode: str
 
 
 def run(
@@ -48,13 +31,14 @@ def run(
     num_tokens, num_experts = scores.shape
     weights = torch.empty((num_tokens, top_k), dtype=torch.float32, device=scores.device)
     expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int64, device=scores.device)
+    extra: tuple[torch.Tensor, ...]
     if expert_table is not None:
         mode = "table32" if expert_table.dtype == torch.int32 else "table64"
-        extra: tuple[torch.Tensor, ...] = (expert_table.contiguous(),)
+        extra = (expert_table.contiguous(),)
     elif bias is not None:
         mode, extra = "biased", (bias.contiguous(),)
     else:
         mode, extra = "score", ()
-    launch = kernel(__name__, Config(num_experts, top_k, mode), scores.device)
+    launch = kernel(Config(num_experts, top_k, mode), scores.device)
     launch(scores, token_ids.contiguous(), *extra, weights, expert_ids, routed_scaling)
     return weights, expert_ids

@@ -8,7 +8,7 @@ from cutlass.cute.runtime import make_fake_tensor
 
 from megamoe.kernels.parts.ptx_device import divide, multiply
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches, symbolic_rows
-from megamoe.kernels.router.route_select import TOKENS, Config
+from megamoe.kernels.router.route_select_config import TOKENS, Config
 
 NO_EXPERT = 1 << 20  # above every expert
 
