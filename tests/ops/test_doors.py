@@ -108,12 +108,12 @@ def _nvfp4_experts(door: Callable[..., Any]) -> list[Case]:
 
 
 def _route_experts() -> list[Case]:
-    given = {"top_k": 2, "routed_scaling": 2.5}
-    x, gate, ids = torch.randn(T, WIDTH), torch.randn(NUM_EXPERTS, WIDTH), torch.arange(T)
+    given = {"token_ids": torch.tensor([0, 1, -1]), "top_k": 2, "routed_scaling": 2.5}
+    x, gate = torch.randn(T, WIDTH), torch.randn(NUM_EXPERTS, WIDTH)
     table = torch.arange(10).reshape(5, 2) % NUM_EXPERTS
     return [
         bound(route_experts, x, gate, bias=torch.randn(NUM_EXPERTS), **given),
-        bound(route_experts, x, gate, expert_table=table, token_ids=ids, **given),
+        bound(route_experts, x, gate, expert_table=table, **given),
     ]
 
 
