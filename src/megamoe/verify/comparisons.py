@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 
+from megamoe.formats import fp8, mxfp4, nvfp4
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
+from megamoe.formats.mxfp4 import MxFp4Tensor
+from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.ops.quantize import quantize_nvfp4
 from megamoe.verify.tolerance import TOLERANCES, assert_within
-from megamoe.verify.values import parts
+from megamoe.verify.values import moved, parts
 
 Rule = Callable[[str, Any, Any, dict[str, Any]], None]
 
@@ -31,6 +35,46 @@ def within(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
     got_parts = parts(got)
     for name, part in parts(want).items():
         assert_within(op, got_parts[name], part)
+
+
+def products(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
+    """Compare x @ w.T [T, N], or the same by groups [T, G, N], whose terms are known.
+
+    Raises:
+        AssertionError: a row is not within the bound of the terms that it is made of.
+    """
+    x, w = arguments["x"], arguments["w"]
+    assert_within(op, got, want, num_terms=x.shape[-1], term_sizes=lambda: product_sizes(_values(x), _values(w)))
+
+
+def product_sizes(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Return the root of the sum of squares of the terms of every element of x @ w.T.
+
+    Args:
+        x: [T, K] or [T, G, K].
+        w: [N, K] or [G, N, K].
+    """
+    squares = x.cpu().double().square()
+    if w.dim() == 3:
+        groups = [_square_sums(squares[:, group], one) for group, one in enumerate(w.cpu())]
+        return torch.stack(groups, dim=1).sqrt()
+    return _square_sums(squares, w.cpu()).sqrt()
+
+
+def _square_sums(squares: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.cat([squares @ rows.double().square().T for rows in w.split(512)], dim=1)  # 512: fp64 takes room
+
+
+def _values(value: Any) -> torch.Tensor:
+    """Return the numbers behind an operand."""
+    value = moved(value, "cpu")
+    if isinstance(value, NvFp4Tensor):
+        return nvfp4.dequantize(value)
+    if isinstance(value, MxFp4Tensor):
+        return mxfp4.dequantize(value)
+    if isinstance(value, Fp8RowTensor | Fp8BlockTensor):
+        return fp8.dequantize(value)
+    return torch.as_tensor(value)
 
 
 def norm_and_quantized(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
 from megamoe.ops.route_experts import route_experts
 from megamoe.ops.swiglu import clamped_swiglu
-from megamoe.verify.comparisons import norm_and_quantized, routes
+from megamoe.verify.comparisons import norm_and_quantized, products, routes
 from megamoe.verify.op_inputs import Arguments, OpInputs, activations, finite_squares, scaled
 
 MOST_ROWS = 8256
@@ -212,10 +212,7 @@ def _linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator
     if generator.device.type == "cpu":
         num_rows = min(num_rows, MOST_ROWS)
     x = finite_squares(activations(generator, num_tokens, width))
-    w = scaled(generator, num_rows, width, scale=width**-0.5).bfloat16()
-    if num_rows == 1:  # a token's only output: terms of both signs can cancel, and no error relative to it is defined
-        w = w.abs()
-    return {"x": x, "w": w}
+    return {"x": x, "w": scaled(generator, num_rows, width, scale=width**-0.5).bfloat16()}
 
 
 def _linear_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
@@ -345,23 +342,29 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         )
         for make in (_route_experts, _route_experts_biased)
     ),
-    "nvfp4_linear": (OpInputs(nvfp4_linear, _nvfp4_linear, ("x",), order_until=_streamed),),
+    "nvfp4_linear": (OpInputs(nvfp4_linear, _nvfp4_linear, ("x",), order_until=_streamed, rule=products),),
     "nvfp4_weight_only_linear": (
-        OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
+        OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed, rule=products),
     ),
     "nvfp4_experts": _expert_calls(nvfp4_experts),
     "nvfp4_weight_only_experts": _expert_calls(nvfp4_weight_only_experts),
-    "fp8_linear": (OpInputs(fp8_linear, _fp8_linear, ("x",), order_until=_fp8_streamed),),
+    "fp8_linear": (OpInputs(fp8_linear, _fp8_linear, ("x",), order_until=_fp8_streamed, rule=products),),
     "linear": (
-        OpInputs(linear, _linear, ("x",)),
-        OpInputs(linear, _linear_fp32, ("x",)),
+        OpInputs(linear, _linear, ("x",), rule=products),
+        OpInputs(linear, _linear_fp32, ("x",), rule=products),
     ),
-    "grouped_linear": (OpInputs(grouped_linear, _grouped_linear, ("x",)),),
+    "grouped_linear": (OpInputs(grouped_linear, _grouped_linear, ("x",), rule=products),),
     "nvfp4_grouped_linear": (
-        OpInputs(nvfp4_grouped_linear, _nvfp4_grouped_linear, ("x",), order_until=_grouped_streamed),
+        OpInputs(nvfp4_grouped_linear, _nvfp4_grouped_linear, ("x",), order_until=_grouped_streamed, rule=products),
     ),
     "nvfp4_weight_only_grouped_linear": (
-        OpInputs(nvfp4_weight_only_grouped_linear, _weight_only_grouped_linear, ("x",), order_until=_grouped_streamed),
+        OpInputs(
+            nvfp4_weight_only_grouped_linear,
+            _weight_only_grouped_linear,
+            ("x",),
+            order_until=_grouped_streamed,
+            rule=products,
+        ),
     ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_pre_norm": (OpInputs(hyper_connection_pre_norm, _hyper_connection_pre_norm, ("x",)),),
