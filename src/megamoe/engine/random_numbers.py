@@ -10,12 +10,12 @@ seed and the counter the index, so a device computes any number from two integer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-Word = TypeVar("Word", int, npt.NDArray[np.uint64])
+Word = TypeVar("Word", int, npt.NDArray[Any])
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
