@@ -117,8 +117,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "write_index_keys": Tolerance(1e-5, "as compress_kv, then log2(n) fp32 additions an element"),
     "index_scores": Tolerance(
         2e-5,
-        "exact products; fp32 sums of K and of H terms in any order, truncating ones included; one FP8 accumulator over "
-        "K = 128 is off by 1.3e-4 and does not pass",
+        "exact products; fp32 sums of K and of H terms in any order, truncating ones included; one FP8 accumulator "
+        "over K = 128 is off by 1.3e-4 and does not pass",
     ),
     "index_topk": Tolerance(0.0, _EXACT),
     "sparse_attention": Tolerance(
