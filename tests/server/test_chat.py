@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from typing import Any
 
 import httpx2
@@ -184,17 +185,76 @@ def test_arguments_are_streamed_in_pieces(server: RunningServer, client: httpx2.
     assert ask(client, tools=[WEATHER])["choices"][0]["message"]["content"] is None
 
 
-def test_a_call_without_its_end_is_not_given_out(server: RunningServer, client: httpx2.Client) -> None:
+def test_a_call_that_breaks_off_is_given_out_as_far_as_it_came(server: RunningServer, client: httpx2.Client) -> None:
+    """Whether it was the limit or the model that ended it: "length" says that the answer is not complete."""
     whole = calls(ToolCall("now", "{}"), ToolCall("weather", '{"city": "Rome"}'))
-    begun = whole[: whole.index("Rome")]
-    says(server, whole)
-    choice = ask(client, tools=[WEATHER, NOW], max_tokens=len(server.tokenizer.encode(begun)))["choices"][0]
-    assert choice["finish_reason"] == "length"
-    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["now"]
-    says(server, begun)
-    choice = ask(client, tools=[WEATHER, NOW])["choices"][0]
-    assert choice["finish_reason"] == "stop", "the last call must not be executed"
-    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["now"]
+    begun = whole[: whole.index("Rome") + 2]
+    for script, limits in ((whole, {"max_tokens": len(server.tokenizer.encode(begun))}), (begun, {})):
+        says(server, script)
+        choice = ask(client, tools=[WEATHER, NOW], **limits)["choices"][0]
+        assert choice["finish_reason"] == "length"
+        made = [(call["function"]["name"], call["function"]["arguments"]) for call in choice["message"]["tool_calls"]]
+        assert made == [("now", "{}"), ("weather", '{"city": "Ro')]
+        text = begun[begun.index('<｜DSML｜invoke name="weather"') :]
+        assert choice["malformed_calls"] == [{"text": text, "reason": "unfinished"}]
+
+
+VECTORS = json.loads((pathlib.Path(__file__).parents[1] / "vectors" / "answers.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "vector", [one for one in VECTORS if one["faults"] or one["slips"]], ids=lambda one: one["name"]
+)
+def test_a_stream_of_malformed_calls_agrees_with_the_whole_answer(
+    server: RunningServer, client: httpx2.Client, vector: dict[str, Any]
+) -> None:
+    says(server, vector["raw"])
+    fields = {"tools": [WEATHER, NOW], "thinking": {"type": "enabled" if vector["thinking"] else "disabled"}}
+    chunks = stream(client, **fields)
+    choice = ask(client, **fields)["choices"][0]
+    parts, message = joined(chunks), choice["message"]
+    assert "｜DSML｜" not in parts["content"] + parts["reasoning_content"]
+    assert parts["content"] == (message["content"] or "")
+    assert parts["reasoning_content"] == message.get("reasoning_content", "")
+    made = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
+    assert parts["tool_calls"] == made
+    last = next(one["choices"][0] for one in reversed(chunks) if one["choices"])
+    assert last["delta"].get("malformed_calls") == choice.get("malformed_calls")
+    assert parts["finish_reason"] == choice["finish_reason"]
+    reported = [one["reason"] for one in choice.get("malformed_calls", [])]
+    assert reported == [fault for fault in vector["faults"] if fault != "stray_control"]
+    is_lost = bool({"bad_tag", "bad_value", "unfinished"} & set(reported))
+    assert choice["finish_reason"] == ("length" if is_lost else "tool_calls" if made else "stop")
+    if choice["finish_reason"] == "tool_calls":
+        for call in made:
+            assert isinstance(json.loads(call[1]), dict)
+
+
+def test_malformed_calls_are_logged_and_counted(
+    server: RunningServer, client: httpx2.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    def counted(line: str) -> float:
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(one.split()[1]) for one in lines if one.startswith(line + " "))
+
+    malformed = 'megamoe_malformed_calls_total{reason="bad_value"}'
+    mended = 'megamoe_mended_calls_total{reason="no_block"}'
+    before = counted(malformed), counted(mended)
+    says(server, calls(ToolCall("weather", '{"city": 1}')).replace(">1<", ">01<"))
+    with caplog.at_level("WARNING", logger="megamoe"):
+        ask(client, tools=[WEATHER])
+    says(server, calls(ToolCall("weather", '{"city": "secret"}')).replace("<｜DSML｜tool_calls>\n", ""))
+    ask(client, tools=[WEATHER])
+    assert (counted(malformed), counted(mended)) == (before[0] + 1, before[1] + 1)
+    assert "malformed tool call, bad_value: a value that should be JSON is not" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_parameter_without_a_type_is_what_its_schema_says(server: RunningServer, client: httpx2.Client) -> None:
+    written = calls(ToolCall("weather", '{"city": "42", "days": 3}')).replace(' string="true"', "")
+    says(server, written.replace(' string="false"', ""))
+    message = ask(client, tools=[WEATHER])["choices"][0]["message"]
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"city": "42", "days": 3}
 
 
 def test_a_conversation_with_tools_is_read_back(server: RunningServer, client: httpx2.Client) -> None:

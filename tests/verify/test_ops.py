@@ -18,15 +18,16 @@ from megamoe.kernels import KERNELS
 from megamoe.models.deepseek_v4.shapes import op_shapes
 from megamoe.ops import quantize, rms_norm, route_experts
 from megamoe.verify import ops as verifying
-from megamoe.verify.inputs import INPUTS, OpInputs, parts
+from megamoe.verify.comparisons import norm_and_quantized, routes
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.op_inputs import OpInputs
 from megamoe.verify.ops import (
     cases,
-    compare,
-    compare_routes,
     known_ops,
     token_counts,
     verify_case,
 )
+from megamoe.verify.values import parts
 
 CALL = op_shapes("rms_norm")[0]
 (NORM,) = INPUTS["rms_norm"]
@@ -169,9 +170,9 @@ def test_fused_norm_and_quantization_must_agree_with_each_other(seed: int) -> No
     nudged = y.clone()
     largest = y.abs().argmax(-1, keepdim=True)  # decides the row's scale; one unit more is within the norm's tolerance
     nudged.view(torch.int16).scatter_add_(1, largest, torch.ones_like(largest, dtype=torch.int16))
-    compare("rms_norm_quantize_nvfp4", (nudged, quantize.quantize_nvfp4(nudged)), want, {})
+    norm_and_quantized("rms_norm_quantize_nvfp4", (nudged, quantize.quantize_nvfp4(nudged)), want, {})
     with pytest.raises(AssertionError, match="quantize_nvfp4: .* must have equal bits"):
-        compare("rms_norm_quantize_nvfp4", (nudged, q), want, {})
+        norm_and_quantized("rms_norm_quantize_nvfp4", (nudged, q), want, {})
 
 
 def routing() -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor]]:
@@ -182,7 +183,7 @@ def routing() -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor]]:
 
 def test_routes_of_the_reference_pass() -> None:
     arguments, want = routing()
-    compare_routes(want, want, arguments)
+    routes("route_experts", want, want, arguments)
 
 
 def test_a_worse_expert_is_found() -> None:
@@ -191,7 +192,7 @@ def test_a_worse_expert_is_found() -> None:
     free = [one for one in range(arguments["gate"].shape[0]) if one not in ids[3].tolist()]
     other[3, -1] = free[-1]
     with pytest.raises(AssertionError, match="token 3 slot 1: got expert"):
-        compare_routes((weights, other), (weights, ids), arguments)
+        routes("route_experts", (weights, other), (weights, ids), arguments)
 
 
 def test_equal_scores_in_the_wrong_order_are_found() -> None:
@@ -201,7 +202,7 @@ def test_equal_scores_in_the_wrong_order_are_found() -> None:
     swapped = ids.clone()
     swapped[tied[0]] = swapped[tied[0]].flip(-1)
     with pytest.raises(AssertionError, match="equal ones go to the lowest"):
-        compare_routes((weights, swapped), (weights, ids), arguments)
+        routes("route_experts", (weights, swapped), (weights, ids), arguments)
 
 
 def test_a_repeated_or_impossible_expert_is_found() -> None:
@@ -209,12 +210,12 @@ def test_a_repeated_or_impossible_expert_is_found() -> None:
     repeated = ids.clone()
     repeated[0, 1] = repeated[0, 0]
     with pytest.raises(AssertionError, match="same expert twice"):
-        compare_routes((weights, repeated), (weights, ids), arguments)
+        routes("route_experts", (weights, repeated), (weights, ids), arguments)
     repeated[0, 1] = 99
     with pytest.raises(AssertionError, match="an expert id is outside"):
-        compare_routes((weights, repeated), (weights, ids), arguments)
+        routes("route_experts", (weights, repeated), (weights, ids), arguments)
     with pytest.raises(AssertionError, match="route_experts: .* elements differ"):
-        compare_routes((weights * 1.01, ids), (weights, ids), arguments)
+        routes("route_experts", (weights * 1.01, ids), (weights, ids), arguments)
 
 
 # inputs

@@ -34,6 +34,7 @@ from megamoe.server.protocol import (
     FunctionCallDelta,
     JsonObjectFormat,
     JsonSchemaFormat,
+    MalformedCall,
     NamedTool,
     TokenLogprob,
     Tool,
@@ -49,7 +50,9 @@ from megamoe.text.chat_format import (
     ChatFormat,
     ContentDelta,
     Event,
+    Fault,
     Malformed,
+    Mended,
     ReasoningDelta,
     ToolCallArguments,
     ToolCallEnd,
@@ -97,9 +100,10 @@ class Chat:
         thinking, effort = _thinking(request, chat_format, settings)
         schema = _schema(request)
         try:
+            shown = read_tools([tool.model_dump(exclude_unset=True) for tool in tools])
             prompt = chat_format.encode(
                 read_messages([_message(message) for message in request.messages]),
-                tools=read_tools([tool.model_dump(exclude_unset=True) for tool in tools]),
+                tools=shown,
                 thinking=thinking,
                 effort=effort,
                 response_format=schema,
@@ -120,7 +124,7 @@ class Chat:
         self.requests: list[Request[list[Event]]] = []
         for choice in range(self._n):
             reader = chat_format.parser(
-                thinking=prompt.thinking, stops=stop_strings(request), min_tokens=request.min_tokens or 0
+                thinking=prompt.thinking, tools=shown, stops=stop_strings(request), min_tokens=request.min_tokens or 0
             )
             self.requests.append(
                 Request(
@@ -134,7 +138,7 @@ class Chat:
 
     async def answer(self, generation: Generation[list[Event]]) -> dict[str, Any]:
         """Return the whole answer."""
-        choices = self._choices()
+        choices = self._choices(generation)
         async for idx, piece in generation.pieces():
             choices[idx].read(piece)
         answer = ChatAnswer(
@@ -147,7 +151,7 @@ class Chat:
 
     async def events(self, generation: Generation[list[Event]]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the answer's chunks."""
-        choices = self._choices()
+        choices = self._choices(generation)
         include_usage = self._request.stream_options is not None and self._request.stream_options.include_usage
         nothing: dict[str, Any] = {"usage": None} if include_usage else {}
         for choice in choices:
@@ -166,9 +170,11 @@ class Chat:
         chunk = ChatChunk(**self._head, object="chat.completion.chunk", choices=choices, **usage)
         return chunk.model_dump(mode="json", exclude_unset=True)
 
-    def _choices(self) -> list[_Choice]:
+    def _choices(self, generation: Generation[list[Event]]) -> list[_Choice]:
         wants_logprobs = bool(self._request.logprobs)
-        return [_Choice(idx, self._tokenizer, self._think_end, wants_logprobs) for idx in range(self._n)]
+        return [
+            _Choice(idx, self._tokenizer, self._think_end, wants_logprobs, generation.report) for idx in range(self._n)
+        ]
 
     def _usage(self, generation: Generation[list[Event]], choices: Sequence[_Choice]) -> Usage:
         reasoning = sum(choice.num_reasoning for choice in choices)
@@ -283,7 +289,6 @@ class _Call:
     id: str
     name: str
     arguments: str = ""
-    is_complete: bool = False
 
 
 class _Choice:
@@ -293,7 +298,14 @@ class _Choice:
         num_reasoning: tokens up to the end of thinking.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, think_end: int | None, wants_logprobs: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        think_end: int | None,
+        wants_logprobs: bool,
+        report: Callable[[Malformed | Mended], None],
+    ) -> None:
         self.num_reasoning = 0
         self._index = index
         self._tokenizer = tokenizer
@@ -302,6 +314,9 @@ class _Choice:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[_Call] = []
+        self._malformed: list[MalformedCall] = []
+        self._has_lost_calls = False
+        self._report = report
         self._finish_reason: Any = None
 
     def read(self, piece: Piece[list[Event]]) -> list[ChatChunkChoice]:
@@ -317,10 +332,15 @@ class _Choice:
             new = [self._entry(one) for one in piece.logprobs]
             self._logprobs += new
         if piece.finish_reason is not None:
-            is_called = bool(self._calls) and all(call.is_complete for call in self._calls)
-            self._finish_reason = "tool_calls" if piece.finish_reason == "stop" and is_called else piece.finish_reason
+            self._finish_reason = piece.finish_reason
+            if self._has_lost_calls:  # "stop" would say that the answer is complete, "tool_calls" that its calls are
+                self._finish_reason = "length"
+            elif piece.finish_reason == "stop" and self._calls:
+                self._finish_reason = "tool_calls"
         if not deltas and (new or piece.finish_reason is not None):
             deltas = [ChatDelta()]
+        if piece.finish_reason is not None and self._malformed:
+            deltas[-1].malformed_calls = self._malformed
         chunks = [self.chunk(delta) for delta in deltas]
         if new:
             chunks[0].logprobs = ChatLogprobs(content=new, refusal=None)
@@ -333,11 +353,10 @@ class _Choice:
         return ChatChunkChoice(index=self._index, delta=delta, logprobs=None, finish_reason=None)
 
     def whole(self) -> ChatChoice:
-        """Return the complete choice. A call that was never completed must not be executed, so it is left out."""
+        """Return the complete choice: what its chunks add up to, calls that broke off included."""
         calls = [
             ToolCall(id=call.id, type="function", function=FunctionCall(name=call.name, arguments=call.arguments))
             for call in self._calls
-            if call.is_complete
         ]
         content = "".join(self._content)
         message: dict[str, Any] = {"content": None if calls and not content else content}
@@ -350,6 +369,7 @@ class _Choice:
             message=ChatMessage(role="assistant", refusal=None, **message),
             logprobs=None if self._logprobs is None else ChatLogprobs(content=self._logprobs, refusal=None),
             finish_reason=self._finish_reason,
+            **({"malformed_calls": self._malformed} if self._malformed else {}),
         )
 
     def _delta(self, event: Event) -> ChatDelta | None:
@@ -371,9 +391,15 @@ class _Choice:
                 more = ToolCallDelta(index=event.call_idx, function=FunctionCallDelta(arguments=event.text))
                 return ChatDelta(tool_calls=[more])
             case ToolCallEnd():
-                self._calls[event.call_idx].is_complete = True
                 return None
             case Malformed():
+                if event.fault is not Fault.STRAY_CONTROL:
+                    self._malformed.append(MalformedCall(text=event.text, reason=event.fault.value))
+                    self._report(event)
+                self._has_lost_calls |= event.fault.loses_call
+                return None
+            case Mended():
+                self._report(event)
                 return None
 
     def _entry(self, one: TokenLogprobs) -> TokenLogprob:

@@ -12,7 +12,9 @@ from typing import Generic, TypeVar
 from megamoe.engine.outputs import QueueFull
 from megamoe.server.errors import ApiError
 from megamoe.server.metrics import Metrics
+from megamoe.text.chat_format import Malformed, Mended
 from megamoe.text.service import (
+    LOG,
     FilterFailed,
     Piece,
     Request,
@@ -73,6 +75,19 @@ class Generation(Generic[T]):
             self._streams = await self._service.submit_all(self._requests)
         except ServiceError as error:
             raise as_api_error(error) from error
+
+    def report(self, event: Malformed | Mended) -> None:
+        """Log and count what a model wrote that does not follow the grammar of tool calls.
+
+        What was written is the client's and not logged.
+        """
+        request_id = self._streams[0].request_id if self._streams else "?"
+        if isinstance(event, Malformed):
+            LOG.warning("request %s: malformed tool call, %s: %s", request_id, event.fault.value, event.detail)
+            self._metrics.malformed_calls.labels(event.fault.value).inc()
+        else:
+            LOG.info("request %s: tool call read in spite of %s: %s", request_id, event.slip.value, event.detail)
+            self._metrics.mended_calls.labels(event.slip.value).inc()
 
     def cancel(self) -> None:
         """Give up what has not ended."""

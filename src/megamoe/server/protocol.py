@@ -351,6 +351,13 @@ class ToolCall(Answer):
     function: FunctionCall
 
 
+class MalformedCall(Answer):
+    """What a model wrote where a tool call should be, and why it could not be read as one."""
+
+    text: str
+    reason: str
+
+
 class ChatMessage(Answer):
     """The model's answer."""
 
@@ -368,6 +375,7 @@ class ChatChoice(Answer):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    malformed_calls: list[MalformedCall] | None = None
 
 
 class ChatAnswer(Answer):
@@ -405,6 +413,7 @@ class ChatDelta(Answer):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    malformed_calls: list[MalformedCall] | None = None
 
 
 class ChatChunkChoice(Answer):

@@ -50,6 +50,11 @@ class JsonPrefix:
         """Whether the value may end here."""
         return self._state == "done" or not self._open and self._state in _WHOLE_NUMBER
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything but white space was accepted."""
+        return self._state != "value" or bool(self._open)
+
     def accept(self, text: str) -> int:
         """Read on and return how many characters still are a beginning of JSON; less than all means: no further."""
         for idx, character in enumerate(text):

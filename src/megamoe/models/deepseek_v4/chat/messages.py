@@ -48,6 +48,17 @@ class Tool:
         """What calls name it by."""
         return str(self.function["name"])
 
+    @property
+    def text_parameters(self) -> frozenset[str]:
+        """The parameters that its schema says are text."""
+        parameters = self.function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        if not isinstance(properties, Mapping):
+            return frozenset()
+        return frozenset(
+            name for name, one in properties.items() if isinstance(one, Mapping) and one.get("type") == "string"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
