@@ -269,7 +269,7 @@ KERNEL_CASES = [
     for call in op_shapes(op)[:2]
     for which, inputs in enumerate(INPUTS[op])
 ]
-BUCKETS = (1, 2, 8, 16, 40, 200, 700)  # one token, few tokens, one tile, more than one path
+BUCKETS = (1, 2, 8, 16, 40, 200, 700, 1700)  # one token, few tokens, one tile, every path
 
 
 @pytest.mark.gpu
