@@ -13,10 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+from megamoe.formats import fp8, mxfp4, nvfp4
+from megamoe.formats.cache_rows import CachePool
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
+from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels import KERNELS
-from megamoe.models.deepseek_v4.shapes import op_shapes
+from megamoe.models.deepseek_v4.shapes import TABLE, op_shapes
 from megamoe.ops import quantize, rms_norm, route_experts
+from megamoe.ops.read_cache import read_cache
 from megamoe.verify import ops as verifying
 from megamoe.verify.comparisons import norm_and_quantized, routes
 from megamoe.verify.inputs import INPUTS
@@ -27,6 +32,7 @@ from megamoe.verify.ops import (
     token_counts,
     verify_case,
 )
+from megamoe.verify.tolerance import TOLERANCES
 from megamoe.verify.values import parts
 
 CALL = op_shapes("rms_norm")[0]
@@ -223,17 +229,30 @@ def test_a_repeated_or_impossible_expert_is_found() -> None:
 
 @pytest.mark.parametrize("op", sorted(INPUTS))
 def test_f7_inputs_are_quantized_data_and_not_random_bytes(op: str) -> None:
-    """Containers among the inputs decode: their scale bytes come from a quantizer."""
-    from megamoe.formats import nvfp4
-
+    """Containers and pools among the inputs decode: their scale bytes come from a quantizer."""
     for inputs in INPUTS[op]:
         arguments = inputs.make(op_shapes(op)[0].dims, 5, torch.Generator().manual_seed(0))
-        for value in arguments.values():
-            if isinstance(value, NvFp4Tensor):
-                assert nvfp4.dequantize(value).isfinite().all()
+        for name, value in arguments.items():
+            if isinstance(value, CachePool):
+                values = read_cache(value, torch.arange(value.num_slots))
+            elif isinstance(value, NvFp4Tensor | MxFp4Tensor | Fp8RowTensor | Fp8BlockTensor):
+                module: Any = {NvFp4Tensor: nvfp4, MxFp4Tensor: mxfp4}.get(type(value), fp8)
+                values = module.dequantize(value)
             elif isinstance(value, torch.Tensor) and value.is_floating_point():
-                assert value.float().isfinite().all() and value.float().count_nonzero() > 0
+                values = value.float()
+            else:
+                continue
+            allowed = values.isfinite() | ((values == -torch.inf) & (name == "logits"))  # tokens that must not be drawn
+            assert allowed.all() and values.count_nonzero() > 0, name
         assert all(name in arguments for name in inputs.per_token if name != "token_ids")
+
+
+def test_every_operation_that_a_model_calls_can_be_verified() -> None:
+    """With a kernel or without: a kernel added later needs one line of KERNELS."""
+    called = {name for ops, _, _ in TABLE for name in ops.split()}
+    assert set(INPUTS) == called
+    assert called <= set(TOLERANCES)
+    assert set(KERNELS) <= called
 
 
 def test_every_kernel_has_cases_at_the_edges() -> None:

@@ -16,6 +16,7 @@ from megamoe.formats import fp8, mxfp4, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.ops import read_cache
 from megamoe.ops.quantize import quantize_nvfp4
 from megamoe.verify.tolerance import TOLERANCES, assert_within
 from megamoe.verify.values import moved, parts
@@ -121,3 +122,95 @@ def routes(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
     chosen = scores.gather(1, ids)
     expected = chosen / chosen.sum(-1, keepdim=True) * arguments["routed_scaling"]
     assert_within(op, weights, expected.float())
+
+
+def scores(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
+    """Compare index scores [T, N], whose terms are known.
+
+    Raises:
+        AssertionError: a row is not within the bound of the terms that it is made of.
+    """
+
+    def term_sizes() -> torch.Tensor:
+        keys = read_cache.reference(moved(arguments["keys"], "cpu"), arguments["key_slots"].cpu()).double()
+        return _score_sizes(_values(arguments["q"]).double(), arguments["head_weights"].cpu().double(), keys)
+
+    assert_within(op, got, want, term_sizes=term_sizes)
+
+
+def _score_sizes(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return the root of the sum of squares of the terms of every score [T, N]; q [T, Hi, K], keys [N, K]."""
+    squares = (head_weights.square()[:, :, None] * q.square()).sum(1)  # [T, K]
+    return (squares @ keys.square().T).sqrt()
+
+
+def selections(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
+    """Compare selected entries [T, top_k]: entries whose scores are close may be swapped, no others.
+
+    Scores are worked out in fp64 from the values of queries and keys. An entry may stand for another whose score is no
+    further away than the bounds of both; of keys with the same bytes the lower one is taken.
+
+    Raises:
+        AssertionError: a row is not min(num_visible, top_k) visible entries in ascending order and then -1; an entry
+            was left out for a clearly worse one, or for a later one with the same key.
+    """
+    got = got.cpu()
+    if got.shape != want.shape or got.dtype != want.dtype:
+        raise AssertionError(f"{op}: got {got.dtype} {list(got.shape)}, want {want.dtype} {list(want.shape)}")
+    pool, top_k = moved(arguments["keys"], "cpu"), arguments["top_k"]
+    num_visible = arguments["num_visible"].cpu().long()
+    _refuse_malformed(op, got, num_visible)
+    q, head_weights = _values(arguments["q"]).double(), arguments["head_weights"].cpu().double()
+    starts = arguments["query_starts"].tolist()
+    for table, start, stop in zip(arguments["block_tables"].cpu().long(), starts, starts[1:], strict=False):
+        for token in range(start, stop):
+            num_keys = int(num_visible[token])
+            if num_keys <= top_k:
+                continue
+            entries = torch.arange(num_keys)
+            slots = table[entries // pool.rows_per_block] * pool.rows_per_block + entries % pool.rows_per_block
+            keys = read_cache.reference(pool, slots)
+            of_token = slice(token, token + 1)
+            logits = (q[token] @ keys.double().T).clamp(min=0.0)  # [Hi, keys]
+            score = head_weights[token] @ logits
+            size = _score_sizes(q[of_token], head_weights[of_token], keys.double())[0].maximum(score.abs())
+            _compare_selection(f"{op}: token {token}", got[token], keys, score, size)
+
+
+def _refuse_malformed(op: str, got: torch.Tensor, num_visible: torch.Tensor) -> None:
+    counts = num_visible.clamp(max=got.shape[1])[:, None]
+    is_entry = torch.arange(got.shape[1]) < counts  # [T, top_k]
+    ascends = torch.nn.functional.pad(got[:, :-1], (1, 0), value=-1) < got if got.shape[1] else is_entry
+    right = torch.where(is_entry, (got >= 0) & (got < num_visible[:, None]) & ascends, got == -1)
+    if not bool(right.all()):
+        token, column = (~right).nonzero()[0].tolist()
+        raise AssertionError(
+            f"{op}: token {token} column {column}: got {int(got[token, column])}; a row is {int(counts[token])} "
+            f"entries of 0..{int(num_visible[token]) - 1} in ascending order, then -1"
+        )
+
+
+def _compare_selection(
+    where: str, got: torch.Tensor, keys: torch.Tensor, score: torch.Tensor, size: torch.Tensor
+) -> None:
+    is_chosen = torch.zeros(len(score), dtype=torch.bool)
+    is_chosen[got] = True
+    close = TOLERANCES["index_scores"].bound() * size
+    worst = (score + close).masked_fill(~is_chosen, torch.inf).argmin()
+    best = (score - close).masked_fill(is_chosen, -torch.inf).argmax()
+    if bool(score[best] - close[best] > score[worst] + close[worst]):
+        raise AssertionError(
+            f"{where}: entry {int(worst)} with {float(score[worst])!r} was selected and entry {int(best)} with "
+            f"{float(score[best])!r} was not"
+        )
+    _, group = keys.unique(dim=0, return_inverse=True)
+    entries = torch.arange(len(score))
+    num_groups = int(group.max()) + 1
+    last = torch.full((num_groups,), -1).scatter_reduce(0, group[is_chosen], entries[is_chosen], "amax")
+    first = torch.full((num_groups,), len(score)).scatter_reduce(0, group[~is_chosen], entries[~is_chosen], "amin")
+    if bool((first < last).any()):
+        which = int((first < last).nonzero()[0])
+        raise AssertionError(
+            f"{where}: entry {int(last[which])} was selected and entry {int(first[which])}, which has the same key, "
+            "was not; equal ones go to the lowest"
+        )

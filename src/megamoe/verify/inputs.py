@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for every operation that has a kernel: one table, read by verify, by bench and by the tests.
+"""Inputs for every operation: one table, read by verify, by bench and by the tests.
 
 Sizes come from models/*/shapes.py; the number of tokens is the caller's. Values are random with a spread of row
 magnitudes, never zeros alone, and the first rows hold what goes wrong: zeros of both signs, ties, values near the
@@ -22,8 +22,11 @@ from megamoe.kernels.fp8 import fp8_linear as fp8_linear_kernel
 from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT
 from megamoe.kernels.linear.linear_stream import stream_limit
 from megamoe.kernels.router.route_tiles import MANY_TOKENS
+from megamoe.ops.experts import experts
+from megamoe.ops.fp8_experts import fp8_experts
 from megamoe.ops.fp8_linear import fp8_linear
 from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
+from megamoe.ops.hadamard import hadamard
 from megamoe.ops.hyper_connection import (
     hyper_connection_head,
     hyper_connection_post,
@@ -35,13 +38,17 @@ from megamoe.ops.nvfp4_experts import nvfp4_experts
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
 from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
-from megamoe.ops.quantize import quantize_fp8_rows, quantize_nvfp4
+from megamoe.ops.quantize import quantize_fp8_rows, quantize_mxfp4, quantize_nvfp4
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
+from megamoe.ops.rope import rope, rope_table
 from megamoe.ops.route_experts import route_experts
 from megamoe.ops.swiglu import clamped_swiglu
+from megamoe.ops.yarn_scaling import YarnScaling
+from megamoe.verify.cache_inputs import CACHE_INPUTS
 from megamoe.verify.comparisons import norm_and_quantized, products, routes
 from megamoe.verify.op_inputs import Arguments, OpInputs, activations, finite_squares, scaled
+from megamoe.verify.sampling_inputs import SAMPLING_INPUTS
 
 MOST_ROWS = 8256
 """Rows of a plain weight that is made on the CPU, for verify: the head's 129,280 would take the reference minutes, and
@@ -50,7 +57,7 @@ a kernel knows their number only as the end of a loop."""
 
 def _heads(dims: Mapping[str, int], num_tokens: int) -> tuple[int, ...]:
     """Return the leading sizes of a row operation: tokens, and heads, groups or streams where the call has them."""
-    return (num_tokens, *(dims[name] for name in ("H", "G", "X") if name in dims))
+    return (num_tokens, *(dims[name] for name in ("H", "Hi", "G", "X") if name in dims))
 
 
 def _rms_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
@@ -82,6 +89,33 @@ def _quantize_nvfp4_tiled(dims: Mapping[str, int], num_tokens: int, generator: t
 
 def _quantize_fp8_rows(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     return {"x": activations(generator, num_tokens, dims["K"])}
+
+
+def _quantize_mxfp4(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": activations(generator, *_heads(dims, num_tokens), dims["K"])}
+
+
+def _hadamard(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": finite_squares(activations(generator, *_heads(dims, num_tokens), dims["n"]))}
+
+
+def _hadamard_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {**_hadamard(dims, num_tokens, generator), "out_dtype": torch.float32}
+
+
+def _rope(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """Return arguments at positions up to a million, under the frequencies of a compressed layer."""
+    yarn = YarnScaling(factor=16.0, beta_fast=32.0, beta_slow=1.0, original_max_pos=65536)
+    return {
+        "x": scaled(generator, *_heads(dims, num_tokens), dims["C"]).bfloat16(),
+        "pos": torch.randint(2**20, (num_tokens,), generator=generator, device=generator.device),
+        "table": rope_table(dims["R"], 160000.0, yarn, generator.device),
+    }
+
+
+def _rope_inverse(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _rope(dims, num_tokens, generator)
+    return {**arguments, "x": arguments["x"].float() * 1.001, "inverse": True}
 
 
 def _streams(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> torch.Tensor:
@@ -278,6 +312,28 @@ def _experts_shared(dims: Mapping[str, int], num_tokens: int, generator: torch.G
     return {**_experts(dims, num_tokens, generator), "shared_weights": shared}
 
 
+def _plain_experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """The same with bf16 weights, and the shared expert's output."""
+    arguments, width, inner_size = _experts({**dims, "D": 64, "F": 64}, num_tokens, generator), dims["D"], dims["F"]
+    num_experts = len(arguments["w1"])
+    shapes = {"w1": (inner_size, width), "w3": (inner_size, width), "w2": (width, inner_size)}
+    for name, shape in shapes.items():
+        arguments[name] = scaled(generator, num_experts, *shape, scale=shape[1] ** -0.5).bfloat16()
+    arguments["x"] = scaled(generator, num_tokens, width).bfloat16()
+    return {**arguments, "shared_output": scaled(generator, num_tokens, width).bfloat16()}
+
+
+def _fp8_experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """The same with FP8 weights, whose scales are all fp32 or all E8M0."""
+    arguments = _plain_experts(dims, num_tokens, generator)
+    for name in ("w1", "w3", "w2"):
+        num_experts, num_rows, width = arguments[name].shape
+        weights = [_fp8_weight(generator, num_rows, width) for _ in range(num_experts)]
+        scales = torch.stack([one.scales.float() for one in weights])
+        arguments[name] = Fp8BlockTensor(torch.stack([one.codes for one in weights]), scales)
+    return arguments
+
+
 def _streamed(dims: Mapping[str, int]) -> int:
     return stream_limit(dims["N"])
 
@@ -319,6 +375,8 @@ def _clamped_swiglu(dims: Mapping[str, int], num_tokens: int, generator: torch.G
 
 
 INPUTS: dict[str, tuple[OpInputs, ...]] = {
+    **CACHE_INPUTS,
+    **SAMPLING_INPUTS,
     "rms_norm": (OpInputs(rms_norm, _rms_norm, ("x",)),),
     "rms_norm_quantize_nvfp4": (
         OpInputs(rms_norm_quantize_nvfp4, _rms_norm_quantize, ("x",), rule=norm_and_quantized),
@@ -329,6 +387,11 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         OpInputs(quantize_nvfp4, _quantize_nvfp4_tiled, ("x",), tile=128),
     ),
     "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
+    "quantize_mxfp4": (OpInputs(quantize_mxfp4, _quantize_mxfp4, ("x",)),),
+    "hadamard": (OpInputs(hadamard, _hadamard, ("x",)), OpInputs(hadamard, _hadamard_fp32, ("x",))),
+    "rope": (OpInputs(rope, _rope, ("x", "pos")), OpInputs(rope, _rope_inverse, ("x", "pos"))),
+    "experts": (OpInputs(experts, _plain_experts, (*EXPERTS_PER_TOKEN, "shared_output"), EXPERT_TILE),),
+    "fp8_experts": (OpInputs(fp8_experts, _fp8_experts, (*EXPERTS_PER_TOKEN, "shared_output"), EXPERT_TILE),),
     "clamped_swiglu": (OpInputs(clamped_swiglu, _clamped_swiglu, ("gate", "up")),),
     "route_experts": tuple(
         OpInputs(
@@ -371,4 +434,5 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
     "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),
 }
-"""Operation → the ways it is called. Every operation of KERNELS is here (a test sees to it)."""
+"""Operation → the ways it is called. Every operation that a model calls is here, with a kernel or without (a test sees
+to it)."""

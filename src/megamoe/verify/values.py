@@ -58,10 +58,12 @@ def whole_storage(value: torch.Tensor) -> torch.Tensor:
 
 
 def rows_of(value: Any, index: torch.Tensor) -> Any:
-    """Return some tokens of an argument or a result whose first dimension is the tokens.
+    """Return some tokens of an argument or a result whose first dimension is the tokens; None is none.
 
     Block scales in tiles become row-major: tokens are apart there.
     """
+    if value is None:
+        return None
     if isinstance(value, tuple):
         return tuple(rows_of(one, index) for one in value)
     index = index.to(value.device)
