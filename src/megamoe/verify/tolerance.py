@@ -75,8 +75,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "compress_kv": Tolerance(1e-5, "an fp32 softmax over at most 256 rows, an fp32 norm, one rotation"),
     "index_scores": Tolerance(
         2e-5,
-        "exact products; fp32 sums of K and of H terms in any order, truncating ones included; one FP8 accumulator over "
-        "K = 128 is off by 1.3e-4 and does not pass",
+        "exact products; fp32 sums of K and of H terms in any order, truncating ones included; one FP8 accumulator "
+        "over K = 128 is off by 1.3e-4 and does not pass",
     ),
     "index_topk": Tolerance(0.0, _EXACT),
     "sparse_attention": Tolerance(
