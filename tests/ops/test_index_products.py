@@ -2,7 +2,8 @@
 """Products of FP4 keys through FP8 instructions: one MXFP4 group a product of K = 32 is exact, K = 128 is not.
 
 Every E2M1 value is an E4M3 value. Hopper's FP8 instructions align the products of a step to the largest of them and
-keep some 14 bits; the model here has that as a parameter, and the tests marked for a GPU ask the chip.
+keep some 14 bits below its leading one (what the model here needs to lose what was measured over K = 128); 13 are
+assumed. The tests marked for a GPU ask the chip.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megamoe.verify.selection import score_bounds
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
 E2M1 = torch.cat((E2M1, -E2M1))
 GROUP = 32
-FRACTION_BITS = 13  # below the leading bit: 14 in all
+FRACTION_BITS = 13  # below the leading bit
 
 
 def kept(x: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
@@ -66,7 +67,7 @@ def test_a_group_needs_thirteen_bits() -> None:
     assert 2**12 < GROUP * 36 * 4 <= 2**13
 
 
-@pytest.mark.parametrize("fraction_bits", [12, 13, 22])
+@pytest.mark.parametrize("fraction_bits", [12, 13, 14, 22])
 def test_a_product_of_one_group_is_exact(fraction_bits: int) -> None:
     x, y = worst_cases()
     zero = torch.zeros(len(x), dtype=torch.float64)
@@ -87,13 +88,14 @@ def test_fewer_bits_would_not_do() -> None:
 
 
 def test_the_model_loses_what_was_measured_over_128(seed: int) -> None:
-    """Random E4M3 codes over K = 128 were off by 1.3e-4 on a Hopper chip."""
+    """Random E4M3 codes over K = 128 were off by 1.3e-4 on a Hopper chip (docs/experiments.md)."""
     codes = torch.randint(0, 256, (2, 2000, 128), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     codes[(codes & 127) == 127] = 0
     x, y = codes.view(torch.float8_e4m3fn).double()
     want = (x * y).sum(-1)
-    error = float((in_steps(x, y) - want).norm() / want.norm())
-    assert 0.6e-4 < error < 2.6e-4
+    error = float((in_steps(x, y, 14) - want).norm() / want.norm())
+    assert 1.1e-4 < error < 1.5e-4
+    assert float((in_steps(x, y, 13) - want).norm() / want.norm()) > 2e-4
 
 
 def test_scores_from_one_accumulator_over_128_leave_the_bound(seed: int) -> None:
