@@ -223,8 +223,8 @@ def _is_loopback(host: str) -> bool:
 
 
 @cli.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=pathlib.Path))
-@click.argument("destination", metavar="DST", type=click.Path(path_type=pathlib.Path))
+@click.argument("source", metavar="tiny|SRC")
+@click.argument("destination", metavar="DST")
 @click.option(
     "--to",
     type=click.Choice(["nvfp4", "mxfp4", "fp8"]),
@@ -277,10 +277,11 @@ def _is_loopback(host: str) -> bool:
 )
 @_accept
 @click.option("--dry-run", is_flag=True, help="Check everything, list blocks that cannot be exact, write nothing.")
+@click.option("--verify", is_flag=True, help="Read what was written at DST and compare it with its SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(
-    source: pathlib.Path,
-    destination: pathlib.Path,
+    source: str,
+    destination: str,
     to: str,
     experts: str,
     attention: str,
@@ -291,6 +292,7 @@ def convert(
     proof: str,
     accept: tuple[str, ...],
     dry_run: bool,
+    verify: bool,
     as_json: bool,
 ) -> int:
     """Convert a checkpoint between NVFP4 and DeepSeek's formats; the same command finishes one that was stopped."""
@@ -309,6 +311,7 @@ def convert(
         proof=proof,
         accept=accept,
         dry_run=dry_run,
+        verify=verify,
         as_json=as_json,
         version=megamoe.__version__,
     )

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 import torch
 
-from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
+from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.fragment_layout import CodeLayout
-from megamoe.models import BUNDLED
+from megamoe.models import BUNDLED, find_checkpoint
 from megamoe.models.deepseek_v4.calls import model_calls, pairs, weight_ops
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.examine import examine
@@ -65,7 +65,7 @@ def load(
             "A recipe fixes its own dtypes: leave dtype out."
         )
     where = _check_device(device)
-    directory = _find(model)
+    directory = find_checkpoint(model, "load")
     accepted = check_accept(accept)
     examined = examine(directory)
     warnings = examined.refuse(accepted)
@@ -92,19 +92,6 @@ def _layouts(recipe: Recipe, device: torch.device) -> dict[str, CodeLayout]:
     """Return in which order each kind of NVFP4 weight is wanted: that of the operation which will multiply by it."""
     ops = weight_ops(Format.NVFP4, recipe)
     return {kind: dispatch.weight_layout(op, device) for kind, op in ops.items()}
-
-
-def _find(model: str | os.PathLike[str]) -> pathlib.Path:
-    """Return the checkpoint directory a name stands for."""
-    if isinstance(model, str) and model in BUNDLED:
-        return BUNDLED[model]
-    directory = pathlib.Path(model)
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"load: no model {str(model)!r}: neither a bundled model ({', '.join(BUNDLED)}) nor a directory. "
-            "Pass a directory with config.json and safetensors files."
-        )
-    return directory
 
 
 def _check_device(device: str | torch.device) -> torch.device:

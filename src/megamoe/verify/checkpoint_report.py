@@ -8,7 +8,6 @@ import dataclasses
 import gc
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from megamoe.models import BUNDLED
+from megamoe.models import find_checkpoint
 from megamoe.models.deepseek_v4.memory import CACHE_FORMATS, CachePlan, Split, cache_plan, can_split
 from megamoe.models.deepseek_v4.rules import MAX_NAMED, Finding
 from megamoe.verify.checkpoint import GroupCount, Inspection, Verdict, inspect_checkpoint
@@ -80,7 +79,7 @@ def run(directory: str | os.PathLike[str], request: PlanRequest, *, as_json: boo
     Returns:
         Exit code: 0 good, 1 findings, 2 unreadable.
     """
-    where = BUNDLED.get(str(directory), pathlib.Path(directory))
+    where = find_checkpoint(directory, "inspect")
     with _no_garbage_collection():
         inspection = inspect_checkpoint(where)
     if as_json:
