@@ -272,6 +272,61 @@ def test_a_conversation_with_tools_is_read_back(server: RunningServer, client: h
     assert prompt.startswith("Be brief.") and "<tool_result>sun</tool_result>" in prompt and "Rome" in prompt
 
 
+def test_history_is_read_as_clients_send_it(server: RunningServer, client: httpx2.Client) -> None:
+    """Names, what the official client's helpers add, and what other frameworks add: nothing a prompt shows."""
+    says(server, "ok")
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    plain: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "sun"},
+    ]
+    function = {**call["function"], "parsed_arguments": {"city": "Rome"}}
+    answer = {**plain[2], "parsed": None, "name": "planner", "annotations": [{"type": "x"}], "malformed_calls": []}
+    dressed = [
+        {**plain[0], "name": "boss"},
+        {**plain[1], "name": "Ann", "content": [{"type": "text", "text": "Weather?", "cache_control": {"type": "x"}}]},
+        {**answer, "refusal": None, "audio": None, "tool_calls": [{**call, "index": 0, "function": function}]},
+        {**plain[3], "name": "weather"},
+    ]
+    prompts = []
+    for messages in (plain, dressed):
+        ask(client, messages=messages, tools=[WEATHER])
+        prompts.append(prompt_of(server))
+    assert prompts[0] == prompts[1] and "Rome" in prompts[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [("", "{}"), (None, "{}"), (" ", "{}"), ('{"city": "Ro', '{"city": "Ro"}'), ('{"city": "Rome", "days": 0', None)],
+    ids=repr,
+)
+def test_a_conversation_goes_on_after_a_broken_call(
+    server: RunningServer, client: httpx2.Client, arguments: str | None, written: str | None
+) -> None:
+    says(server, "ok")
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "weather v2", "arguments": arguments}}]},
+        {"role": "user", "content": "Go on."},
+    ]
+    ask(client, messages=messages, tools=[WEATHER])
+    expected = calls(ToolCall("weather v2", written or '{"city": "Rome", "days": 0}'))
+    assert server.tokenizer.decode(server.tokenizer.encode(expected)) in prompt_of(server)
+
+
+def test_our_own_broken_answers_can_be_sent_back(server: RunningServer, client: httpx2.Client) -> None:
+    for vector in VECTORS:
+        if not vector["faults"]:
+            continue
+        says(server, vector["raw"])
+        message = ask(client, tools=[WEATHER])["choices"][0]["message"]
+        says(server, "ok")
+        history = [{"role": "user", "content": "x"}, message, {"role": "user", "content": "Go on."}]
+        assert ask(client, messages=history, tools=[WEATHER])["choices"][0]["message"]["content"] == "ok"
+
+
 def test_tool_choice_none_hides_the_tools(server: RunningServer, client: httpx2.Client) -> None:
     says(server, "no")
     ask(client, tools=[WEATHER], tool_choice="none")
@@ -400,7 +455,7 @@ def test_default_length_is_what_the_server_allows(server: RunningServer, client:
     [
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0", "tag"),
-        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages.0.name", "not supported here"),
+        ({"messages": [{"role": "user", "content": "x", "mood": "bad"}]}, "messages.0.mood", "not supported here"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},

@@ -65,6 +65,8 @@ from megamoe.text.prompts import PromptEncoder
 from megamoe.text.service import Piece, Request
 from megamoe.text.tokenizer import Tokenizer
 
+IGNORED = ("name", "annotations", "parsed", "malformed_calls")  # of messages: no prompt shows them
+
 
 class Chat:
     """One request to /v1/chat/completions, checked and tokenized."""
@@ -191,7 +193,11 @@ def _refused(message: str, param: str) -> ApiError:
 def _message(message: Any) -> dict[str, Any]:
     """Return a message as the chat format reads it: what OpenAI calls developer is V4's system."""
     fields: dict[str, Any] = message.model_dump(exclude_none=True)
-    fields.pop("annotations", None)
+    for name in IGNORED:
+        fields.pop(name, None)
+    for call in fields.get("tool_calls", ()):
+        call.pop("index", None)
+        call["function"].pop("parsed_arguments", None)
     if fields["role"] == "developer":
         fields["role"] = "system"
     return fields

@@ -42,6 +42,8 @@ Int: TypeAlias = Annotated[int, BeforeValidator(_integral)]
 Count: TypeAlias = Annotated[Int, Field(ge=1, le=2**31 - 1)]
 TokenId: TypeAlias = Annotated[Int, Field(ge=0, le=2**31 - 1)]
 Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+# What clients send back with a conversation and no prompt shows.
+Ignored: TypeAlias = Annotated[Any, Field(description="Accepted and without effect.")]
 StopString: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
 
@@ -106,6 +108,8 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+    cache_control: Ignored = None
+    prompt_cache_breakpoint: Ignored = None
 
 
 Content: TypeAlias = str | Annotated[list[TextPart], Field(min_length=1)]
@@ -116,6 +120,7 @@ class SystemMessage(Strict):
 
     role: Literal["system"]
     content: Content
+    name: Ignored = None
 
 
 class DeveloperMessage(Strict):
@@ -123,6 +128,7 @@ class DeveloperMessage(Strict):
 
     role: Literal["developer"]
     content: Content
+    name: Ignored = None
 
 
 class UserMessage(Strict):
@@ -130,21 +136,26 @@ class UserMessage(Strict):
 
     role: Literal["user"]
     content: Content
+    name: Ignored = None
 
 
 class CalledFunction(Strict):
-    """A function the model called."""
+    """A function the model called. Its name is what the model wrote, which need not be one of a tool."""
 
-    name: Name
-    arguments: str = Field(description="A JSON object.")
+    name: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    arguments: str | None = Field(
+        None, description="A JSON object. Empty and null are none; JSON that was cut off is closed where it ends."
+    )
+    parsed_arguments: Ignored = None
 
 
 class CalledTool(Strict):
     """A tool call of an earlier turn."""
 
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: CalledFunction
+    index: Ignored = None
 
 
 class AssistantMessage(Strict):
@@ -158,7 +169,10 @@ class AssistantMessage(Strict):
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    name: Ignored = None
+    annotations: Ignored = None
+    parsed: Ignored = None
+    malformed_calls: Ignored = None
 
 
 class ToolMessage(Strict):
@@ -167,6 +181,7 @@ class ToolMessage(Strict):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
+    name: Ignored = None
 
 
 Message: TypeAlias = Annotated[
