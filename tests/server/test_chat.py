@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from megamoe.models.deepseek_v4.chat import ToolCall, encode_calls
+from megamoe.server.protocol import OFF
 
 from .fakes import RunningServer, events_of
 
@@ -464,9 +465,15 @@ def test_default_length_is_what_the_server_allows(server: RunningServer, client:
         ),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, "messages", "tool result"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "finished answer"),
-        ({"functions": []}, "functions", "not supported here"),
+        ({"functions": [{"name": "f"}]}, "functions", "not supported here"),
         ({"modalities": ["audio"]}, "modalities.0", "'text'"),
         ({"audio": {}}, "audio", "not supported here"),
+        ({"echo": True}, "echo", "not supported here"),
+        ({"best_of": 2}, "best_of", "not supported here"),
+        ({"best_of": True}, "best_of", "not supported here"),
+        ({"chat_template_kwargs": {"thinking": True}}, "chat_template_kwargs", "not supported here"),
+        ({"use_beam_search": True}, "use_beam_search", "not supported here"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"verbosity": "low"}, "verbosity", "not supported here"),
         ({"top_logprobs": 2}, "top_logprobs", "needs 'logprobs'"),
         ({"logprobs": 1}, "logprobs", "valid boolean"),
@@ -504,6 +511,23 @@ def test_refusals(client: httpx2.Client, fields: dict[str, Any], param: str, mes
     error = refusal(client, **fields)
     assert message in error["message"], error
     assert error["param"] == param and error["type"] == "invalid_request_error"
+
+
+def test_what_says_nothing_is_accepted(server: RunningServer, client: httpx2.Client) -> None:
+    """Unknown fields that are null, at any depth, and values that mean that a feature is not wanted."""
+    says(server, "ok")
+    nothing = {"no_such_field": None, "guided_json": None, "top_k": -1, "top_logprobs": 0, "tool_choice": "auto"}
+    for name, values in OFF.items():
+        for value in values:
+            if name != "logprobs":
+                ask(client, **{name: value})
+    ask(client, **nothing, messages=[{"role": "user", "content": "x", "tool_calls": None, "mood": None}])
+    assert server.engine.params[-1].top_k == 0
+    deep = {"type": "function", "function": {"name": "now", "mood": None}, "cache": None}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "mood": None}}
+    ask(client, tools=[deep], stream_options=None)
+    says(server, '{"answer": "no"}')
+    ask(client, response_format=form)
 
 
 def test_a_lone_surrogate_is_refused_and_can_be_told(client: httpx2.Client) -> None:

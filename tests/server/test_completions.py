@@ -227,6 +227,12 @@ def test_refusals(client: httpx2.Client, fields: dict[str, Any], param: str | No
     assert message in error["message"] and error["param"] == param and error["type"] == "invalid_request_error"
 
 
+def test_what_says_nothing_is_accepted(server: RunningServer, client: httpx2.Client) -> None:
+    complete(client, no_such_field=None, top_k=-1, best_of=1, suffix="", logprobs=False, use_beam_search=False)
+    assert server.engine.params[-1].logprobs is None and server.engine.params[-1].top_k == 0
+    assert refusal(client, use_beam_search=1)["param"] == "use_beam_search"
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

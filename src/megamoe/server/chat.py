@@ -87,7 +87,7 @@ class Chat:
         """
         check_model(request, settings)
         check_common(request)
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             raise _refused("top_logprobs needs 'logprobs': true.", "top_logprobs")
         self._n = num_choices(request, 1, settings)
         self._request = request
@@ -208,7 +208,7 @@ def _tools(request: ChatRequest) -> tuple[Tool, ...]:
     tools = tuple(request.tools or ())
     choice = request.tool_choice
     if choice is not None and not tools:
-        if choice == "none":
+        if choice in ("none", "auto"):
             return ()
         raise _refused("tool_choice needs tools.", "tool_choice")
     if isinstance(choice, NamedTool) and choice.function.name not in {tool.function.name for tool in tools}:
