@@ -114,13 +114,10 @@ class Chat:
             raise _refused(str(error), "messages") from error
         self._num_prompt = len(prompt.ids)
         self._think_end = encoder.tokenizer.added_ids.get(THINK_END) if prompt.thinking else None
-        param = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
         if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
             raise _refused("max_tokens and max_completion_tokens differ. Send the second only.", "max_tokens")
         asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-        limit = max_new_tokens(
-            asked, settings.max_tokens, self._num_prompt, settings, param=param, prompt_param="messages"
-        )
+        limit = max_new_tokens(asked, None, self._num_prompt, settings, prompt_param="messages")
         grammar = _grammar(request, tools, schema, encoder.tokenizer, self._think_end, grammars)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         self.requests: list[Request[list[Event]]] = []
