@@ -151,10 +151,10 @@ class Bytes(click.ParamType[int]):
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its beginning.")
 @click.option("--chat-release", metavar="R", help="preview or 0731: its effort tiers.  [default: the config's]")
 @click.option("--thinking/--no-thinking", default=False, show_default=True, help="When a chat request does not say.")
-@click.option("--max-tokens", default=4096, show_default=True, metavar="N", help="Most tokens a request may ask for.")
+@click.option("--max-tokens", type=int, metavar="N", help="Most tokens of an answer.  [default: the room left]")
 @click.option("--max-prompt-tokens", type=int, metavar="N", help="Longest prompt.  [default: what fits]")
 @click.option("--max-choices", default=16, show_default=True, metavar="N", help="Most sequences of one request.")
-@click.option("--max-body", default="1MiB", show_default=True, type=Bytes(), metavar="SIZE", help="Largest body.")
+@click.option("--max-body", type=Bytes(), metavar="SIZE", help="Largest body.  [default: 1MiB + 16 bytes x context]")
 @click.option("--max-open-requests", default=512, show_default=True, metavar="N", help="Beyond it: 429.")
 @click.option("--request-timeout", default=600.0, show_default=True, metavar="S", help="Seconds for one request.")
 @click.option("--shutdown-timeout", default=30.0, show_default=True, metavar="S", help="Seconds to finish in.")
@@ -194,7 +194,8 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
     settings = ServerSettings(
         model_name=options["served_name"] or pathlib.Path(model).name,
         recipe=loaded.recipe.name,
-        context=engine.plan.max_sequence_tokens,
+        # A sequence is as long as the model, the operator and the pages allow.
+        context=min(engine.plan.max_sequence_tokens, engine.plan.size.num_pages * engine.plan.size.tokens_per_page),
         api_key=api_key,
         max_body_bytes=options["max_body"],
         max_prompt_tokens=options["max_prompt_tokens"],

@@ -191,6 +191,18 @@ def test_a_body_that_is_too_large(v4_directory: pathlib.Path) -> None:
         assert client.post("/v1/completions", json=COMPLETION).status_code == 200
 
 
+def test_a_body_that_fills_the_context_is_not_too_large(v4_directory: pathlib.Path) -> None:
+    """1 MiB and 16 bytes a token: a prompt of the longest tokens, escaped, comes through and is counted."""
+    with a_server(v4_directory, context=300) as server, httpx2.Client(base_url=server.url) as client:
+        limit = 2**20 + 16 * 300
+        for num_bytes, status in ((limit, 400), (limit + 1, 413)):
+            text = json.dumps({**COMPLETION, "prompt": ""})
+            body = text.replace('"prompt": ""', f'"prompt": "{"x" * (num_bytes - len(text))}"')
+            assert len(body) == num_bytes
+            answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+            assert answer.status_code == status, "the one is read and has too many tokens, the other is not read"
+
+
 def test_a_body_that_does_not_arrive(v4_directory: pathlib.Path) -> None:
     with a_server(v4_directory, body_timeout_s=0.2) as server, connect(server) as connection:
         connection.sendall(raw_request("/v1/completions", b'{"model":', Content_Length="500"))

@@ -125,7 +125,7 @@ def build_app(state: State, *, version: str) -> FastAPI:
     _add_pages(app)
     _add_errors(app)
     _describe_chunks(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(BodyLimit, max_bytes=settings.largest_body_bytes, timeout_s=settings.body_timeout_s)
     if settings.api_key is not None:
         app.add_middleware(ApiKey, key=settings.api_key)
     app.add_middleware(OpenRequests, limit=settings.max_open_requests)

@@ -65,6 +65,8 @@ from megamoe.text.prompts import PromptEncoder
 from megamoe.text.service import Piece, Request
 from megamoe.text.tokenizer import Tokenizer
 
+IGNORED = ("name", "annotations", "parsed", "malformed_calls")  # of messages: no prompt shows them
+
 
 class Chat:
     """One request to /v1/chat/completions, checked and tokenized."""
@@ -85,7 +87,7 @@ class Chat:
         """
         check_model(request, settings)
         check_common(request)
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             raise _refused("top_logprobs needs 'logprobs': true.", "top_logprobs")
         self._n = num_choices(request, 1, settings)
         self._request = request
@@ -112,13 +114,10 @@ class Chat:
             raise _refused(str(error), "messages") from error
         self._num_prompt = len(prompt.ids)
         self._think_end = encoder.tokenizer.added_ids.get(THINK_END) if prompt.thinking else None
-        param = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
         if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
             raise _refused("max_tokens and max_completion_tokens differ. Send the second only.", "max_tokens")
         asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-        limit = max_new_tokens(
-            asked, settings.max_tokens, self._num_prompt, settings, param=param, prompt_param="messages"
-        )
+        limit = max_new_tokens(asked, None, self._num_prompt, settings, prompt_param="messages")
         grammar = _grammar(request, tools, schema, encoder.tokenizer, self._think_end, grammars)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         self.requests: list[Request[list[Event]]] = []
@@ -191,7 +190,11 @@ def _refused(message: str, param: str) -> ApiError:
 def _message(message: Any) -> dict[str, Any]:
     """Return a message as the chat format reads it: what OpenAI calls developer is V4's system."""
     fields: dict[str, Any] = message.model_dump(exclude_none=True)
-    fields.pop("annotations", None)
+    for name in IGNORED:
+        fields.pop(name, None)
+    for call in fields.get("tool_calls", ()):
+        call.pop("index", None)
+        call["function"].pop("parsed_arguments", None)
     if fields["role"] == "developer":
         fields["role"] = "system"
     return fields
@@ -202,7 +205,7 @@ def _tools(request: ChatRequest) -> tuple[Tool, ...]:
     tools = tuple(request.tools or ())
     choice = request.tool_choice
     if choice is not None and not tools:
-        if choice == "none":
+        if choice in ("none", "auto"):
             return ()
         raise _refused("tool_choice needs tools.", "tool_choice")
     if isinstance(choice, NamedTool) and choice.function.name not in {tool.function.name for tool in tools}:
