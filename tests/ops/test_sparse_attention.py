@@ -348,15 +348,15 @@ def test_a_head_does_not_depend_on_the_others(operand_dtype, num_tokens, seed):
     torch.manual_seed(seed)
     q, window, window_slots, entries, entry_slots, sink = example(num_tokens, 128, 512, 70, 30, RowFormat.FP8_ROPE_BF16)
 
-    def attend(heads):
+    def of_heads(heads):
         arguments = window, window_slots, entries, entry_slots, sink[heads].contiguous()
-        return sparse_attention(q[:, heads].contiguous(), *arguments, scale=512**-0.5, operand_dtype=operand_dtype)
+        return attend(q[:, heads].contiguous(), *arguments, scale=512**-0.5, operand_dtype=operand_dtype)
 
-    whole = attend(slice(None))
+    whole = of_heads(slice(None))
     for count in (1, 2, 3, 8, 16, 64):
         for first in (0, count, 128 - count):
             part = slice(first, first + count)
-            assert torch.equal(attend(part), whole[:, part])
+            assert torch.equal(of_heads(part), whole[:, part])
 
 
 @pytest.mark.parametrize("bound", [1, 200_000, 2**22])
