@@ -17,7 +17,7 @@ from megamoe.formats import fp8, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
-from megamoe.kernels.experts import expert_tiles_sm90
+from megamoe.kernels.experts import expert_stream
 from megamoe.kernels.fp8 import fp8_linear as fp8_linear_kernel
 from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT
 from megamoe.kernels.linear.linear_stream import stream_limit
@@ -173,17 +173,17 @@ def _routing(
 ) -> Arguments:
     width, num_experts = dims["D"], dims["E"]
     gate = _tied(scaled(generator, num_experts, width, scale=1.5 * width**-0.5))
+    device, vocab_size = generator.device, dims.get("V", 1000)
     arguments: Arguments = {
         "x": scaled(generator, num_tokens, width).bfloat16(),
         "gate": gate.bfloat16(),
+        "token_ids": torch.randint(vocab_size, (num_tokens,), generator=generator, device=device),
         "top_k": dims["A"],
         "routed_scaling": 2.5,
     }
     if "V" in dims:
-        device = generator.device
-        table = torch.randint(num_experts, (dims["V"], dims["A"]), generator=generator, device=device)
+        table = torch.randint(num_experts, (vocab_size, dims["A"]), generator=generator, device=device)
         arguments["expert_table"] = table.to(table_dtype)
-        arguments["token_ids"] = torch.randint(dims["V"], (num_tokens,), generator=generator, device=device)
     return arguments
 
 
@@ -343,7 +343,7 @@ def _untiled_routes(dims: Mapping[str, int]) -> int:
 
 
 def _experts_streamed(dims: Mapping[str, int]) -> int:
-    return expert_tiles_sm90.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
+    return expert_stream.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
 
 
 def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
