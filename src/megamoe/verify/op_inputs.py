@@ -62,6 +62,12 @@ class OpInputs:
         changed = tuple(arguments[name] for name in self.written)
         return changed if returned is None else (returned, *changed)
 
+    def returned(self, result: Any) -> Any:
+        """Return what of a result the operation has returned, and not written in place; None for nothing."""
+        if not self.written:
+            return result
+        return result[0] if len(result) > len(self.written) else None
+
     def only(self, arguments: Arguments, index: torch.Tensor) -> Arguments:
         """Return the arguments of a call with some of the tokens, ascending."""
         some = {name: rows_of(value, index) if name in self.per_token else value for name, value in arguments.items()}
