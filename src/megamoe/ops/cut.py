@@ -7,8 +7,8 @@ Math       outputs cut (a rank has some rows of w [N, K]):   y = concatenation o
            experts dealt out whole:                          the same sum; a rank leaves out slots of other ranks
 Numerics   The result of a cut operation is defined by the operation itself on every rank's share, returned in fp32.
            Results are added in fp32 in ascending rank order and rounded once.
-           Weights are never quantized again: a share keeps the codes, block scales and tensor scale that the whole matrix
-           has. Boundaries lie on blocks: 16 along K and F for NVFP4, 128 both ways for FP8.
+           Weights are never quantized again: a share keeps the codes, block scales and tensor scale that the whole
+           matrix has. Boundaries lie on blocks: 16 along K and F for NVFP4, 128 both ways for FP8.
            An activation that an operation rounds is rounded with the scales of THE RANK'S PART: a dynamic NVFP4 tensor
            scale is the part's amax / 2688 (so a rank needs no word from the others), FP8 groups of 128 are the same
            groups, a checkpoint's input_scale is the same number. So FP8, W4A16 and static W4A4 differ from the uncut
