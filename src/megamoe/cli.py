@@ -173,10 +173,11 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         )
     from megamoe.engine.config import EngineConfig
     from megamoe.engine.engine import Engine
-    from megamoe.engine.model import load_model
+    from megamoe.engine.model import load_model, model_directory
     from megamoe.engine.warm_up import warm_up
     from megamoe.server import run
     from megamoe.server.settings import ServerSettings
+    from megamoe.text.tokenizer import check_tokenizer
 
     config = EngineConfig(
         max_sequences=options["max_sequences"],
@@ -188,6 +189,7 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         prefix_cache=not options["no_prefix_cache"],
         speculative_tokens=options["speculative_tokens"],
     )
+    check_tokenizer(model_directory(model))  # before the weights, which take minutes
     loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"], accept=options["accept"])
     engine = Engine(loaded, config)
     warm_up(engine)

@@ -75,7 +75,7 @@ def test_unreadable(tmp_path, good, capsys):
 
 def test_no_directory(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
-    assert "is not a directory. Pass a checkpoint's folder." in capsys.readouterr().err
+    assert "nowhere is not a directory, and bundled are tiny. Pass a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--gpu-memory", "--context", "--sequences"])
