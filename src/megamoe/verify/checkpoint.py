@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megamoe.checkpoint.hashing import Hashed
 from megamoe.checkpoint.headers import ITEM_BYTES
 from megamoe.models.deepseek_v4.config import ModelConfig
 from megamoe.models.deepseek_v4.examine import Examined, examine
@@ -73,6 +74,7 @@ class Inspection:
         num_draft_layers: sliding-window layers of the draft.
         weights: bytes by how they can be divided over GPUs.
         verdict: good, findings or unreadable.
+        hashed: what hashes prove, where they were asked for.
     """
 
     directory: pathlib.Path
@@ -93,6 +95,7 @@ class Inspection:
     num_draft_layers: int
     weights: WeightBytes | None
     verdict: Verdict
+    hashed: Hashed | None = None
 
 
 def inspect_checkpoint(directory: str | os.PathLike[str]) -> Inspection:
