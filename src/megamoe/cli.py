@@ -450,6 +450,7 @@ def _calls_of(model: str, recipes: Sequence[str]) -> list[tuple[str, Mapping[str
 @click.argument("directory", metavar="tiny|DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object that names every tensor.")
 @click.option("--hash", "with_hashes", is_flag=True, help="Prove files by the hashes that a hub cache names them by.")
+@click.option("--vllm", "with_vllm", is_flag=True, help="Say what vLLM takes it for, and where its tensors differ.")
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Plan for N GPUs.  [default: 1, 2, 4 and 8]")
 @click.option("--gpu-memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory of one GPU.")
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Plan for sequences of N tokens.")
@@ -458,6 +459,7 @@ def inspect(
     directory: str,
     as_json: bool,
     with_hashes: bool,
+    with_vllm: bool,
     gpus: int | None,
     gpu_memory: float | None,
     context: int | None,
@@ -470,7 +472,7 @@ def inspect(
     from megamoe.verify.checkpoint_report import PlanRequest, run
 
     request = PlanRequest(gpus=gpus, gpu_memory_gb=gpu_memory, context=context, sequences=sequences)
-    return run(directory, request, as_json=as_json, with_hashes=with_hashes)
+    return run(directory, request, as_json=as_json, with_hashes=with_hashes, with_vllm=with_vllm)
 
 
 def _read_standard_input() -> str:

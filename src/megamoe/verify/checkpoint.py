@@ -26,6 +26,7 @@ from megamoe.models.deepseek_v4.observed import DraftFound
 from megamoe.models.deepseek_v4.releases import release_of
 from megamoe.models.deepseek_v4.rules import Finding, group
 from megamoe.models.deepseek_v4.samples import Sampled
+from megamoe.verify.vllm_view import VllmView, vllm_view
 
 
 class Verdict(enum.Enum):
@@ -75,6 +76,7 @@ class Inspection:
         weights: bytes by how they can be divided over GPUs.
         verdict: good, findings or unreadable.
         hashed: what hashes prove, where they were asked for.
+        vllm: how vLLM reads it, where it could be compared with an inventory.
     """
 
     directory: pathlib.Path
@@ -96,6 +98,7 @@ class Inspection:
     weights: WeightBytes | None
     verdict: Verdict
     hashed: Hashed | None = None
+    vllm: VllmView | None = None
 
 
 def inspect_checkpoint(directory: str | os.PathLike[str]) -> Inspection:
@@ -208,6 +211,7 @@ class _Inspector:
             num_draft_layers=draft.num_mtp + draft.num_dspark if draft is not None else 0,
             weights=self.weights,
             verdict=verdict,
+            vllm=vllm_view(examined),
         )
 
     def release(self, raw: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:

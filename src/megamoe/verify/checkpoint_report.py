@@ -23,6 +23,7 @@ from megamoe.models import find_checkpoint
 from megamoe.models.deepseek_v4.memory import CACHE_FORMATS, CachePlan, Split, cache_plan, can_split
 from megamoe.models.deepseek_v4.rules import MAX_NAMED, Finding, group
 from megamoe.verify.checkpoint import GroupCount, Inspection, Verdict, inspect_checkpoint
+from megamoe.verify.vllm_view import VERSION, VllmView
 
 DEFAULT_GPUS = (1, 2, 4, 8)
 DEFAULT_GPU_MEMORY_GB = (80.0, 141.0, 192.0)
@@ -70,13 +71,21 @@ class Fit:
     sequences: dict[int, int]
 
 
-def run(directory: str | os.PathLike[str], request: PlanRequest, *, as_json: bool, with_hashes: bool = False) -> int:
+def run(
+    directory: str | os.PathLike[str],
+    request: PlanRequest,
+    *,
+    as_json: bool,
+    with_hashes: bool = False,
+    with_vllm: bool = False,
+) -> int:
     """Inspect a checkpoint and print what was found.
 
     Args:
         directory: a checkpoint's folder, or "tiny" for the bundled model.
         request: what the memory plan is asked for.
         as_json: print one JSON object.
+        with_vllm: say what vLLM takes the checkpoint for.
         with_hashes: read every file that a hub cache names by its hash, and compare.
 
     Returns:
@@ -87,6 +96,8 @@ def run(directory: str | os.PathLike[str], request: PlanRequest, *, as_json: boo
         inspection = inspect_checkpoint(where)
     if with_hashes:
         inspection = add_hashes(inspection)
+    if not with_vllm:
+        inspection = dataclasses.replace(inspection, vllm=None)
     if as_json:
         print(json.dumps(report(inspection, request)))
     else:
@@ -183,6 +194,7 @@ def report(inspection: Inspection, request: PlanRequest) -> dict[str, Any]:
         "notes": [note.as_json() for note in inspection.notes],
         "sampled": dataclasses.asdict(inspection.sampled) if inspection.sampled else None,
         "hashes": None if inspection.hashed is None else _hashes_json(inspection.hashed),
+        "vllm": None if inspection.vllm is None else {"version": VERSION, **dataclasses.asdict(inspection.vllm)},
         "memory": _memory_json(inspection, request),
     }
 
@@ -258,6 +270,8 @@ def _print(inspection: Inspection, request: PlanRequest, console: Console) -> No
             f"{sampled.scales:,} block-scale tensors and of {sampled.values:,} matrices, norms and tables "
             f"({sampled.num_bytes:,} bytes); load reads all of them"
         )
+    if inspection.vllm is not None:
+        _print_vllm(inspection.vllm, console)
     if inspection.hashed is not None:
         proved, others = inspection.hashed.proved, inspection.hashed.not_compared
         console.print(
@@ -300,6 +314,21 @@ def _print_summary(inspection: Inspection, console: Console) -> None:
             said += " and published" if found == published == expected else f", published {published:,}"
         table.add_row(name, said)
     console.print(table)
+
+
+def _print_vllm(view: VllmView, console: Console) -> None:
+    console.print(Text(f"read by vLLM {VERSION}", style="bold"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name in ("architecture", "quantization", "experts", "linears", "draft", "cache"):
+        table.add_row(f"  {name}", getattr(view, name))
+    console.print(table)
+    for one in view.differences:
+        console.print(Padding(Text(f"differs: {one}"), (0, 0, 0, 2), expand=False))
+    if not view.differences:
+        console.print("  no difference: it reads every weight as what it is")
+    console.print()
 
 
 def _groups_table(inspection: Inspection) -> Table:
