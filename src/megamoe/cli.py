@@ -173,10 +173,11 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         )
     from megamoe.engine.config import EngineConfig
     from megamoe.engine.engine import Engine
-    from megamoe.engine.model import load_model
+    from megamoe.engine.model import load_model, model_directory
     from megamoe.engine.warm_up import warm_up
     from megamoe.server import run
     from megamoe.server.settings import ServerSettings
+    from megamoe.text.tokenizer import check_tokenizer
 
     config = EngineConfig(
         max_sequences=options["max_sequences"],
@@ -188,6 +189,7 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         prefix_cache=not options["no_prefix_cache"],
         speculative_tokens=options["speculative_tokens"],
     )
+    check_tokenizer(model_directory(model))  # before the weights, which take minutes
     loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"], accept=options["accept"])
     engine = Engine(loaded, config)
     warm_up(engine)
@@ -451,6 +453,8 @@ def _calls_of(model: str, recipes: Sequence[str]) -> list[tuple[str, Mapping[str
 @cli.command()
 @click.argument("directory", metavar="tiny|DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object that names every tensor.")
+@click.option("--hash", "with_hashes", is_flag=True, help="Prove files by the hashes that a hub cache names them by.")
+@click.option("--vllm", "with_vllm", is_flag=True, help="Say what vLLM takes it for, and where its tensors differ.")
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Plan for N GPUs.  [default: 1, 2, 4 and 8]")
 @click.option("--gpu-memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory of one GPU.")
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Plan for sequences of N tokens.")
@@ -458,6 +462,8 @@ def _calls_of(model: str, recipes: Sequence[str]) -> list[tuple[str, Mapping[str
 def inspect(
     directory: str,
     as_json: bool,
+    with_hashes: bool,
+    with_vllm: bool,
     gpus: int | None,
     gpu_memory: float | None,
     context: int | None,
@@ -470,7 +476,7 @@ def inspect(
     from megamoe.verify.checkpoint_report import PlanRequest, run
 
     request = PlanRequest(gpus=gpus, gpu_memory_gb=gpu_memory, context=context, sequences=sequences)
-    return run(directory, request, as_json=as_json)
+    return run(directory, request, as_json=as_json, with_hashes=with_hashes, with_vllm=with_vllm)
 
 
 def _read_standard_input() -> str:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import pytest
 
 import megamoe
+from megamoe.cli import main
 from megamoe.engine.sampling_params import SamplingParams
+from megamoe.models import BUNDLED, load
 from megamoe.text.llm import LLM, Completion
 
 from ..fakes import BOS, EOS, FakeConfig, FakeModel, next_after
@@ -122,3 +125,15 @@ def test_every_prompt_is_checked_before_the_first_token(llm: LLM) -> None:
 def test_tokenizer_of_another_model(tokenizer_directory: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"has ids up to \d+, but model 'fake' has 100 ids"):
         LLM.from_model(FakeModel(tokenizer_directory, config=FakeConfig(vocab_size=100)))
+
+
+def test_a_missing_tokenizer_is_told_before_the_weights_are_read(tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "model"
+    shutil.copytree(BUNDLED["tiny"], directory)
+    (directory / "tokenizer.json").unlink()
+    monkeypatch.setattr(load, "examine", None)  # would raise TypeError
+    with pytest.raises(ValueError, match=r"tokenizer: no file .*tokenizer.json. Copy tokenizer.json from the release"):
+        LLM(directory)
+    for command in (["generate", "--prompt", "x"], ["serve"]):
+        assert main([*command, "--model", str(directory)]) == 2
+        assert "Copy tokenizer.json from the release" in capsys.readouterr().err

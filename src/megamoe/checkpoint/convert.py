@@ -40,8 +40,9 @@ from megamoe.checkpoint.byte_range import (
     read_range,
     write_from,
 )
+from megamoe.checkpoint.hashing import hash_file
 from megamoe.checkpoint.headers import INDEX_NAME
-from megamoe.checkpoint.manifest import Manifest, Record, fingerprint, hash_file, refuse_changed
+from megamoe.checkpoint.manifest import Manifest, Record, fingerprint, refuse_changed
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.checkpoint.reader import DTYPES
 from megamoe.checkpoint.stopped import MANIFEST_NAME

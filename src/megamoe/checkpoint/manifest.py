@@ -20,7 +20,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megamoe.checkpoint.byte_range import CHUNK_BYTES, ByteRange, disk_errors, opened, read_into, read_range, write_from
+from megamoe.checkpoint.byte_range import CHUNK_BYTES, ByteRange, disk_errors, read_range, write_from
+from megamoe.checkpoint.hashing import hash_file
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.checkpoint.stopped import MANIFEST_NAME, stopped_conversion
 from megamoe.checkpoint.writer import flush_folder, write_bytes
@@ -98,25 +99,6 @@ def refuse_changed(source: pathlib.Path, before: Mapping[str, Any]) -> None:
             f"convert: the source {source} changed during the conversion; remove the destination and begin again",
             problems,
         )
-
-
-def hash_file(path: pathlib.Path, progress: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 of a file; `progress` is called with the bytes read since the last call.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    with opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-        for start in range(0, size, CHUNK_BYTES):
-            part = buffer[: min(CHUNK_BYTES, size - start)]
-            read_into(descriptor, path, part, start)
-            digest.update(part)
-            if progress is not None:
-                progress(len(part))
-    return digest.hexdigest()
 
 
 def _size_and_hash(content: bytes | pathlib.Path) -> Record:

@@ -19,8 +19,9 @@ from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.rules import check_accept
-from megamoe.models.deepseek_v4.weights import WeightLoader
+from megamoe.models.deepseek_v4.weights import WeightLoader, bytes_when_loaded
 from megamoe.models.recipe import Recipe, get_recipe
+from megamoe.models.room import no_room_is_told, require_room
 from megamoe.ops import dispatch
 
 __all__ = ["BUNDLED", "load"]
@@ -53,9 +54,9 @@ def load(
         The model: `logits`, `new_cache`, `step`.
 
     Raises:
-        ValueError: unknown model, recipe, device or dtype; CheckpointError (a ValueError) when the checkpoint is
-            damaged, incomplete or not DeepSeek-V4, naming the tensors; PackError (a ValueError) when the pack is
-            damaged or foreign.
+        ValueError: unknown model, recipe, device or dtype; no memory for the weights; CheckpointError (a ValueError)
+            when the checkpoint is damaged, incomplete or not DeepSeek-V4, naming the tensors; PackError (a ValueError)
+            when the pack is damaged or foreign.
         NotImplementedError: the device has no kernel for operations of the model.
     """
     chosen = get_recipe(recipe)
@@ -71,6 +72,11 @@ def load(
     warnings = examined.refuse(accepted)
     config = examined.usable_config
     _check_recipe(chosen, config)
+    assert examined.stored is not None and examined.claims is not None
+    dtype_held = chosen.activation_dtype if chosen.dequantize_weights else None
+    num_bytes = bytes_when_loaded(examined.stored, examined.claims, dtype_held)
+    what = f"load: model {str(model)!r} with recipe {chosen.name}"
+    require_room(what, num_bytes, examined.headers.num_bytes, where)
     with CheckpointReader(directory, examined.headers) as reader:
         loader = WeightLoader(
             reader,
@@ -81,9 +87,9 @@ def load(
             examined=examined,
         )
         calls = model_calls(config, loader.formats, chosen)
-        what = f"load: model {str(model)!r} with recipe {chosen.name}"
         dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
-        weights = loader.load(_layouts(chosen, where))
+        with no_room_is_told(what, num_bytes):
+            weights = loader.load(_layouts(chosen, where))
     notes = tuple(f"{finding.rule}: {finding}" for finding in (*warnings, *examined.told))
     return Model(config, weights, chosen, where, name=str(model), directory=directory, warnings=notes)
 

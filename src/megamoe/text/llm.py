@@ -19,12 +19,12 @@ from typing import Self
 import torch
 
 from megamoe.engine.generate import GeneratedToken, generate_batch, generate_tokens
-from megamoe.engine.model import BatchModel, load_model
+from megamoe.engine.model import BatchModel, load_model, model_directory
 from megamoe.engine.outputs import FinishReason
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.engine.warm_up import explain, warm_up_model
 from megamoe.text.detokenizer import Detokenizer
-from megamoe.text.tokenizer import Tokenizer
+from megamoe.text.tokenizer import Tokenizer, check_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,7 @@ class LLM:
         On a CUDA device all kernels are loaded, run once at every batch size and sealed before this returns
         (engine/warm_up.py); one that is asked for later raises.
         """
+        check_tokenizer(model_directory(model))  # before the weights, which take minutes
         self._set(load_model(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept))
 
     @classmethod

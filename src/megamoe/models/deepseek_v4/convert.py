@@ -76,6 +76,7 @@ _REPORTS = ("report.json", "report.html")
 _MADE_FILES = {"config.json", "hf_quant_config.json", INDEX_NAME, MANIFEST_NAME, *_REPORTS}
 _FEW_BLOCKS = 256  # codes of more blocks than that are read in one piece
 _MANY_LINES = 5
+_MENDED = ("config-format", "quant-config-disagrees")  # rules that a conversion mends even where no weight changes
 
 _FP8_CONFIG = {
     "quant_method": "fp8",
@@ -322,7 +323,8 @@ def plan(
         check_copies(stored, claims.copies)
         if stored.problems:
             raise refusal(f"checkpoint {source}", stored.problems)
-        planner = _Planner(stored, claims.formats, source, options)
+        mends = any(finding.rule in _MENDED for finding in warnings)
+        planner = _Planner(stored, claims.formats, source, options, mends_declarations=mends)
         return dataclasses.replace(
             planner.make(jobs, progress or (lambda done, total: None)), warnings=(*warnings, *examined.told)
         )
@@ -330,8 +332,15 @@ def plan(
 
 class _Planner:
     def __init__(
-        self, stored: RangeTensors, formats: Mapping[str, Format], source: pathlib.Path, options: ConvertOptions
+        self,
+        stored: RangeTensors,
+        formats: Mapping[str, Format],
+        source: pathlib.Path,
+        options: ConvertOptions,
+        *,
+        mends_declarations: bool,
     ) -> None:
+        self.mends_declarations = mends_declarations
         self.stored = stored
         self.formats = formats
         self.source = source
@@ -373,8 +382,12 @@ class _Planner:
             raise CheckpointError.listing(f"convert {self.source}", self.problems)
 
     def refuse_nothing(self, goals: Mapping[str, Format | None], changed: Mapping[str, Format | None]) -> None:
-        """Refuse a conversion that would be a copy: no weight changes, and no tensor gets another name."""
-        if changed or any(self.stored.source(name).name != name for name in self.stored.names):
+        """Refuse a conversion that would be a copy: no weight, no name and no declaration changes."""
+        if (
+            changed
+            or self.mends_declarations
+            or any(self.stored.source(name).name != name for name in self.stored.names)
+        ):
             return
         if not all(self.is_spelled_ours(module) for module in self.formats):
             return
