@@ -84,6 +84,24 @@ def test_a_stream_adds_up_to_the_answer(server: RunningServer, client: httpx2.Cl
             assert joined == expected["logprobs"][name], name
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize("include", [False, True])
+def test_usage_in_every_chunk(server: RunningServer, client: httpx2.Client, path: str, include: bool) -> None:
+    server.engine.script = lambda prompt, params: [70, 71, 72, 73, 74, 75]
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if path.startswith("chat") else {"prompt": "x"}
+    options = {"include_usage": include, "continuous_usage_stats": True}
+    request = {"model": "fake", **prompt, "max_tokens": 6, "n": 2, "stream": True, "stream_options": options}
+    chunks = events_of(client.post(f"/v1/{path}", json=request).text)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == 12 and len(set(counts)) > 6
+    assert all(chunk["usage"]["prompt_tokens"] > 0 for chunk in chunks)
+    assert all(
+        one["usage"]["total_tokens"] == one["usage"]["prompt_tokens"] + count
+        for one, count in zip(chunks, counts, strict=True)
+    )
+    assert (chunks[-1]["choices"] == []) is include
+
+
 def test_usage_in_a_stream(client: httpx2.Client) -> None:
     whole = complete(client)
     chunks = events_of(

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from megamoe.engine.outputs import TokenLogprobs
-from megamoe.server.completions import token_text, usage
+from megamoe.server.completions import StreamUsage, token_text, usage
 from megamoe.server.errors import ApiError
 from megamoe.server.generation import Generation
 from megamoe.server.prepare import (
@@ -151,18 +151,17 @@ class Chat:
     async def events(self, generation: Generation[list[Event]]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the answer's chunks."""
         choices = self._choices(generation)
-        include_usage = self._request.stream_options is not None and self._request.stream_options.include_usage
-        nothing: dict[str, Any] = {"usage": None} if include_usage else {}
+        stats = StreamUsage(self._request.stream_options, lambda: self._usage(generation, choices))
         for choice in choices:
-            yield self._chunk([choice.chunk(ChatDelta(role="assistant", content=""))], nothing)
+            yield self._chunk([choice.chunk(ChatDelta(role="assistant", content=""))], stats.of_chunk())
         pieces = generation.pieces()
         try:
             async for idx, piece in pieces:
                 for chunk in choices[idx].read(piece):
-                    yield self._chunk([chunk], nothing)
+                    yield self._chunk([chunk], stats.of_chunk())
         finally:
             await pieces.aclose()
-        if include_usage:
+        if stats.ends_with_usage:
             yield self._chunk([], {"usage": self._usage(generation, choices)})
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Generation(Generic[T]):
     """Several sequences that answer one request.
 
     Attributes:
-        num_tokens: tokens generated so far, per sequence.
+        num_tokens: tokens of the pieces given out so far, per sequence.
     """
 
     def __init__(self, service: Service, metrics: Metrics, requests: Sequence[Request[T]], *, arrival: float) -> None:
@@ -59,6 +59,7 @@ class Generation(Generic[T]):
         self._arrival = arrival
         self._streams: list[RequestStream[T]] = []
         self.num_tokens = [0] * len(requests)
+        self._has_begun = [False] * len(requests)
 
     @property
     def cached_tokens(self) -> int:
@@ -112,6 +113,7 @@ class Generation(Generic[T]):
                     raise piece
                 if piece.finish_reason is not None:
                     num_open -= 1
+                self.num_tokens[idx] += len(piece.token_ids)
                 yield idx, piece
         finally:
             self.cancel()
@@ -134,11 +136,11 @@ class Generation(Generic[T]):
 
     def _observe(self, idx: int, piece: Piece[T], seconds: float) -> None:
         new = len(piece.token_ids)
-        if new and self.num_tokens[idx] == 0:
+        if new and not self._has_begun[idx]:
+            self._has_begun[idx] = True
             self._metrics.first_token_s.observe(seconds)
         else:
             for _ in range(new):  # of a step that brought several tokens, each took its share
                 self._metrics.token_s.observe(seconds / new)
-        self.num_tokens[idx] += new
         if piece.finish_reason is not None:
             self._metrics.finished.labels(piece.finish_reason).inc()

@@ -151,6 +151,7 @@ class StreamOptions(Strict):
     """How to stream."""
 
     include_usage: bool = Field(False, description="End with a chunk that has no choices and the usage.")
+    continuous_usage_stats: bool = Field(False, description="Extension: every chunk has the usage so far.")
     include_obfuscation: bool = Field(False, description="Accepted and without effect: nothing is padded here.")
 
 
