@@ -37,6 +37,11 @@ def cli() -> None:
     """Run DeepSeek-V4 in NVFP4."""
 
 
+_accept = click.option(
+    "--accept", multiple=True, metavar="RULE", help="Go on though the checkpoint breaks this rule; repeat for several."
+)
+
+
 @cli.command()
 @click.option("--prompt", required=True, metavar="TEXT", help="Text to continue; - reads standard input as it is.")
 @click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR", help="Bundled model or checkpoint.")
@@ -47,6 +52,7 @@ def cli() -> None:
 @click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="exact, w4a16 or w4a4.")
 @click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu or cuda[:N].")
 @click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernel pack, on a GPU.")
+@_accept
 @click.option("--explain", is_flag=True, help="First print which kernels were loaded, on standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def generate(
@@ -59,6 +65,7 @@ def generate(
     recipe: str,
     device: str,
     pack: pathlib.Path | None,
+    accept: tuple[str, ...],
     explain: bool,
     as_json: bool,
 ) -> int:
@@ -67,7 +74,7 @@ def generate(
     text = _read_standard_input() if prompt == "-" else prompt
     from megamoe.text.llm import LLM
 
-    llm = LLM(model, recipe=recipe, device=device, pack=pack)
+    llm = LLM(model, recipe=recipe, device=device, pack=pack, accept=accept)
     if explain:
         print(llm.explain(), file=sys.stderr)
     for note in llm.model.notes:
@@ -124,6 +131,7 @@ class Bytes(click.ParamType[int]):
 @click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="exact, w4a16 or w4a4.")
 @click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu or cuda[:N].")
 @click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernel pack, on a GPU.")
+@_accept
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option(
@@ -143,10 +151,10 @@ class Bytes(click.ParamType[int]):
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its beginning.")
 @click.option("--chat-release", metavar="R", help="preview or 0731: its effort tiers.  [default: the config's]")
 @click.option("--thinking/--no-thinking", default=False, show_default=True, help="When a chat request does not say.")
-@click.option("--max-tokens", default=4096, show_default=True, metavar="N", help="Most tokens a request may ask for.")
+@click.option("--max-tokens", type=int, metavar="N", help="Most tokens of an answer.  [default: the room left]")
 @click.option("--max-prompt-tokens", type=int, metavar="N", help="Longest prompt.  [default: what fits]")
 @click.option("--max-choices", default=16, show_default=True, metavar="N", help="Most sequences of one request.")
-@click.option("--max-body", default="1MiB", show_default=True, type=Bytes(), metavar="SIZE", help="Largest body.")
+@click.option("--max-body", type=Bytes(), metavar="SIZE", help="Largest body.  [default: 1MiB + 16 bytes x context]")
 @click.option("--max-open-requests", default=512, show_default=True, metavar="N", help="Beyond it: 429.")
 @click.option("--request-timeout", default=600.0, show_default=True, metavar="S", help="Seconds for one request.")
 @click.option("--shutdown-timeout", default=30.0, show_default=True, metavar="S", help="Seconds to finish in.")
@@ -180,13 +188,14 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         prefix_cache=not options["no_prefix_cache"],
         speculative_tokens=options["speculative_tokens"],
     )
-    loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"])
+    loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"], accept=options["accept"])
     engine = Engine(loaded, config)
     warm_up(engine)
     settings = ServerSettings(
         model_name=options["served_name"] or pathlib.Path(model).name,
         recipe=loaded.recipe.name,
-        context=engine.plan.max_sequence_tokens,
+        # A sequence is as long as the model, the operator and the pages allow.
+        context=min(engine.plan.max_sequence_tokens, engine.plan.size.num_pages * engine.plan.size.tokens_per_page),
         api_key=api_key,
         max_body_bytes=options["max_body"],
         max_prompt_tokens=options["max_prompt_tokens"],
@@ -215,8 +224,8 @@ def _is_loopback(host: str) -> bool:
 
 
 @cli.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=pathlib.Path))
-@click.argument("destination", metavar="DST", type=click.Path(path_type=pathlib.Path))
+@click.argument("source", metavar="tiny|SRC")
+@click.argument("destination", metavar="DST")
 @click.option(
     "--to",
     type=click.Choice(["nvfp4", "mxfp4", "fp8"]),
@@ -267,11 +276,13 @@ def _is_loopback(host: str) -> bool:
     show_default=True,
     help="Prove equality by codes and scales, or by every dequantized value as well (slower).",
 )
+@_accept
 @click.option("--dry-run", is_flag=True, help="Check everything, list blocks that cannot be exact, write nothing.")
+@click.option("--verify", is_flag=True, help="Read what was written at DST and compare it with its SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(
-    source: pathlib.Path,
-    destination: pathlib.Path,
+    source: str,
+    destination: str,
     to: str,
     experts: str,
     attention: str,
@@ -280,7 +291,9 @@ def convert(
     calibration: pathlib.Path | None,
     jobs: int,
     proof: str,
+    accept: tuple[str, ...],
     dry_run: bool,
+    verify: bool,
     as_json: bool,
 ) -> int:
     """Convert a checkpoint between NVFP4 and DeepSeek's formats; the same command finishes one that was stopped."""
@@ -297,7 +310,9 @@ def convert(
         calibration=calibration,
         jobs=jobs,
         proof=proof,
+        accept=accept,
         dry_run=dry_run,
+        verify=verify,
         as_json=as_json,
         version=megamoe.__version__,
     )
@@ -393,7 +408,7 @@ def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path, recipes: tup
     """
     from megamoe.kernels.compile import CompileError
     from megamoe.kernels.pack import build_pack
-    from megamoe.kernels.plan import module_for, requests_for
+    from megamoe.kernels.plan import module_for, only_few_tokens, requests_for
 
     start = time.perf_counter()
     calls = [call for model in models for call in _calls_of(model, recipes)]
@@ -410,6 +425,9 @@ def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path, recipes: tup
     print(f"{len(pack.objects)} kernels for {pack.target} in {out}: {num_bytes} bytes, {seconds:.1f} s")
     if without:
         print(f"without a kernel for {pack.target}: {', '.join(without)}")
+    few = [f"{op} ({number})" for op, number in only_few_tokens({op for op, _ in calls}, arch)]
+    if few:
+        print(f"for few tokens only on {pack.target}: {', '.join(few)}")
     return 0
 
 

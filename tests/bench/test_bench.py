@@ -19,7 +19,8 @@ from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats.nvfp4 import quantize
 from megamoe.kernels import KERNELS
 from megamoe.models.deepseek_v4.shapes import op_shapes
-from megamoe.verify.inputs import INPUTS, parts
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.values import parts
 
 ROW = report.Row(
     "rms_norm",

@@ -40,7 +40,8 @@ from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.shapes import op_calls
 from megamoe.models.load import load
 from megamoe.ops import dispatch
-from megamoe.verify.inputs import INPUTS, parts
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.values import parts
 
 from ..models.deepseek_v4.checkpoints import CONFIG, encode
 
@@ -187,7 +188,7 @@ def test_a_model_gets_ready_is_sealed_and_runs(
     print(f"{recipe}: loaded in {loaded:.2f} s, ready after {seconds:.2f} s more; {kernels} kernels")
     print(f"memory reserved before and after traffic: {reserved} {torch.cuda.memory_reserved()}")
     print(explain(model).splitlines()[-2:])
-    other = Request.of(rms_norm.__name__, rms_norm.Config(24, "f32", None, "f32"))
+    other = Request.of(rms_norm.Config(24, "f32", None, "f32"))
     with pytest.raises(SealedError, match=r"rms_norm\[width=24"):
         store.get(other)
     ids = torch.arange(3, 200) % SMALL["vocab_size"]

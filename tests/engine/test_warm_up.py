@@ -262,7 +262,7 @@ def test_llm_is_ready_when_it_is_there_and_compiles_nothing_after(
     assert "| compiled |" in explained and f"{len(gpu.store.ledger)} kernels for sm90a, sealed" in explained
     assert explained.endswith("NVFP4 matrices brought into the order that the kernels of cpu take, once")
     with pytest.raises(SealedError, match=r"rms_norm\[width=4096.*was not loaded before the store was sealed"):
-        gpu.store.get(Request.of(rms_norm.__name__, rms_norm.Config(4096, "bf16", "bf16", "bf16")))
+        gpu.store.get(Request.of(rms_norm.Config(4096, "bf16", "bf16", "bf16")))
 
 
 def test_another_model_opens_the_seal_and_sets_it_again(

@@ -10,9 +10,9 @@ from megamoe.kernels.compile import Built, Request
 from megamoe.kernels.rows import quantize_fp8_rows, rms_norm
 
 REQUESTS = [
-    Request.of(rms_norm.__name__, rms_norm.Config(4096, "bf16", "bf16", "bf16")),
-    Request.of(rms_norm.__name__, rms_norm.Config(512, "bf16", None, "bf16")),
-    Request.of(quantize_fp8_rows.__name__, quantize_fp8_rows.Config(4096, "bf16")),
+    Request.of(rms_norm.Config(4096, "bf16", "bf16", "bf16")),
+    Request.of(rms_norm.Config(512, "bf16", None, "bf16")),
+    Request.of(quantize_fp8_rows.Config(4096, "bf16")),
 ]
 
 

@@ -14,8 +14,7 @@ import pytest
 from megamoe.kernels import KERNELS
 from megamoe.kernels import compile as compiling
 from megamoe.kernels.compile import CompileError, Request, compile_objects, num_workers, source_hash
-from megamoe.kernels.rows import rms_norm
-from megamoe.kernels.rows.rms_norm import Config
+from megamoe.kernels.rows.rms_norm_config import Config
 from megamoe.models.deepseek_v4.shapes import op_shapes
 
 CONFIG = Config(4096, "bf16", "bf16", "bf16")
@@ -25,18 +24,18 @@ CONFIG = Config(4096, "bf16", "bf16", "bf16")
 
 
 def test_a_request_names_module_and_every_field() -> None:
-    request = Request.of(rms_norm.__name__, CONFIG)
+    request = Request.of(CONFIG)
     assert str(request) == "rows.rms_norm[width=4096,x=bf16,weight=bf16,out=bf16]"
     assert request.config() == CONFIG
-    assert request.symbol == Request.of(rms_norm.__name__, Config(4096, "bf16", "bf16", "bf16")).symbol
+    assert request.symbol == Request.of(Config(4096, "bf16", "bf16", "bf16")).symbol
 
 
 def test_f6_another_value_is_another_object() -> None:
     """A kernel compiled for one size or dtype is never taken for another."""
-    requests = {Request.of(rms_norm.__name__, CONFIG)}
+    requests = {Request.of(CONFIG)}
     for field, value in (("width", 4104), ("x", "f32"), ("weight", None), ("out", "f32")):
-        requests.add(Request.of(rms_norm.__name__, dataclasses.replace(CONFIG, **{field: value})))
-    requests.add(Request.of("megamoe.kernels.rows.quantize_nvfp4", CONFIG))
+        requests.add(Request.of(dataclasses.replace(CONFIG, **{field: value})))
+    requests.add(Request("rows.quantize_nvfp4", Request.of(CONFIG).values))
     assert len({one.symbol for one in requests}) == 6
 
 
@@ -63,9 +62,11 @@ def hash_after(path: pathlib.Path) -> str:
 @pytest.mark.parametrize(
     ("file", "counts"),
     [
-        ("rows/rms_norm.py", True),
+        ("rows/rms_norm.py", False),  # chooses and launches
+        ("rows/rms_norm_config.py", True),
         ("rows/rms_norm_device.py", True),
-        ("parts/rows.py", True),  # imported by the host half
+        ("parts/launch.py", False),
+        ("parts/rows.py", True),  # imported by the device half
         ("parts/rows_device.py", True),
         ("parts/mma_device.py", False),
         ("rows/quantize_nvfp4_device.py", False),
@@ -89,7 +90,7 @@ def test_source_hash_reaches_through_imports(copied: pathlib.Path) -> None:
 
 
 def test_refusals(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = Request.of(rms_norm.__name__, CONFIG)
+    request = Request.of(CONFIG)
     with pytest.raises(ValueError, match="--arch must be one of"):
         compile_objects([request], "sm_90a", tmp_path)
     monkeypatch.setattr(compiling, "dsl_version", lambda: None)

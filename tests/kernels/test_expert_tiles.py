@@ -10,14 +10,22 @@ import pytest
 import torch
 
 import megamoe
-from megamoe.kernels.experts import expert_tiles_sm90, nvfp4_experts, nvfp4_weight_only_experts, sort_pairs
-from megamoe.kernels.experts.expert_tiles_sm90 import BOX_TOKENS, HALF_TILES, PASS_TOKENS
+from megamoe.kernels.experts import (
+    expert_stream,
+    expert_tiles_sm90,
+    nvfp4_experts,
+    nvfp4_weight_only_experts,
+    sort_pairs,
+)
+from megamoe.kernels.experts.expert_tiles_sm90 import PASS_TOKENS
+from megamoe.kernels.experts.expert_tiles_sm90_config import BOX_TOKENS, HALF_TILES, STEP_BYTES
 from megamoe.kernels.store import store_for, target_of
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
 from megamoe.ops.nvfp4_experts import nvfp4_experts as nvfp4_experts_door
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts as weight_only_door
-from megamoe.verify.inputs import INPUTS, moved
-from megamoe.verify.ops import compare
+from megamoe.verify.comparisons import within
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.values import moved
 
 EXPERTS = [call.dims for model in MODELS for call in op_calls(model) if call.op == "nvfp4_weight_only_experts"]
 SHARED_LIMIT = 227 * 1024
@@ -29,7 +37,7 @@ def test_a_model_has_every_key_it_may_ask_for(module: object, dims: dict[str, in
     keys = list(module.configs(dims))  # type: ignore[attr-defined]
     tiles = [key for key in keys if isinstance(key, expert_tiles_sm90.Config)]
     sorted_by = {key.tokens_per_pass for key in keys if isinstance(key, sort_pairs.Config)}
-    limit = expert_tiles_sm90.stream_limit(dims["A"], dims["E"])
+    limit = expert_stream.stream_limit(dims["A"], dims["E"])
     for num_tokens in (limit + 1, 4 * limit, 100 * limit):
         size = expert_tiles_sm90.pass_tokens_for(num_tokens * dims["A"], dims["E"])
         assert {key.step for key in tiles if key.pass_tokens == size} == {"gate_up", "down"}
@@ -40,7 +48,7 @@ def test_a_model_has_every_key_it_may_ask_for(module: object, dims: dict[str, in
 @pytest.mark.parametrize("size", PASS_TOKENS)
 def test_shared_memory_holds_several_steps(step: str, size: int) -> None:
     config = expert_tiles_sm90.Config(step, 2048, 4096, size, False, "bf16")
-    stage = expert_tiles_sm90.STEP_BYTES + size * 128
+    stage = STEP_BYTES + size * 128
     used = config.stages * stage + size * config.out_stride * 2 + 16 * config.stages
     assert config.stages >= 4
     assert used + 1024 <= SHARED_LIMIT
@@ -59,8 +67,8 @@ def test_rows_of_a_tile_are_each_stored_once() -> None:
 
 
 def test_the_path_and_the_pass_follow_from_counts_alone() -> None:
-    assert expert_tiles_sm90.stream_limit(6, 256) == expert_tiles_sm90.STREAMED_PAIRS * 256 // 6
-    assert expert_tiles_sm90.stream_limit(6, 8) == expert_tiles_sm90.FEW_TOKENS
+    assert expert_stream.stream_limit(6, 256) == expert_stream.STREAMED_PAIRS * 256 // 6
+    assert expert_stream.stream_limit(6, 8) == expert_stream.FEW_TOKENS
     sizes = [expert_tiles_sm90.pass_tokens_for(num_pairs, 256) for num_pairs in range(0, 256 * 300, 64)]
     assert sizes == sorted(sizes) and sizes[0] == PASS_TOKENS[0] and sizes[-1] == PASS_TOKENS[-1]
 
@@ -96,5 +104,5 @@ def test_edge_routings(pack: None, door: object, kind: str, num_tokens: int) -> 
     want = door(**arguments)  # type: ignore[operator]
     on_device = {name: moved(value, "cuda") for name, value in arguments.items()}
     got = door(**on_device)  # type: ignore[operator]
-    compare(op, got, want, arguments)
+    within(op, got, want, arguments)
     assert torch.equal(got, door(**on_device))  # type: ignore[operator]

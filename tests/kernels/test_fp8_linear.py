@@ -19,14 +19,9 @@ from megamoe.formats.e4m3 import lookup_e4m3
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.kernels.fp8 import fp8_linear, fp8_tiles_sm90
 from megamoe.kernels.fp8.fp8_linear import stream_limit
-from megamoe.kernels.fp8.fp8_stream import (
-    BLOCK,
-    MAX_BLOCKS,
-    PASS_TOKENS,
-    SHARED_BYTES,
-    WARPS,
-    stream_configs,
-)
+from megamoe.kernels.fp8.fp8_stream import MAX_BLOCKS, PASS_TOKENS, stream_configs
+from megamoe.kernels.fp8.fp8_stream_config import BLOCK, SHARED_BYTES, WARPS
+from megamoe.kernels.fp8.fp8_tiles_sm90_config import UNDO
 from megamoe.kernels.store import store_for, target_of
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
 from megamoe.ops.quantize import quantize_fp8_rows
@@ -103,7 +98,7 @@ def test_folded_codes_times_scales_are_exact() -> None:
     for byte in (1, 60, 105, 127, 130, 141):
         factor = bf16_halves(torch.tensor((byte + 113) << 7))[0]
         want = values * 2.0 ** (byte - 127)
-        got = (numbers * factor).double() * fp8_tiles_sm90.UNDO
+        got = (numbers * factor).double() * UNDO
         exact = finite & (want.abs() >= 2.0**-110)
         assert torch.equal(got[exact], want[exact]), byte
     met = ((codes & 0x7F) + 1) & 0x80

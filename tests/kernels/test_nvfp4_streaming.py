@@ -14,10 +14,13 @@ from megamoe.formats.e2m1 import decode_packed
 from megamoe.formats.e4m3 import lookup_e4m3
 from megamoe.formats.fragment_layout import codes_to_fragments
 from megamoe.kernels.experts import expert_stream, nvfp4_weight_only_experts, sort_pairs
+from megamoe.kernels.experts.expert_stream_config import QUEUE_TURNS, fragment_column
 from megamoe.kernels.linear import nvfp4_linear, nvfp4_weight_only_linear
-from megamoe.kernels.linear.linear_stream import LinearPlan, column_parts, stream_configs, stream_keys, stream_limit
+from megamoe.kernels.linear.linear_stream import column_parts, num_clusters, stream_configs, stream_keys, stream_limit
+from megamoe.kernels.linear.linear_stream_config import LinearPlan, is_long
 from megamoe.kernels.parts.fragment import SCALE_BITS, TWO_TO_112, TWO_TO_127, UNDO, code_pairs, plain_pair
-from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, SHARED_BYTES, WARPS, StreamPlan, unit_range
+from megamoe.kernels.parts.weight_stream import SHARED_BYTES, WARPS, StreamPlan
+from megamoe.kernels.parts.weight_stream_limits import MAX_COLUMNS, is_possible
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
 
 LINEARS = sorted({call.dims["K"] for model in MODELS for call in op_calls(model) if call.op == "nvfp4_linear"})
@@ -68,7 +71,7 @@ def test_a_word_in_fragment_order_gives_its_four_pairs(seed: int) -> None:
 
 def test_h_is_stored_in_the_order_of_fragments() -> None:
     """A lane's 16 bytes of a row are what arrange() would make of it: pairs at 2t and 2t + 8 of two steps of 16."""
-    where = [expert_stream.fragment_column(column) for column in range(256)]
+    where = [fragment_column(column) for column in range(256)]
     assert sorted(where) == list(range(256))
     column_at = {place: column for column, place in enumerate(where)}
     for chunk in range(4):
@@ -86,8 +89,8 @@ def test_h_is_stored_in_the_order_of_fragments() -> None:
 @pytest.mark.parametrize("num_columns", sorted({64, 448, 1088, *(k for k in LINEARS if k <= MAX_COLUMNS)}))
 @pytest.mark.parametrize("num_tiles", [1, 2])
 def test_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int) -> None:
-    plan = StreamPlan(num_columns, 1, num_tiles)
-    assert plan.is_possible() and plan.shared_bytes <= SHARED_BYTES and sum(plan.stage_chunks) == plan.slice_chunks
+    plan = StreamPlan(num_columns, 1, num_tiles, 1)
+    assert is_possible(plan) and plan.shared_bytes <= SHARED_BYTES and sum(plan.stage_chunks) == plan.slice_chunks
     added = []
     for warp in range(plan.slices):
         first = plan.first_chunk(warp)
@@ -102,9 +105,14 @@ def test_the_order_of_sums_does_not_depend_on_the_number_of_tokens() -> None:
     for num_columns in (64, 1536, 4096, 7168, 8192):
         facts = {
             (plan.slice_chunks, plan.used_warps, plan.stage_chunks)
-            for plan in (StreamPlan(num_columns, 1, num_tiles) for num_tiles in (1, 2, 3))
+            for plan in (StreamPlan(num_columns, 1, num_tiles, 1) for num_tiles in (1, 2, 3))
         }
         assert len(facts) == 1
+
+
+def unit_range(block: int, num_blocks: int, num_units: int) -> tuple[int, int]:
+    """Return the units of a block, as device halves deal them out."""
+    return block * num_units // num_blocks, (block + 1) * num_units // num_blocks
 
 
 @pytest.mark.parametrize(("num_blocks", "num_units"), [(1, 1), (132, 132), (132, 512), (132, 7), (132, 4096)])
@@ -115,6 +123,16 @@ def test_units_are_dealt_out_once(num_blocks: int, num_units: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
+def own_chunks(plan: LinearPlan, rank: int, warp: int) -> range:
+    """Return the chunks that a segment adds, as linear_stream_device.py has them."""
+    if not plan.uneven:
+        first = (rank * plan.rank_warps + warp) * plan.segment_chunks
+        return range(first, first + plan.segment_chunks)
+    first = rank * (plan.chunks // plan.ranks) + warp * (plan.segment_chunks - 1)
+    first += sum(is_long(rank, before) for before in range(warp))
+    return range(first, first + plan.segment_chunks - 1 + is_long(rank, warp))
+
+
 LINEAR_SIZES = sorted({64, 448, 1088, 4160, 6144, *(k for k in LINEARS if k <= MAX_COLUMNS)})
 
 
@@ -123,7 +141,7 @@ LINEAR_SIZES = sorted({64, 448, 1088, 4160, 6144, *(k for k in LINEARS if k <= M
 def test_linear_plans_cover_every_column_once_and_fit(num_columns: int, num_tiles: int, wide: bool) -> None:
     plan = LinearPlan(num_columns, num_tiles, wide)
     added = [
-        chunk for rank in range(plan.ranks) for warp in range(plan.rank_warps) for chunk in plan.own_chunks(rank, warp)
+        chunk for rank in range(plan.ranks) for warp in range(plan.rank_warps) for chunk in own_chunks(plan, rank, warp)
     ]
     assert [chunk for chunk in added if chunk < plan.chunks] == list(range(plan.chunks))
     assert plan.cluster * plan.groups * plan.segments == plan.ranks and len(plan.stage_chunks) == plan.segments
@@ -131,7 +149,7 @@ def test_linear_plans_cover_every_column_once_and_fit(num_columns: int, num_tile
         for rank in range(0, plan.ranks, 2):
             for warp in range(plan.rank_warps):
                 later = (warp + warp // 4) % 2
-                sizes = [len(plan.own_chunks(rank + one, warp)) for one in (later, 1 - later)]
+                sizes = [len(own_chunks(plan, rank + one, warp)) for one in (later, 1 - later)]
                 assert tuple(sizes) == plan.stage_chunks
     assert 8 * plan.slice_chunks * num_tiles <= 64, "registers of a thread for tokens"
     assert plan.blocks_per_multiprocessor * (plan.shared_bytes + 1024) <= 228 * 1024 and plan.num_slots >= 3
@@ -168,11 +186,11 @@ def test_places_of_sums_hit_every_bank_once() -> None:
 
 
 def test_blocks_fill_the_multiprocessors() -> None:
-    assert LinearPlan(8192, 1).num_clusters(512, 132, 1) == 66
-    assert LinearPlan(8192, 2).num_clusters(512, 132, 1) == 30, "clusters of 4 leave some"
-    assert LinearPlan(8192, 2, True).num_clusters(512, 132, 4) == 16
-    assert LinearPlan(1536, 2).num_clusters(2048, 132, 2) == 132, "two of a launch on each"
-    assert LinearPlan(1536, 1).num_clusters(3, 132, 1) == 3 and LinearPlan(8192, 2).num_clusters(512, 8, 1) == 1
+    assert num_clusters(LinearPlan(8192, 1), 512, 132, 1) == 66
+    assert num_clusters(LinearPlan(8192, 2), 512, 132, 1) == 30, "clusters of 4 leave some"
+    assert num_clusters(LinearPlan(8192, 2, True), 512, 132, 4) == 16
+    assert num_clusters(LinearPlan(1536, 2), 2048, 132, 2) == 132, "two of a launch on each"
+    assert num_clusters(LinearPlan(1536, 1), 3, 132, 1) == 3 and num_clusters(LinearPlan(8192, 2), 512, 8, 1) == 1
 
 
 class ClusterSums:
@@ -281,8 +299,8 @@ def test_expert_keys_cover_every_number_of_tokens(dims: dict[str, int], x_name: 
         assert expert_stream.tiles_for(width, inner_size, num_tokens * num_slots, num_experts, x_name) * 8 in sorted_by
     for key in keys:
         if isinstance(key, expert_stream.Config):
-            assert key.plan.is_possible() and key.shared_bytes <= SHARED_BYTES
-            assert key.queue_offset % 16 == 0 and key.ahead + 2 <= expert_stream.QUEUE_TURNS
+            assert is_possible(key.plan) and key.shared_bytes <= SHARED_BYTES
+            assert key.queue_offset % 16 == 0 and key.ahead + 2 <= QUEUE_TURNS
 
 
 def test_groups_of_warps_share_out_row_tiles_and_columns() -> None:
@@ -362,7 +380,7 @@ def test_activations_that_are_not_taken() -> None:
 
 
 def test_sizes_that_no_plan_fits() -> None:
-    assert not StreamPlan(MAX_COLUMNS + 64, 1, 1).is_possible()
+    assert not is_possible(StreamPlan(MAX_COLUMNS + 64, 1, 1, 1))
     with pytest.raises(NotImplementedError, match="multiples of 64 up to 8192; got 16384 and 2048"):
         expert_stream.tiles_for(16384, 2048, 6, 8, "bf16")
     with pytest.raises(NotImplementedError, match="at most 512 experts on a GPU; got 513"):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megamoe.formats.scale_layout import to_tiled_128x4
-from megamoe.kernels.parts.rows import MAX_WIDTH, as_rows, as_vector, require_width, row_tile, tiled_place
+from megamoe.kernels.parts.launch import MAX_WIDTH, as_rows, as_vector, require_width
+from megamoe.kernels.parts.rows import row_tile, tiled_place
 
 WIDTHS = [8, 16, 128, 256, 512, 1000, 1024, 1032, 1040, 1536, 2048, 3072, 4096, 7168, 8192, 16384, 20000, 32768]
 

@@ -17,8 +17,11 @@ from megamoe.kernels.linear import (
     nvfp4_weight_only_grouped_linear,
     weight_tiles_sm90,
 )
-from megamoe.kernels.linear.weight_tiles_sm90 import BF16_TILES, NVFP4_TILES, Config, best_tile, place, tile_keys
+from megamoe.kernels.linear.weight_tiles_sm90 import BF16_TILES, NVFP4_TILES, best_tile, tile_keys
+from megamoe.kernels.linear.weight_tiles_sm90_config import GROUP_ROWS, RESERVED_BYTES, Config, place
+from megamoe.kernels.parts import launch
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE
+from megamoe.kernels.parts.weight_stream_limits import is_possible
 from megamoe.kernels.rows import expand_nvfp4
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
 
@@ -32,10 +35,8 @@ ALL += [Config("bf16", False, out, *tile) for tile in BF16_TILES for out in ("bf
 def test_a_block_has_what_it_needs(config: Config) -> None:
     assert config.shared_bytes <= 227 * 1024 - 1024
     assert config.stages >= 3, "one being read, one released, one on its way"
-    assert (2 * config.stages + 2) * 8 <= weight_tiles_sm90.RESERVED_BYTES - 128, (
-        "barriers, and an alignment of 128 after them"
-    )
-    assert config.rows == config.warpgroups * config.row_groups * weight_tiles_sm90.GROUP_ROWS
+    assert (2 * config.stages + 2) * 8 <= RESERVED_BYTES - 128, "barriers, and an alignment of 128 after them"
+    assert config.rows == config.warpgroups * config.row_groups * GROUP_ROWS
     assert config.tokens % config.staged_tokens == 0
     assert config.staged_tokens % 16 == 0, "stmatrix takes 16 tokens at a time"
     registers = config.row_groups * (config.tokens // 2 + (32 if config.weight == "nvfp4" else 0))
@@ -84,7 +85,7 @@ def test_grouped_streams_fit(model: str) -> None:
         if call.op == "nvfp4_grouped_linear":
             for x in ("bf16", "nvfp4"):
                 for key in grouped_stream.stream_keys(call.dims["K"], x, "bf16"):
-                    assert key.plan.is_possible(), call
+                    assert is_possible(key.plan), call
                     assert key.num_tiles * TOKENS_PER_TILE <= grouped_stream.STREAM_LIMIT
 
 
@@ -120,11 +121,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Record what would be launched on a device of 132 multiprocessors."""
     recorded: list[Launch] = []
     for module in (weight_tiles_sm90, grouped_stream, expand_nvfp4):
-        monkeypatch.setattr(
-            module, "kernel", lambda _, config, __: lambda *arguments: recorded.append((config, arguments))
-        )
+        monkeypatch.setattr(module, "kernel", lambda config, _: lambda *arguments: recorded.append((config, arguments)))
     for module in (weight_tiles_sm90, grouped_stream):
         monkeypatch.setattr(module, "num_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(launch, "architecture_of", lambda _: "sm90")
     return recorded
 
 

@@ -51,6 +51,7 @@ class Recipe:
     index_width: int
     row_format: RowFormat
     index_format: RowFormat
+    operand_dtype: torch.dtype = torch.float32
 
     def round_query(self, q: torch.Tensor):
         if self.index_format is RowFormat.INDEX_FP4:
@@ -65,7 +66,7 @@ class Recipe:
 
 
 FP32 = Recipe("fp32", 16, 16, RowFormat.FP32, RowFormat.FP32)
-FP4 = Recipe("fp8 rows, fp4 keys", 128, 128, RowFormat.FP8_ROPE_BF16, RowFormat.INDEX_FP4)
+FP4 = Recipe("fp8 rows, fp4 keys", 128, 128, RowFormat.FP8_ROPE_BF16, RowFormat.INDEX_FP4, torch.float16)
 FP8 = Recipe("bf16 rows, fp8 keys", 32, 128, RowFormat.BF16, RowFormat.INDEX_FP8)
 RECIPES = pytest.mark.parametrize("recipe", [FP32, FP4, FP8], ids=lambda recipe: recipe.name)
 
@@ -301,6 +302,7 @@ class Layer:
             num_visible=main.num_visible,
             table=self.table,
             scale=self.recipe.width**-0.5,
+            operand_dtype=self.recipe.operand_dtype,
         )
         self.save(parts, starts, pools, window, kinds, area, tokens_per_page)
         if area and faults.keep_rows:

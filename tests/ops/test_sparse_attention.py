@@ -20,11 +20,13 @@ from megamoe.ops.read_cache import read_cache
 from megamoe.ops.rope import RopeTable, rope, rope_table
 from megamoe.ops.sparse_attention import attend_slots, sparse_attention
 from megamoe.ops.write_cache import write_cache
+from megamoe.verify.tolerance import assert_within
 
 from .steps import Run, slot_of, step_of, tables_of
 
 MODULE = sys.modules[sparse_attention.__module__]
 INF = math.inf
+OPERANDS = pytest.mark.parametrize("operand_dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 
 def pool_of(rows: torch.Tensor, row_format: RowFormat = RowFormat.FP32, page: int = 8) -> CachePool:
@@ -39,12 +41,12 @@ def int32(*numbers):
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-def attend(q, window, window_slots, entries, entry_slots, sink, *, scale, out_dtype=None):
+def attend(q, window, window_slots, entries, entry_slots, sink, *, scale, out_dtype=None, operand_dtype=torch.float32):
     """What is computed from slots, before it is rotated."""
     columns = [[(window, window_slots)]]
     if entries is not None:
         columns.append([(entries, entry_slots)])
-    return attend_slots(q, columns, sink, scale, q.dtype if out_dtype is None else out_dtype)
+    return attend_slots(q, columns, sink, scale, q.dtype if out_dtype is None else out_dtype, operand_dtype)
 
 
 def in_fp64(q, window, window_slots, entries, entry_slots, sink, scale):
@@ -110,6 +112,20 @@ def hand_made(**change):
     return sparse_attention(**{**arguments, **change})
 
 
+def from_slots(**change):
+    """The same from slots, without positions."""
+    arguments = {
+        "q": torch.tensor([[[4 * math.log(3.0), 0.0]]]),
+        "window": pool_of(torch.tensor([[1.0, 0.0]])),
+        "window_slots": torch.tensor([[0]]),
+        "entries": pool_of(torch.tensor([[0.0, 6.0]])),
+        "entry_slots": torch.tensor([[0]]),
+        "sink": torch.tensor([math.log(2.0)]),
+        "scale": 0.5,
+    }
+    return attend(**{**arguments, **change})
+
+
 NO_ENTRIES = {"entries": None, "entry_tables": None, "num_visible": None}
 NO_ITEM = {"num_visible": int32(0), "window_size": 0}
 
@@ -144,14 +160,14 @@ def test_sink_faults_are_caught(fault, monkeypatch):
     """Fault F10: the known answer above fails with each of the wrong sinks."""
     right = MODULE._attend
 
-    def wrong(q, rows, is_item, sink, scale):
+    def wrong(q, rows, is_item, sink, scale, operand_dtype):
         if fault == "scaled with the logits":  # softmax(scale * [q . row, sink])
             sink = sink * scale
         elif fault == "beside unscaled logits":  # softmax([q . row, sink])
             scale = 1.0
         else:  # softmax(scale * (q . row) + sink), which cancels
             sink = torch.full_like(sink, -INF)
-        return right(q, rows, is_item, sink, scale)
+        return right(q, rows, is_item, sink, scale, operand_dtype)
 
     monkeypatch.setattr(MODULE, "_attend", wrong)
     with pytest.raises(AssertionError):
@@ -225,6 +241,59 @@ def test_large_numbers_do_not_overflow():
     torch.testing.assert_close(hand_made(q=big, sink=torch.tensor([1e4]), **pools), torch.tensor([[[0.5, 0.0]]]))
 
 
+def test_fp16_weights_are_rounded_and_their_sum_is_not():
+    """A weight of 1 + 1.5 * 2^-11 becomes 1 + 2^-10 above the line; below it stands as it was. A sink adds itself."""
+    weight = 1 + 1.5 * 2.0**-11
+    change = {
+        "q": torch.tensor([[[2 * math.log(weight), 0.0]]]),  # scale is 0.5
+        "operand_dtype": torch.float16,
+        "entries": None,
+        "entry_slots": None,
+    }
+    for sink, sunk in ((-INF, 0.0), (math.log(2.0), 2.0)):
+        y = from_slots(**change, sink=torch.tensor([sink]))
+        torch.testing.assert_close(y[0, 0, 0], torch.tensor((1 + 2.0**-10) / (weight + sunk)), rtol=1e-6, atol=0)
+
+
+def test_fp16_queries_are_rounded_before_the_scores():
+    """q = 1 + 2^-12 is 1 in fp16: both logits are 4096 and the weights equal; in fp32 they are e : 1."""
+    change = {"q": torch.tensor([[[1 + 2.0**-12, 1.0]]]), "scale": 4096.0, "sink": torch.tensor([-INF])}
+    pools = {"window": pool_of(torch.eye(2)), "window_slots": torch.tensor([[0, 1]])}
+    pools |= {"entries": None, "entry_slots": None}
+    y = from_slots(**change, **pools, operand_dtype=torch.float16)
+    torch.testing.assert_close(y, torch.tensor([[[0.5, 0.5]]]), rtol=1e-3, atol=0)
+    y = from_slots(**change, **pools)
+    torch.testing.assert_close(y, torch.tensor([[[math.e, 1.0]]]) / (1 + math.e), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sink", [-INF, 0.0, 70.0, 200.0, INF])
+def test_fp16_edges(sink):
+    """No item, and sinks near and far above every logit."""
+    none = torch.tensor([[-1, -1]])
+    sinks = {"sink": torch.tensor([sink]), "operand_dtype": torch.float16}
+    assert from_slots(window_slots=none, entry_slots=none, **sinks).tolist() == [[[0.0, 0.0]]]
+    y = from_slots(q=torch.zeros(1, 1, 2), **sinks)  # two weights of 1: (1, 0) and (0, 6)
+    total = 2.0 + (math.exp(sink) if sink < 80 else INF)
+    torch.testing.assert_close(y, torch.tensor([[[1.0 / total, 6.0 / total]]]), rtol=1e-5, atol=0)
+
+
+def test_fp16_logits_of_any_size():
+    """Weights stay below 2^16, however large the logits are."""
+    pools = {"window": pool_of(torch.tensor([[1.0, 0.0]])), "entries": pool_of(torch.tensor([[-1.0, 2.0]]))}
+    for logit in (-1e5, -1e4, -0.6931472, -1e-3, 0.0, 1e-3, 0.6931472, 0.6931473, 1e4, 1e5):
+        big = {"q": torch.tensor([[[1.0 if logit >= 0 else -1.0, 0.0]]]), "scale": abs(logit)}
+        y = hand_made(**big, **pools, sink=torch.tensor([-INF]), operand_dtype=torch.float16)
+        weight = 1.0 / (1.0 + math.exp(-2.0 * abs(logit)))
+        winner, other = (torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 2.0]))[:: 1 if logit >= 0 else -1]
+        torch.testing.assert_close(y[0, 0], weight * winner + (1 - weight) * other, rtol=5e-4, atol=5e-4)
+
+
+def test_a_query_beyond_fp16_is_nan_in_its_head():
+    q = torch.tensor([[[65536.0, 0.0], [1.0, 0.0]]])
+    y = hand_made(q=q, sink=torch.zeros(2), operand_dtype=torch.float16)
+    assert bool(y[0, 0].isnan().all()) and bool(y[0, 1].isfinite().all())
+
+
 # --- properties ---
 
 
@@ -253,7 +322,8 @@ def test_equals_the_definition_in_fp64(shape, seed):
     "row_format, width", [(RowFormat.FP8_ROPE_BF16, 512), (RowFormat.BF16, 128), (RowFormat.FP32, 20)]
 )
 @pytest.mark.parametrize("num_heads", [4, 64])
-def test_a_token_does_not_depend_on_the_others(row_format, width, num_heads, seed):
+@OPERANDS
+def test_a_token_does_not_depend_on_the_others(operand_dtype, row_format, width, num_heads, seed):
     torch.manual_seed(seed)
     q, window, window_slots, entries, entry_slots, sink = example(40, num_heads, width, 70, 30, row_format)
     entry_slots[::3] = -1
@@ -261,13 +331,32 @@ def test_a_token_does_not_depend_on_the_others(row_format, width, num_heads, see
 
     def some(part):
         slots, compressed = window_slots[part], entry_slots[part]
-        return attend(q[part], window, slots, entries, compressed, sink, scale=width**-0.5)
+        settings = {"scale": width**-0.5, "operand_dtype": operand_dtype}
+        return attend(q[part], window, slots, entries, compressed, sink, **settings)
 
     whole = some(slice(None))
     assert whole.dtype == torch.bfloat16
     for t in range(0, 40, 3):
         assert torch.equal(some(slice(t, t + 1))[0], whole[t])
     assert torch.equal(some(slice(5, 22)), whole[5:22])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@OPERANDS
+def test_a_head_does_not_depend_on_the_others(operand_dtype, num_tokens, seed):
+    """Heads as tensor parallelism cuts them: 128 on one rank, or any share of them, first, last or between."""
+    torch.manual_seed(seed)
+    q, window, window_slots, entries, entry_slots, sink = example(num_tokens, 128, 512, 70, 30, RowFormat.FP8_ROPE_BF16)
+
+    def attend(heads):
+        arguments = window, window_slots, entries, entry_slots, sink[heads].contiguous()
+        return sparse_attention(q[:, heads].contiguous(), *arguments, scale=512**-0.5, operand_dtype=operand_dtype)
+
+    whole = attend(slice(None))
+    for count in (1, 2, 3, 8, 16, 64):
+        for first in (0, count, 128 - count):
+            part = slice(first, first + count)
+            assert torch.equal(attend(part), whole[:, part])
 
 
 @pytest.mark.parametrize("bound", [1, 200_000, 2**22])
@@ -280,10 +369,14 @@ def test_groups_of_bounded_memory_change_nothing(bound, monkeypatch, seed):
 
 
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 640])
-def test_trailing_columns_without_items_change_nothing(columns, seed):
+@pytest.mark.parametrize("num_rows", [20, 70])
+@OPERANDS
+def test_trailing_columns_without_items_change_nothing(operand_dtype, num_rows, columns, seed):
+    """Neither after the window, where entries must keep their tiles, nor after the entries."""
     torch.manual_seed(seed)
-    q, window, window_slots, entries, entry_slots, sink = example(4, 4, 64, 20, 1)
-    one = attend(q, window, window_slots, entries, entry_slots, sink, scale=0.125)
+    q, window, window_slots, entries, entry_slots, sink = example(4, 4, 64, num_rows, 1)
+    settings = {"scale": 0.125, "operand_dtype": operand_dtype}
+    one = attend(q, window, window_slots, entries, entry_slots, sink, **settings)
     trailing = torch.full((4, columns), -1)
     padded = attend(
         q,
@@ -292,19 +385,21 @@ def test_trailing_columns_without_items_change_nothing(columns, seed):
         entries,
         torch.cat((entry_slots, trailing), 1),
         sink,
-        scale=0.125,
+        **settings,
     )
     assert torch.equal(padded, one)
 
 
-def test_columns_another_token_uses_change_nothing(seed):
+@OPERANDS
+def test_columns_another_token_uses_change_nothing(operand_dtype, seed):
     """J of a call is that of its longest token; a token with 1 entry beside one with 640 keeps its bits."""
     torch.manual_seed(seed)
     q, window, window_slots, entries, entry_slots, sink = example(2, 4, 64, 20, 1)
     long = torch.randint(0, 80, (1, 640))
     both = torch.cat((torch.nn.functional.pad(entry_slots[:1], (0, 639), value=-1), long))
-    together = attend(q, window, window_slots, entries, both, sink, scale=0.125)
-    alone = attend(q[:1], window, window_slots[:1], entries, entry_slots[:1], sink, scale=0.125)
+    settings = {"scale": 0.125, "operand_dtype": operand_dtype}
+    together = attend(q, window, window_slots, entries, both, sink, **settings)
+    alone = attend(q[:1], window, window_slots[:1], entries, entry_slots[:1], sink, **settings)
     assert torch.equal(together[:1], alone)
 
 
@@ -330,14 +425,67 @@ def test_pages_change_nothing(page, row_format, width, seed):
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 512, 100, 64), (1, 12, 384, 20, 0), (40, 4, 64, 70, 30)], ids=str)
-def test_threads_change_nothing(shape, seed):
+@OPERANDS
+def test_threads_change_nothing(operand_dtype, shape, seed):
     torch.manual_seed(seed)
     arguments, before, results = example(*shape), torch.get_num_threads(), []
     for num_threads in (1, 2):
         torch.set_num_threads(num_threads)
-        results.append(attend(*arguments, scale=0.125))
+        results.append(attend(*arguments, scale=0.125, operand_dtype=operand_dtype))
     torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+def in_tiles(q, rows, sink, scale, num_splits, power_of_two=True):
+    """What a kernel does: maxima of the tiles seen so far, log2 e inside the scale, splits over keys and a combine."""
+    q, scale, columns = q.half().float(), torch.tensor(scale / math.log(2.0)), range(0, rows.shape[0], 64)
+    per_split = -(-len(columns) // num_splits)
+    parts = []
+    for first in range(0, len(columns), per_split):
+        top, total, y = torch.full((q.shape[0], 1), -INF), torch.zeros(q.shape[0], 1), torch.zeros_like(q)
+        for column in columns[first : first + per_split]:
+            tile = rows[column : column + 64]
+            logits = sum(q[:, k::4] @ tile[:, k::4].T for k in range(4)) * scale  # another order of the sum
+            best = logits.amax(1, keepdim=True)
+            before, top = top, torch.maximum(top, best.ceil() if power_of_two else best)
+            weights = torch.exp2(logits - top + 15)
+            total = total * torch.exp2(before - top) + weights.sum(1, keepdim=True)
+            y = y * torch.exp2(before - top) + weights.half().float() @ tile
+        parts.append((top, total, y))
+    top = torch.stack([part[0] for part in parts]).amax(0)
+    total, y = torch.exp2(sink[:, None] / math.log(2.0) - top + 15), torch.zeros_like(q)
+    for one_top, one_total, one_y in parts:
+        total, y = total + one_total * torch.exp2(one_top - top), y + one_y * torch.exp2(one_top - top)
+    return y / total
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 10])
+def test_fp16_weights_do_not_depend_on_splits_or_the_maximum_of_a_tile(num_splits, seed):
+    """Nearly all weights round alike in any split; with the largest logit instead of a power of two, nearly none."""
+    torch.manual_seed(seed)
+    pool = pool_of(torch.randn(640, 512), RowFormat.FP8_ROPE_BF16, page=64)
+    slots, sink, q = torch.arange(640), torch.randn(32), 2.0 * torch.randn(1, 32, 512).bfloat16()
+    arguments = (pool, slots[None], None, None, sink)
+    want = attend(q.float(), *arguments, scale=512**-0.5, operand_dtype=torch.float16)[0]
+
+    def distance(power_of_two):
+        got = in_tiles(q[0].float(), read_cache(pool, slots), sink, 512**-0.5, num_splits, power_of_two)
+        assert_within("sparse_attention", got, want)
+        return float((got - want).norm() / want.norm())
+
+    assert distance(True) < 5e-5 < 1.5e-4 < distance(False)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 16, 8, 5), (2, 64, 16, 63, 64), (1, 4, 512, 100, 64)], ids=str)
+def test_fp16_operands_stay_near_the_definition(shape, seed):
+    """Half a step of fp16, 2^-11, in every weight; the queries are fp16 numbers here."""
+    torch.manual_seed(seed)
+    q, *arguments = example(*shape)
+    q = q.half().float()
+    y = attend(q, *arguments, scale=shape[2] ** -0.5, operand_dtype=torch.float16)
+    want = in_fp64(q, *arguments, shape[2] ** -0.5)
+    error = (y.double() - want).norm(dim=-1) / want.norm(dim=-1)
+    assert 1e-6 < float(error.max()) < 2.0**-10
 
 
 def test_items_in_another_order_agree_to_rounding(seed):
@@ -615,9 +763,9 @@ def test_a_loop_that_always_loads_tile_0_is_caught(monkeypatch):
     """Fault F9: passes with one block of columns, wrong with two."""
     right = MODULE._attend
 
-    def first_tile(q, rows, is_item, sink, scale):
+    def first_tile(q, rows, *others):
         rows = rows[:, : MODULE.COLUMN_BLOCK].repeat(1, rows.shape[1] // MODULE.COLUMN_BLOCK, 1)
-        return right(q, rows, is_item, sink, scale)
+        return right(q, rows, *others)
 
     monkeypatch.setattr(MODULE, "_attend", first_tile)
     check_many_columns(64)
@@ -675,6 +823,7 @@ def test_a_loop_that_always_loads_tile_0_is_caught(monkeypatch):
         ({"sink": torch.zeros(2)}, ValueError, "sink must be"),
         ({"sink": torch.zeros(1).bfloat16()}, TypeError, "sink must be float32"),
         ({"out_dtype": torch.float64}, ValueError, "out_dtype must be"),
+        ({"operand_dtype": torch.bfloat16}, ValueError, "operand_dtype must be float16 or float32; got bfloat16"),
     ],
 )
 def test_refusals(change, error, message):

@@ -37,8 +37,10 @@ from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
 from megamoe.ops.rms_norm import rms_norm
-from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, rows_of
-from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, compare, known_ops, open_gpu
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.op_inputs import Arguments, OpInputs
+from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, known_ops, open_gpu
+from megamoe.verify.values import moved, rows_of
 
 NUM_TOKENS = (1, 64, 4096)
 MODELS = ("flash", "pro")
@@ -300,7 +302,7 @@ def check_sample(call: OpCall, inputs: OpInputs, arguments: Arguments, got: Any,
         for name, value in arguments.items()
     }
     want = rows_of(inputs.door(**sampled), torch.arange(len(index)))  # scales in the order of rows, as picked ones
-    compare(call.op, moved(rows_of(got, index), "cpu"), want, sampled)
+    inputs.rule(call.op, moved(rows_of(got, index), "cpu"), want, sampled)
 
 
 def bench_case(

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only place that compiles kernels: what a compile key is, and the processes that turn keys into objects.
 
-A kernel is two files. `rows/rms_norm.py`, the host half, has a frozen dataclass `Config`, whose fields are the
-compile key (dtypes, static sizes, tile choices), and `run`, which allocates outputs and launches. `rms_norm_device.py`
-has `program(config)`, which returns the CuTe DSL function and its symbolic arguments; only that half imports the DSL,
-and only this file imports that half. So a machine that serves needs neither the DSL nor a compiler.
+A kernel is three files. `rows/rms_norm_config.py` has a frozen dataclass `Config`, whose fields are the compile key
+(dtypes, static sizes, tile choices), and how work is shared out for it. `rms_norm_device.py` has `program(config)`,
+which returns the CuTe DSL function and its symbolic arguments; only that half imports the DSL, and only this file
+imports that half. So a machine that serves needs neither the DSL nor a compiler. `rms_norm.py` chooses a `Config`,
+allocates outputs and launches; no object depends on it, so a border or a tile choice in it is changed without building
+anything anew.
 
 Every object is built the same way, whether it goes into the cache of this machine or into a pack for another one: in a
 process of its own, ahead of time, through TVM-FFI, and linked with the C compiler. One architecture per process: the
@@ -37,6 +39,7 @@ TARGETS = {"sm90a": "sm_90a", "sm100a": "sm_100a", "sm103a": "sm_103a"}
 """Names on our command line → names of the compiler."""
 
 PACKAGE = "megamoe.kernels."
+CONFIG, DEVICE = "_config", "_device"  # behind a kernel's name: the files that an object is made of
 DSL_DISTRIBUTION = "nvidia-cutlass-dsl"
 OPTIONS = "--enable-tvm-ffi"
 RECIPE = 1  # raised when this file builds objects in another way, so that old ones are not taken for new
@@ -51,10 +54,10 @@ class CompileError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One kernel to compile or to load: a host module and the values of its compile key.
+    """One kernel to compile or to load: its name and the values of its compile key.
 
     Attributes:
-        module: name below `megamoe.kernels`, for example "rows.rms_norm".
+        module: the kernel's name below `megamoe.kernels`, for example "rows.rms_norm".
         values: (field, value) pairs of the module's `Config`, in its order.
     """
 
@@ -62,10 +65,10 @@ class Request:
     values: tuple[tuple[str, Scalar], ...]
 
     @staticmethod
-    def of(module: str, config: Any) -> Request:
-        """Return the request for a config of a host module (its `__name__`)."""
+    def of(config: Any) -> Request:
+        """Return the request for a config: its kernel is the one whose file its class is in."""
         values = tuple((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
-        return Request(module.removeprefix(PACKAGE), values)
+        return Request(type(config).__module__.removeprefix(PACKAGE).removesuffix(CONFIG), values)
 
     def __str__(self) -> str:
         """Return the key as text: it names the object everywhere."""
@@ -77,19 +80,19 @@ class Request:
         return "megamoe_" + hashlib.sha256(str(self).encode()).hexdigest()[:16]
 
     def config(self) -> Any:
-        """Return the module's `Config` with these values."""
-        return importlib.import_module(PACKAGE + self.module).Config(**dict(self.values))
+        """Return the kernel's `Config` with these values."""
+        return importlib.import_module(PACKAGE + self.module + CONFIG).Config(**dict(self.values))
 
 
 @functools.cache
 def source_hash(module: str) -> str:
-    """Return a digest of everything that decides what an object of this module computes, except compiler and key.
+    """Return a digest of everything that decides what an object of this kernel computes, except compiler and key.
 
-    That is both halves of the kernel and every file of kernels/ that they import, directly or not.
+    That is its config, its device half and every file of kernels/ that they import, directly or not.
     """
     root = pathlib.Path(__file__).parent
     files: set[pathlib.Path] = set()
-    todo = [module, f"{module}_device"]
+    todo = [module + CONFIG, module + DEVICE]
     while todo:
         path = root.joinpath(*todo.pop().split(".")).with_suffix(".py")
         if path.is_file() and path not in files:
@@ -252,7 +255,7 @@ def _c_compiler() -> str | None:
 
 def _build(request: Request, directory: pathlib.Path, keep_code: bool) -> None:
     cute = importlib.import_module("cutlass.cute")
-    device_half = importlib.import_module(f"{PACKAGE}{request.module}_device")
+    device_half = importlib.import_module(PACKAGE + request.module + DEVICE)
     function, arguments = device_half.program(request.config())
     compiled = cute.compile(function, *arguments, options=OPTIONS)
     library = directory / f"{request.symbol}.so"

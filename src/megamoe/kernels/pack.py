@@ -18,7 +18,15 @@ import pathlib
 import tempfile
 from collections.abc import Sequence
 
-from megamoe.kernels.compile import Request, compile_objects, dsl_version, require_target, sha256_of, source_hash
+from megamoe.kernels.compile import (
+    CONFIG,
+    Request,
+    compile_objects,
+    dsl_version,
+    require_target,
+    sha256_of,
+    source_hash,
+)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -157,4 +165,4 @@ def open_pack(path: pathlib.Path, *, version: str) -> Pack:
 
 
 def _is_known(module: str) -> bool:
-    return pathlib.Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").is_file()
+    return pathlib.Path(__file__).parent.joinpath(*f"{module}{CONFIG}".split(".")).with_suffix(".py").is_file()

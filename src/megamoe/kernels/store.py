@@ -252,15 +252,19 @@ def store_of(device: torch.device) -> KernelStore:
     return store_for(target_of(device))
 
 
-def kernel(module: str, config: Any, device: torch.device) -> Launch:
-    """Return the kernel of a host module for a config: what every `run` calls.
+def architecture_of(device: torch.device) -> str:
+    """Return the architecture of a CUDA device as the support table names it."""
+    return store_of(device).target.rstrip("a")
+
+
+def kernel(config: Any, device: torch.device) -> Launch:
+    """Return the kernel for a config: what every `run` calls.
 
     Args:
-        module: the host module's `__name__`.
         config: its compile key.
         device: where the tensors are.
     """
-    return store_of(device).get(Request.of(module, config))
+    return store_of(device).get(Request.of(config))
 
 
 @functools.cache

@@ -95,9 +95,7 @@ class Completion:
             self._prompt_ids.append(ids)
         self.requests: list[Request[str]] = []
         for ids in self._prompt_ids:
-            limit = max_new_tokens(
-                request.max_tokens, DEFAULT_MAX_TOKENS, len(ids), settings, param="max_tokens", prompt_param="prompt"
-            )
+            limit = max_new_tokens(request.max_tokens, DEFAULT_MAX_TOKENS, len(ids), settings, prompt_param="prompt")
             for choice in range(n):
                 params = sampling_params(request, max_tokens=limit, logprobs=request.logprobs, choice=choice)
                 reader = TextStream(encoder.tokenizer, stop_strings(request), min_tokens=request.min_tokens or 0)

@@ -15,120 +15,45 @@ blocks stay within one or two experts and load tokens once or twice, and the las
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 
-from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_SCALE_BYTES
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.experts import sort_pairs, sum_slots
+from megamoe.kernels.experts import sort_pairs_config, sum_slots_config
+from megamoe.kernels.experts.expert_stream_config import QUEUE_BYTES, Config, plan_of
 from megamoe.kernels.experts.sort_pairs import SortedPairs
-from megamoe.kernels.linear.linear_stream import num_multiprocessors
-from megamoe.kernels.parts.weight_stream import SHARED_BYTES, TOKENS_PER_TILE, StreamPlan
+from megamoe.kernels.parts.launch import num_multiprocessors
+from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE
+from megamoe.kernels.parts.weight_stream_limits import is_possible
 from megamoe.kernels.store import kernel
 
-MAX_TILES = 2  # three leave the rings too little shared memory
-WIDEST_TWO_NVFP4 = 4096  # columns; two tiles of wider NVFP4 tokens do not fit the registers while they are arranged
-BLOCK_UNITS = 2  # in a ring that the block fills; a power of 2
 POOL_PERCENT = 10  # of the units, for blocks that are free before others
 POOL_CHUNK = 4
-QUEUE_TURNS = 16  # a power of 2, more than a ring holds units
-QUEUE_HEAD = 16  # bytes: the next unit of the run or chunk that the block is in, and its end
-QUEUE_BYTES = QUEUE_HEAD + 4 * QUEUE_TURNS
+MAX_TILES = 2  # three leave the rings too little shared memory
+WIDEST_TWO_NVFP4 = 4096  # columns; two tiles of wider NVFP4 tokens do not fit the registers while they are arranged
+STREAMED_PAIRS = 4
+"""Pairs an expert, on average, up to which experts are streamed; more of them are multiplied in tiles."""
+FEW_TOKENS = 12
+"""Tokens up to which experts are streamed in any case: very small steps have one order of sums, however many experts a
+GPU has."""
 SHARED_TOKENS = 64
 """Up to how many tokens the shared expert is one of the experts: beyond it would be streamed more than four times."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
+def stream_limit(num_slots: int, num_experts: int) -> int:
+    """Return up to how many tokens experts are streamed; more of them are multiplied in tiles.
 
-    Attributes:
-        step: "gate_up" or "down".
-        num_rows: rows of an expert's weight.
-        num_columns: its columns.
-        num_slots: A, for the token of a pair.
-        num_tiles: token tiles of 8 in a pass.
-        x: "bf16" or "nvfp4".
-        out: "bf16" or "f32".
-        pool: percent of the units that go to whichever block is free.
-        chunk: how many of them it takes at a time; one at the end.
+    From the measured crossover (docs/experiments.md, experts for many pairs). Both paths have the operation's meaning,
+    with sums in another order, so this number is where the last bits may change: a function of A and E alone.
     """
-
-    step: str
-    num_rows: int
-    num_columns: int
-    num_slots: int
-    num_tiles: int
-    x: str
-    out: str
-    pool: int = POOL_PERCENT
-    chunk: int = POOL_CHUNK
-
-    @property
-    def plan(self) -> StreamPlan:
-        """How a product is shared out."""
-        return _plan(self.step, self.num_columns, self.num_tiles)
-
-    @property
-    def by_block(self) -> bool:
-        """Whether the block fills one ring of two units, not every warp a ring of its own."""
-        plan = self.plan
-        ring_bytes = BLOCK_UNITS * plan.streams * block_stage_bytes(plan)
-        return (
-            len(plan.stage_chunks) == 1
-            and plan.partial_buffers == 2
-            and self.num_rows // 16 % plan.tiles_per_unit == 0
-            and plan.ring_offset + ring_bytes + QUEUE_BYTES <= SHARED_BYTES
-        )
-
-    @property
-    def depth(self) -> int:
-        """How often the empty ring is filled: units, or slots of a warp."""
-        return BLOCK_UNITS if self.by_block else self.plan.num_slots
-
-    @property
-    def early(self) -> int:
-        """How much of the ring is filled before the first tokens are asked for; all of it where they come later."""
-        return 1 if self.step == "gate_up" else self.depth
-
-    @property
-    def ahead(self) -> int:
-        """Turns ahead of the present one whose units must be known."""
-        return BLOCK_UNITS if self.by_block else -(-self.plan.num_slots // self.plan.per_unit)
-
-    @property
-    def queue_offset(self) -> int:
-        """Where the queue of units is in shared memory."""
-        if not self.by_block:
-            return self.plan.shared_bytes
-        return self.plan.ring_offset + BLOCK_UNITS * self.plan.streams * block_stage_bytes(self.plan)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory that a block asks for at launch."""
-        return self.queue_offset + QUEUE_BYTES
+    return max(FEW_TOKENS, STREAMED_PAIRS * num_experts // num_slots)
 
 
-def block_stage_bytes(plan: StreamPlan) -> int:
-    """Return the bytes of a stage of the block's ring: a row tile for every group of warps."""
-    return plan.row_groups * plan.chunks * (TILE_CODE_BYTES + TILE_SCALE_BYTES)
-
-
-def fragment_column(column: Any) -> Any:
-    """Return where h has a column: every 64 so that the 16 bytes a lane loads are fragments of two steps of 16.
-
-    Column 16 s + 8 h + 2 t + i is value i of half h of step s of lane t; lane t reads steps 0 and 1, later 2 and 3.
-    """
-    step, half, lane, value = column // 16 % 4, column // 8 % 2, column // 2 % 4, column % 2
-    return column // 64 * 64 + step // 2 * 32 + lane * 8 + step % 2 * 4 + half * 2 + value
-
-
-def _plan(step: str, num_columns: int, num_tiles: int) -> StreamPlan:
-    if step == "gate_up":
-        return StreamPlan(num_columns, 2, num_tiles)
-    return StreamPlan(num_columns, 1, num_tiles, 2 if num_columns <= 2048 else 1)
+def _config(
+    step: str, num_rows: int, num_columns: int, num_slots: int, num_tiles: int, x_name: str, out_name: str
+) -> Config:
+    return Config(step, num_rows, num_columns, num_slots, num_tiles, x_name, out_name, POOL_PERCENT, POOL_CHUNK)
 
 
 def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: int, x_name: str) -> int:
@@ -141,8 +66,8 @@ def tiles_for(num_columns: int, inner_size: int, num_pairs: int, num_experts: in
     most = 1 if x_name == "nvfp4" and max(num_columns, inner_size) > WIDEST_TWO_NVFP4 else MAX_TILES
     wanted = min(most, max(1, -(-int(likely) // TOKENS_PER_TILE)))
     for num_tiles in range(wanted, 0, -1):
-        plans = (_plan("gate_up", num_columns, num_tiles), _plan("down", inner_size, num_tiles))
-        if all(plan.is_possible() and plan.shared_bytes + QUEUE_BYTES <= SHARED_BYTES for plan in plans):
+        plans = (plan_of("gate_up", num_columns, num_tiles), plan_of("down", inner_size, num_tiles))
+        if all(is_possible(plan, QUEUE_BYTES) for plan in plans):
             return num_tiles
     raise NotImplementedError(
         f"experts: the kernel takes hidden and inner sizes that are multiples of 64 up to 8192; got {num_columns} and "
@@ -164,11 +89,15 @@ def expert_keys(
     many_pairs = MAX_TILES * TOKENS_PER_TILE * num_experts
     for num_tiles in range(1, tiles_for(width, inner_size, many_pairs, num_experts, x_name) + 1):
         keys += [
-            sort_pairs.Config(num_experts, num_tiles * TOKENS_PER_TILE),
-            Config("gate_up", inner_size, width, num_slots, num_tiles, x_name, hidden_name),
-            Config("down", width, inner_size, num_slots, num_tiles, x_name, "bf16"),
+            sort_pairs_config.Config(num_experts, num_tiles * TOKENS_PER_TILE),
+            _config("gate_up", inner_size, width, num_slots, num_tiles, x_name, hidden_name),
+            _config("down", width, inner_size, num_slots, num_tiles, x_name, "bf16"),
         ]
-    return [*keys, sum_slots.Config(width, num_slots, None, "bf16"), sum_slots.Config(width, num_slots, "bf16", "bf16")]
+    return [
+        *keys,
+        sum_slots_config.Config(width, num_slots, None, "bf16"),
+        sum_slots_config.Config(width, num_slots, "bf16", "bf16"),
+    ]
 
 
 def _weight(w: NvFp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -207,10 +136,10 @@ def gate_up(
         out_name: its dtype, "bf16" or "f32".
     """
     num_rows, num_columns = weights[0].shape[-2:]
-    config = Config("gate_up", num_rows, num_columns, route_weights.shape[1], num_tiles, x_name, out_name)
+    config = _config("gate_up", num_rows, num_columns, route_weights.shape[1], num_tiles, x_name, out_name)
     limit = float("inf") if swiglu_limit is None else swiglu_limit
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
-    kernel(__name__, config, out.device)(
+    kernel(config, out.device)(
         *x,
         *(part for w in weights for part in _weight(w)),
         *(part for w, v in zip(weights, shared, strict=True) for part in _weight(w if v is None else v)),
@@ -246,7 +175,7 @@ def down(
         out: [pairs, D] bf16, overwritten.
     """
     num_rows, num_columns = w2.shape[-2:]
-    config = Config("down", num_rows, num_columns, num_slots, num_tiles, h_name, "bf16")
+    config = _config("down", num_rows, num_columns, num_slots, num_tiles, h_name, "bf16")
     blocks = min(num_multiprocessors(out.device), num_rows // 16 * pairs.passes.shape[0])
     weights = (*_weight(w2), *_weight(w2 if shared is None else shared))
-    kernel(__name__, config, out.device)(*h, *weights, pairs.order, pairs.passes, pairs.num_passes, out, blocks)
+    kernel(config, out.device)(*h, *weights, pairs.order, pairs.passes, pairs.num_passes, out, blocks)

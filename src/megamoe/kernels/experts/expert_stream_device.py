@@ -10,7 +10,7 @@ from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_SCALE_BYTES
-from megamoe.kernels.experts.expert_stream import (
+from megamoe.kernels.experts.expert_stream_config import (
     BLOCK_UNITS,
     QUEUE_HEAD,
     QUEUE_TURNS,
@@ -18,7 +18,7 @@ from megamoe.kernels.experts.expert_stream import (
     block_stage_bytes,
     fragment_column,
 )
-from megamoe.kernels.experts.sort_pairs import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT
+from megamoe.kernels.experts.sort_pairs_config import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT
 from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.memory_device import (
     bulk_copy_if,

@@ -14,7 +14,6 @@ steps ahead, past the end of a tile; two consumer warpgroups decode and multiply
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,81 +21,17 @@ import torch
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.experts import gather_rows, sort_pairs
+from megamoe.kernels.experts import gather_rows, gather_rows_config, sort_pairs, sort_pairs_config
+from megamoe.kernels.experts.expert_tiles_sm90_config import Config
 from megamoe.kernels.experts.sort_pairs import SortedPairs
-from megamoe.kernels.linear.linear_stream import DTYPE_NAMES, num_multiprocessors
-from megamoe.kernels.rows import expand_nvfp4
+from megamoe.kernels.parts.launch import DTYPE_NAMES, num_multiprocessors
+from megamoe.kernels.rows import expand_nvfp4, expand_nvfp4_config
 from megamoe.kernels.store import kernel
 
-BOX_TOKENS = 16  # what one request to the copy engine brings
 PASS_TOKENS = (32, 64, 112)
 """Sizes of a pass, a kernel each: one with several would run out of registers, and wait after every instruction."""
-HALF_TILES = 8  # row tiles of 16 rows in half a block: w1 and w3, or the first and the second half of w2
-HALF_ROWS = HALF_TILES * 16
-CONSUMERS = 256
-THREADS = CONSUMERS + 128
-SHARED_BYTES = 227 * 1024 - 2048  # but for barriers and alignment
-STEP_BYTES = 2 * HALF_TILES * (TILE_CODE_BYTES + TILE_SCALE_BYTES)  # of weights
-
-STREAMED_PAIRS = 4
-"""Pairs an expert, on average, up to which experts are streamed; more of them are multiplied in tiles."""
-FEW_TOKENS = 12
-"""Tokens up to which experts are streamed in any case: very small steps have one order of sums, however many experts a
-GPU has."""
-
 
 Weights = tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        step: "gate_up" or "down".
-        num_rows: rows of an expert's weight.
-        num_columns: its columns.
-        pass_tokens: pairs of a pass, the N of the instruction.
-        scaled: x is code * block scale * 2^-7 of NVFP4 activations, and each row has a tensor scale.
-        out: "bf16" or "f32".
-    """
-
-    step: str
-    num_rows: int
-    num_columns: int
-    pass_tokens: int
-    scaled: bool
-    out: str
-
-    @property
-    def block_rows(self) -> int:
-        """Output rows of a block."""
-        return HALF_ROWS if self.step == "gate_up" else 2 * HALF_ROWS
-
-    @property
-    def row_blocks(self) -> int:
-        """Blocks that an expert's rows take."""
-        return -(-self.num_rows // self.block_rows)
-
-    @property
-    def out_stride(self) -> int:
-        """Values between tokens of the output tile in shared memory: rows start in other banks."""
-        return self.block_rows + 8
-
-    @property
-    def stages(self) -> int:
-        """Steps of 64 columns that shared memory holds."""
-        stage_bytes = STEP_BYTES + self.pass_tokens * TILE_COLUMNS * 2
-        return (SHARED_BYTES - self.pass_tokens * self.out_stride * 2) // stage_bytes
-
-
-def stream_limit(num_slots: int, num_experts: int) -> int:
-    """Return up to how many tokens experts are streamed; more of them are multiplied in tiles.
-
-    From the measured crossover (docs/experiments.md, experts for many pairs). Both paths have the operation's meaning,
-    with sums in another order, so this number is where the last bits may change: a function of A and E alone.
-    """
-    return max(FEW_TOKENS, STREAMED_PAIRS * num_experts // num_slots)
 
 
 def pass_tokens_for(num_pairs: int, num_experts: int) -> int:
@@ -116,12 +51,12 @@ def tile_keys(width: int, inner_size: int, num_experts: int, x_name: str, hidden
         x_name: "bf16" or "nvfp4", what both products multiply.
         hidden_name: dtype that gate_up stores.
     """
-    keys: list[Any] = [gather_rows.Config(width, x_name)]
+    keys: list[Any] = [gather_rows_config.Config(width, x_name)]
     if x_name == "nvfp4":
-        keys.append(expand_nvfp4.Config())
+        keys.append(expand_nvfp4_config.Config())
     for size in PASS_TOKENS:
         keys += [
-            sort_pairs.Config(num_experts, size),
+            sort_pairs_config.Config(num_experts, size),
             Config("gate_up", inner_size, width, size, x_name == "nvfp4", hidden_name),
             Config("down", width, inner_size, size, x_name == "nvfp4", "bf16"),
         ]
@@ -206,7 +141,7 @@ def gate_up(
     limit = float("inf") if swiglu_limit is None else swiglu_limit
     blocks = min(num_multiprocessors(out.device), config.row_blocks * pairs.passes.shape[0])
     scales = () if rows.tensor_scale is None else (rows.tensor_scale,)
-    kernel(__name__, config, out.device)(
+    kernel(config, out.device)(
         rows.x,
         *scales,
         *(part for w in weights for part in _weight(w)),
@@ -244,7 +179,7 @@ def down(
     config = Config("down", num_rows, num_columns, pass_tokens, scaled, DTYPE_NAMES[out.dtype])
     blocks = min(num_multiprocessors(out.device), config.row_blocks * pairs.passes.shape[0])
     scales = () if tensor_scale is None else (tensor_scale,)
-    kernel(__name__, config, out.device)(
+    kernel(config, out.device)(
         h,
         *scales,
         *_weight(w2),

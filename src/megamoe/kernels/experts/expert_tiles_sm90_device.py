@@ -10,7 +10,7 @@ from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_SCALE_BYTES
-from megamoe.kernels.experts.expert_tiles_sm90 import (
+from megamoe.kernels.experts.expert_tiles_sm90_config import (
     BOX_TOKENS,
     CONSUMERS,
     HALF_ROWS,
@@ -19,7 +19,7 @@ from megamoe.kernels.experts.expert_tiles_sm90 import (
     THREADS,
     Config,
 )
-from megamoe.kernels.experts.sort_pairs import PASS_FIELDS, SHARED_EXPERT
+from megamoe.kernels.experts.sort_pairs_config import PASS_FIELDS, SHARED_EXPERT
 from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.fragment_device import block_scales, weight_fragment
 from megamoe.kernels.parts.memory_device import (

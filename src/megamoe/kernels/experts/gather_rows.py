@@ -11,22 +11,8 @@ import dataclasses
 
 import torch
 
+from megamoe.kernels.experts.gather_rows_config import Config
 from megamoe.kernels.store import kernel
-
-THREADS = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        num_columns: values of a token.
-        x: "bf16" or "nvfp4".
-    """
-
-    num_columns: int
-    x: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +47,7 @@ def gather_rows(x: tuple[torch.Tensor, ...], order: torch.Tensor, route_weights:
     )
     config = Config(num_columns, "bf16" if len(x) == 1 else "nvfp4")
     scales = () if gathered.tensor_scale is None else (gathered.tensor_scale,)
-    kernel(__name__, config, device)(
+    kernel(config, device)(
         *x, order, route_weights.view(-1), gathered.x, *scales, gathered.route_weights, route_weights.shape[1]
     )
     return gathered

@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.experts.gather_rows import THREADS, Config
+from megamoe.kernels.experts.gather_rows_config import THREADS, Config
 from megamoe.kernels.parts.fragment import plain_pair
 from megamoe.kernels.parts.fragment_device import block_scales, multiply_bf16x2
 from megamoe.kernels.parts.memory_device import (

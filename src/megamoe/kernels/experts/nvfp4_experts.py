@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvfp4_experts on Hopper: experts stream, or are multiplied in tiles; tokens and h are NVFP4, decoded to bf16.
+"""nvfp4_experts: experts stream, or are multiplied in tiles; tokens and h are NVFP4, decoded to bf16.
 
 Meaning    ops/nvfp4_experts.py and ops/expert_common.py; this file only makes it fast
 Few pairs  an expert: quantize x, sort_pairs, gate_up (h in fp32), quantize h, down, sum_slots (expert_stream.py)
-Many       sort_pairs, gather_rows, gate_up, quantize h, expand, down, sum_slots: tiles on wgmma (expert_tiles_sm90.py)
-Choice     by T, A and E alone: stream_limit of expert_tiles_sm90.py. No host synchronization on either path
-Shared     expert: one more expert of the same launches; streaming more than 64 tokens, three linears and clamped_swiglu
+Many       Hopper alone: sort_pairs, gather_rows, gate_up, quantize h, expand, down, sum_slots (expert_tiles_sm90.py)
+Choice     by T, A and E alone: stream_limit of expert_stream.py. No host synchronization on either path
+Shared     expert: one more expert of the same launches; where Hopper streams more than 64 tokens, three linears and
+           clamped_swiglu
 Limits     x bf16; weights in fragment order (w.fragments(), once at load); D and F multiples of 64 up to 8192; at most
            512 experts on a GPU
 Bound      memory: the bytes of chosen experts, 0.5625 a value; from some 100 pairs an expert on, the tensor cores
@@ -21,13 +22,13 @@ import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels.experts import expert_tiles_sm90
-from megamoe.kernels.experts.expert_stream import SHARED_TOKENS, down, expert_keys, gate_up, tiles_for
+from megamoe.kernels.experts.expert_stream import SHARED_TOKENS, down, expert_keys, gate_up, stream_limit, tiles_for
 from megamoe.kernels.experts.sort_pairs import sort_pairs
 from megamoe.kernels.experts.sum_slots import sum_slots
 from megamoe.kernels.linear import nvfp4_linear
-from megamoe.kernels.linear.linear_stream import aligned, require_fragments
+from megamoe.kernels.parts.launch import aligned, require_fragments, require_more, takes_more
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE
-from megamoe.kernels.rows import clamped_swiglu, quantize_nvfp4
+from megamoe.kernels.rows import clamped_swiglu, quantize_nvfp4, quantize_nvfp4_config
 
 Weights = tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor]
 
@@ -36,9 +37,9 @@ def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from expert_keys(dims["E"], dims["D"], dims["F"], dims["A"], "nvfp4", "f32")
     yield from expert_tiles_sm90.tile_keys(dims["D"], dims["F"], dims["E"], "nvfp4", "f32")
-    yield quantize_nvfp4.Config(dims["D"], "bf16", True)
-    yield quantize_nvfp4.Config(dims["F"], "f32", True)
-    yield quantize_nvfp4.Config(dims["F"], "bf16", True)
+    yield quantize_nvfp4_config.Config(dims["D"], "bf16", True)
+    yield quantize_nvfp4_config.Config(dims["F"], "f32", True)
+    yield quantize_nvfp4_config.Config(dims["F"], "bf16", True)
     yield from nvfp4_linear.configs({"N": dims["F"], "K": dims["D"]})
     yield from nvfp4_linear.configs({"N": dims["D"], "K": dims["F"]})
     yield from clamped_swiglu.configs(dims)
@@ -67,16 +68,19 @@ def run(
     x = aligned(x)
     if x.shape[0] == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    limit = stream_limit(expert_ids.shape[1], w1.shape[0])
+    if x.shape[0] > limit:
+        require_more(op, x.shape[0], limit, x.device)
     quantized = quantize_nvfp4.run(x, None)
     num_pairs = expert_ids.numel()
-    if x.shape[0] > expert_tiles_sm90.stream_limit(expert_ids.shape[1], w1.shape[0]):
+    if x.shape[0] > limit:
         outputs = expert_tiles_sm90.tile_experts(
             *(op, _parts(quantized), route_weights, expert_ids, (w1, w3, w2), shared_weights, swiglu_limit),
             _quantize,
         )
         shared_output = shared_output if shared_weights is None else outputs[num_pairs:]
         return sum_slots(outputs[:num_pairs], expert_ids.shape[1], shared_output, out_dtype)
-    if shared_weights is not None and x.shape[0] > SHARED_TOKENS:
+    if shared_weights is not None and x.shape[0] > SHARED_TOKENS and takes_more(op, x.device):
         shared_output, shared_weights = _shared_expert(quantized, shared_weights, swiglu_limit), None
     return _stream(
         op, quantized, route_weights, expert_ids, (w1, w3, w2), shared_output, shared_weights, swiglu_limit, out_dtype

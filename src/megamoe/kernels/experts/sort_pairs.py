@@ -12,26 +12,10 @@ import dataclasses
 
 import torch
 
+from megamoe.kernels.experts.sort_pairs_config import NUM_COUNTERS, PASS_FIELDS, THREADS, Config
 from megamoe.kernels.store import kernel
 
-THREADS = 512
 MAX_EXPERTS = THREADS
-PASS_FIELDS = 4  # expert, first sorted position, number of pairs, unused
-NUM_COUNTERS = 3
-SHARED_EXPERT = -1  # in the expert's place, for the passes of the shared one
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        num_experts: E.
-        tokens_per_pass: pairs of one expert that one pass serves.
-    """
-
-    num_experts: int
-    tokens_per_pass: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +58,12 @@ def sort_pairs(
         )
     num_pairs, num_shared = expert_ids.numel(), expert_ids.shape[0] if with_shared else 0
     num_passes = max_passes(num_pairs, num_experts, tokens_per_pass) + -(-num_shared // tokens_per_pass)
-    on_device = {"dtype": torch.int32, "device": expert_ids.device}
+    device = expert_ids.device
     pairs = SortedPairs(
-        torch.empty(num_pairs + num_shared, **on_device),
-        torch.empty(num_passes, PASS_FIELDS, **on_device),
-        torch.empty(NUM_COUNTERS, **on_device),
+        torch.empty(num_pairs + num_shared, dtype=torch.int32, device=device),
+        torch.empty(num_passes, PASS_FIELDS, dtype=torch.int32, device=device),
+        torch.empty(NUM_COUNTERS, dtype=torch.int32, device=device),
     )
-    launch = kernel(__name__, Config(num_experts, tokens_per_pass), expert_ids.device)
+    launch = kernel(Config(num_experts, tokens_per_pass), expert_ids.device)
     launch(expert_ids.reshape(-1), pairs.order, pairs.passes, pairs.num_passes)
     return pairs

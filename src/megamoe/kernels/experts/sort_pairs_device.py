@@ -7,7 +7,7 @@ from cutlass import Int32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.experts.sort_pairs import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT, THREADS, Config
+from megamoe.kernels.experts.sort_pairs_config import NUM_COUNTERS, PASS_FIELDS, SHARED_EXPERT, THREADS, Config
 
 WARPS = THREADS // 32
 

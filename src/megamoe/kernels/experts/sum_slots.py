@@ -3,32 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
+from megamoe.kernels.experts.sum_slots_config import Config
+from megamoe.kernels.parts.launch import DTYPE_NAMES
 from megamoe.kernels.store import kernel
-
-VECTOR = 8
-THREADS = 128
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        width: D, a multiple of 8.
-        num_slots: A.
-        shared: dtype of the shared experts' output, or None.
-        out: "bf16" or "f32".
-    """
-
-    width: int
-    num_slots: int
-    shared: str | None
-    out: str
 
 
 def sum_slots(
@@ -45,7 +24,7 @@ def sum_slots(
     num_tokens, width = outputs.shape[0] // num_slots, outputs.shape[1]
     out = torch.empty(num_tokens, width, dtype=out_dtype, device=outputs.device)
     shared = None if shared_output is None else DTYPE_NAMES[shared_output.dtype]
-    launch = kernel(__name__, Config(width, num_slots, shared, DTYPE_NAMES[out_dtype]), outputs.device)
+    launch = kernel(Config(width, num_slots, shared, DTYPE_NAMES[out_dtype]), outputs.device)
     if shared_output is None:
         launch(outputs, out)
     else:

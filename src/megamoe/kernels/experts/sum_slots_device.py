@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.experts.sum_slots import THREADS, VECTOR, Config
+from megamoe.kernels.experts.sum_slots_config import THREADS, VECTOR, Config
 
 DTYPES = {"bf16": BFloat16, "f32": Float32}
 

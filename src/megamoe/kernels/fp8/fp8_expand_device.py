@@ -7,8 +7,8 @@ from cutlass import BFloat16, Float16, Float32, Int32, Int64, Uint8
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from megamoe.kernels.fp8.fp8_device import e4m3_pairs, load_scale_if, scaled_pairs
-from megamoe.kernels.fp8.fp8_expand import THREAD_VALUES, THREADS, Config
-from megamoe.kernels.fp8.fp8_stream import BLOCK, CHUNK
+from megamoe.kernels.fp8.fp8_expand_config import THREAD_VALUES, THREADS, Config
+from megamoe.kernels.fp8.fp8_stream_config import BLOCK, CHUNK
 from megamoe.kernels.fp8.fp8_stream_device import symbolic_scales
 from megamoe.kernels.parts.memory_device import load_global_if, store_global_vector
 

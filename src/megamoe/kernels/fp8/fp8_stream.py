@@ -13,125 +13,16 @@ from the sums of the earlier ones. Slices and their order depend on K alone, so 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import torch
 
+from megamoe.kernels.fp8.fp8_stream_config import BLOCK, TILE_ROWS, TOKENS_PER_TILE, WARPS, Config
+from megamoe.kernels.parts.launch import DTYPE_NAMES, num_multiprocessors
 from megamoe.kernels.store import kernel
 
-BLOCK = 128
-CHUNK = 64  # columns of a ring slot: 16 rows of them are 1024 bytes
-WARPS = 16
-THREADS = WARPS * 32
-TILE_ROWS = 16
-TOKENS_PER_TILE = 8
 TILE_COUNTS = (1, 2, 4)
+EARLY_CHUNKS = 2  # copied before the tokens are asked for; a longer queue of weights would delay the tokens
 PASS_TOKENS = TILE_COUNTS[-1] * TOKENS_PER_TILE
 MAX_BLOCKS = {1: 64, 2: 64, 4: 32}  # blocks of columns whose tokens fit in shared memory, by token tiles
-MAX_DEPTH = 8
-EARLY_CHUNKS = 2  # copied before the tokens are asked for; a longer queue of weights would delay the tokens
-SHARED_BYTES = 226 * 1024
-SLOT_BYTES = TILE_ROWS * CHUNK
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        num_columns: K.
-        first_column, last_column: the part of the columns that this launch multiplies.
-        slice_blocks: blocks of 128 columns of a warp; the last warp may have fewer.
-        num_tiles: token tiles of 8.
-        out: "bf16" or "f32".
-        early: ring slots that are filled before the kernel ahead of this one has finished.
-    """
-
-    num_columns: int
-    first_column: int
-    last_column: int
-    slice_blocks: int
-    num_tiles: int
-    out: str
-    early: int = EARLY_CHUNKS
-
-    @property
-    def adds(self) -> bool:
-        """Whether this part adds to the sums of parts before it."""
-        return self.first_column > 0
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of 128 columns."""
-        return (self.last_column - self.first_column) // BLOCK
-
-    @property
-    def slices(self) -> int:
-        """Slices of this part."""
-        return -(-self.num_blocks // self.slice_blocks)
-
-    @property
-    def split(self) -> int:
-        """Warps of a team: a power of two, so that teams fill a block; those without a slice only help to add."""
-        return next(size for size in (1, 2, 4, 8, 16) if size >= self.slices)
-
-    @property
-    def teams(self) -> int:
-        """Teams of a thread block."""
-        return WARPS // self.split
-
-    # Shared memory, in this order: partial sums, token scales, tokens, rings.
-
-    @property
-    def partial_bytes(self) -> int:
-        """Shared memory for the partial sums of one row tile of every team."""
-        return THREADS * self.num_tiles * 16 if self.split > 1 else 0
-
-    @property
-    def scale_bytes(self) -> int:
-        """Shared memory for token scales in fp32: [blocks, tokens]."""
-        return self.num_blocks * self.num_tiles * TOKENS_PER_TILE * 4
-
-    @property
-    def token_bytes(self) -> int:
-        """Shared memory for the codes of the tokens."""
-        return self.num_blocks * BLOCK * self.num_tiles * TOKENS_PER_TILE
-
-    def _depth(self, buffers: int) -> int:
-        left = SHARED_BYTES - buffers * self.partial_bytes - self.scale_bytes - self.token_bytes
-        return min(MAX_DEPTH, left // (WARPS * SLOT_BYTES))
-
-    @property
-    def partial_buffers(self) -> int:
-        """Two, so that warps go on while others add, unless the rings would suffer."""
-        return 2 if self._depth(2) >= min(4, self._depth(1)) else 1
-
-    @property
-    def depth(self) -> int:
-        """Slots of a ring."""
-        return self._depth(self.partial_buffers)
-
-    @property
-    def scale_offset(self) -> int:
-        """Where token scales start."""
-        return self.partial_buffers * self.partial_bytes
-
-    @property
-    def token_offset(self) -> int:
-        """Where tokens start."""
-        return self.scale_offset + self.scale_bytes
-
-    @property
-    def ring_offset(self) -> int:
-        """Where the rings start."""
-        return self.token_offset + self.token_bytes
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory that a block asks for at launch."""
-        return self.ring_offset + WARPS * self.depth * SLOT_BYTES
 
 
 def slice_size(num_columns: int) -> int:
@@ -156,15 +47,9 @@ def stream_configs(num_columns: int, num_tokens: int, out: str) -> list[Config]:
     num_tiles = next(count for count in TILE_COUNTS if num_tokens <= count * TOKENS_PER_TILE)
     size = slice_size(num_columns)
     return [
-        Config(num_columns, first, last, size, num_tiles, out if last == num_columns else "f32")
+        Config(num_columns, first, last, size, num_tiles, out if last == num_columns else "f32", EARLY_CHUNKS)
         for first, last in column_parts(num_columns, num_tiles)
     ]
-
-
-@functools.cache
-def num_multiprocessors(device: torch.device) -> int:
-    """Return how many blocks of a persistent kernel run at once."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def stream_linear(
@@ -193,7 +78,7 @@ def stream_linear(
             blocks = min(num_multiprocessors(w.device), -(-num_units // config.teams))
             target = out if config is configs[-1] else sums
             earlier = (sums[tokens],) if config.adds else ()
-            kernel(__name__, config, w.device)(x[tokens], w, *scales, *earlier, target[tokens], blocks)
+            kernel(config, w.device)(x[tokens], w, *scales, *earlier, target[tokens], blocks)
     return out
 
 

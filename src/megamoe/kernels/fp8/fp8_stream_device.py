@@ -19,15 +19,7 @@ from megamoe.kernels.fp8.fp8_device import (
     team_barrier,
     wait_copies,
 )
-from megamoe.kernels.fp8.fp8_stream import (
-    BLOCK,
-    CHUNK,
-    SLOT_BYTES,
-    THREADS,
-    TILE_ROWS,
-    TOKENS_PER_TILE,
-    Config,
-)
+from megamoe.kernels.fp8.fp8_stream_config import BLOCK, CHUNK, SLOT_BYTES, THREADS, TILE_ROWS, TOKENS_PER_TILE, Config
 from megamoe.kernels.parts.memory_device import load_shared, load_shared_float, store_shared_float
 from megamoe.kernels.parts.mma_device import zeros
 

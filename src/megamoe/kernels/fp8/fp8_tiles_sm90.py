@@ -14,49 +14,16 @@ Hopper's FP8 instructions would be twice as fast, but they add with some 14 bits
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from megamoe.kernels.fp8.fp8_expand import expand_fp8
-from megamoe.kernels.fp8.fp8_stream import BLOCK, DTYPE_NAMES, num_multiprocessors, scale_bytes
+from megamoe.kernels.fp8.fp8_stream import scale_bytes
+from megamoe.kernels.fp8.fp8_tiles_sm90_config import GROUP_ROWS, Config
+from megamoe.kernels.parts.launch import DTYPE_NAMES, num_multiprocessors
 from megamoe.kernels.store import kernel
 
-CONSUMERS = 256
-THREADS = CONSUMERS + 128
-SHARED_BYTES = 208 * 1024  # for stages
-MAX_STAGES = 6
-GROUP_ROWS = 128  # rows of one wgmma of both consumer warpgroups
 TILE_TIMES = {(2 * GROUP_ROWS, 128): 2.0, (GROUP_ROWS, 128): 1.03, (GROUP_ROWS, 64): 0.75}
 """Rows and tokens of a tile → how long one takes, as measured with many columns: small tiles wait more."""
-UNDO = 2.0**7  # folded weights are held times 2^-7, so that the factor of their bytes stays in bf16's range
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        block_rows: weight rows of a tile, 128 or 256 (folded alone).
-        block_tokens: tokens of a tile, 64 or 128.
-        folded: scales are part of the bf16 operands.
-        out: "bf16" or "f32".
-    """
-
-    block_rows: int
-    block_tokens: int
-    folded: bool
-    out: str
-
-    @property
-    def stage_bytes(self) -> int:
-        """Bytes of 128 columns of a tile's operands."""
-        return BLOCK * (2 * self.block_tokens + (self.block_rows if self.folded else 0))
-
-    @property
-    def stages(self) -> int:
-        """Stages in shared memory."""
-        return min(MAX_STAGES, SHARED_BYTES // self.stage_bytes)
 
 
 def tile_linear(
@@ -72,7 +39,7 @@ def tile_linear(
     config = Config(rows, tokens, folded, DTYPE_NAMES[out_dtype])
     scales = (*(() if folded else (factors,)), *scale_bytes(w_scales))
     blocks = min(multiprocessors, -(-num_rows // rows) * -(-num_tokens // tokens))
-    kernel(__name__, config, w.device)(values, w, *scales, out, blocks)
+    kernel(config, w.device)(values, w, *scales, out, blocks)
     return out
 
 

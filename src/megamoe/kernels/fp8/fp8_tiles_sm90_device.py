@@ -17,10 +17,10 @@ from megamoe.kernels.fp8.fp8_device import (
     load_two_floats,
     nan_of_row,
 )
-from megamoe.kernels.fp8.fp8_expand import PADDED_TOKENS
-from megamoe.kernels.fp8.fp8_stream import BLOCK, CHUNK
+from megamoe.kernels.fp8.fp8_expand_config import PADDED_TOKENS
+from megamoe.kernels.fp8.fp8_stream_config import BLOCK, CHUNK
 from megamoe.kernels.fp8.fp8_stream_device import symbolic_scales
-from megamoe.kernels.fp8.fp8_tiles_sm90 import CONSUMERS, GROUP_ROWS, THREADS, UNDO, Config
+from megamoe.kernels.fp8.fp8_tiles_sm90_config import CONSUMERS, GROUP_ROWS, THREADS, UNDO, Config
 from megamoe.kernels.parts.memory_device import (
     arrive_if,
     expect_bytes_if,

@@ -10,31 +10,15 @@ Bound      memory: (2 X + 1) D values a token
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.rows import DTYPE_NAMES, as_rows, require_width
+from megamoe.kernels.hyper_connection.hyper_connection_post_config import Config
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, require_width
 from megamoe.kernels.store import kernel
 
 MAX_STREAMS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        width: D.
-        streams: X.
-        x, y: "bf16" or "f32".
-    """
-
-    width: int
-    streams: int
-    x: str
-    y: str
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
@@ -50,7 +34,7 @@ def run(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
         return out
     require_streams("hyper_connection_post", streams)
     require_width("hyper_connection_post", width)
-    launch = kernel(__name__, Config(width, streams, DTYPE_NAMES[x.dtype], DTYPE_NAMES[y.dtype]), x.device)
+    launch = kernel(Config(width, streams, DTYPE_NAMES[x.dtype], DTYPE_NAMES[y.dtype]), x.device)
     launch(
         as_rows(y),
         as_rows(x),

@@ -5,7 +5,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
-from megamoe.kernels.hyper_connection.hyper_connection_post import Config
+from megamoe.kernels.hyper_connection.hyper_connection_post_config import Config
 from megamoe.kernels.parts.rows import VECTOR, row_tile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,

@@ -5,7 +5,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
-from megamoe.kernels.hyper_connection.hyper_connection_pre import (
+from megamoe.kernels.hyper_connection.hyper_connection_pre_config import (
     SCRATCH_STRIDE,
     STEPS,
     STREAMS,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.kernels.hyper_connection import hyper_connection_pre
-from megamoe.kernels.hyper_connection.hyper_connection_pre import Config
+from megamoe.kernels.hyper_connection.hyper_connection_pre_config import Config
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:

@@ -7,45 +7,18 @@ tokens of a second group would come in the middle of the stream, and everyone wo
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.linear.linear_stream import DTYPE_NAMES, num_multiprocessors
-from megamoe.kernels.parts.weight_stream import MAX_COLUMNS, TOKENS_PER_TILE, StreamPlan
+from megamoe.kernels.linear.grouped_stream_config import Config
+from megamoe.kernels.parts.launch import DTYPE_NAMES, num_multiprocessors
+from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE
+from megamoe.kernels.parts.weight_stream_limits import MAX_COLUMNS
 from megamoe.kernels.store import kernel
 
 MAX_TILES = 2
 STREAM_LIMIT = MAX_TILES * TOKENS_PER_TILE
 """Up to so many tokens the weights are streamed; more are multiplied in tiles, which add in another order."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        num_columns: K.
-        num_tiles: token tiles of 8.
-        x: "bf16" or "nvfp4".
-        out: "bf16" or "f32".
-    """
-
-    num_columns: int
-    num_tiles: int
-    x: str
-    out: str
-
-    @property
-    def plan(self) -> StreamPlan:
-        """How the product is shared out."""
-        return StreamPlan(self.num_columns, 1, self.num_tiles)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory that a block asks for at launch."""
-        return self.plan.shared_bytes
 
 
 def stream_keys(num_columns: int, x: str, out: str) -> list[Config]:
@@ -80,7 +53,7 @@ def stream_grouped(x: tuple[torch.Tensor, ...], x_name: str, w: NvFp4Tensor, out
     config = Config(num_columns, -(-num_tokens // TOKENS_PER_TILE), x_name, DTYPE_NAMES[out_dtype])
     per_group = max(1, num_multiprocessors(w.device) // num_groups)
     blocks = min(per_group, config.plan.num_units(num_rows // 16))  # of a group
-    kernel(__name__, config, w.device)(
+    kernel(config, w.device)(
         *(one.view(num_tokens, -1) for one in x),
         w.codes.view(-1, num_columns // 2),
         w.scales.view(torch.uint8).view(-1, num_columns // 16),

@@ -6,7 +6,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from megamoe.kernels.linear.grouped_stream import Config
+from megamoe.kernels.linear.grouped_stream_config import Config
 from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.memory_device import load_global_float
 from megamoe.kernels.parts.weight_stream import EARLY_SLOTS, THREADS, TOKENS_PER_TILE

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megamoe.kernels.linear.linear_stream import aligned
 from megamoe.kernels.linear.weight_tiles_sm90 import plain_tile_linear, require_bf16, tile_keys
+from megamoe.kernels.parts.launch import aligned
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_SCALE_BYTES
-from megamoe.kernels.linear.linear_stream import (
+from megamoe.kernels.linear.linear_stream_config import (
     FEW_TOKENS,
     FRAGMENT_BYTES,
     RING_BARRIER_BYTES,
@@ -104,7 +104,7 @@ class SegmentThread(StreamThread):
             self.first_chunks = [cutlass.min(first, last) for first, _ in self.own]
 
     def _own_chunks(self, rank):
-        """Return the first chunk of a segment of a rank and the one after its last (LinearPlan.own_chunks)."""
+        """Return the first chunk of a segment of a rank and the one after its last."""
         plan = self.plan
         if not plan.uneven:
             first = (rank * plan.rank_warps + self.rank_warp) * plan.segment_chunks

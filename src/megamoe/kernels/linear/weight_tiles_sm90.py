@@ -15,104 +15,13 @@ How large a tile is decides no bit: every output is the sum over K in steps of 1
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_ROWS, TILE_SCALE_BYTES
+from megamoe.formats.fragment_layout import TILE_COLUMNS
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels.linear.linear_stream import DTYPE_NAMES, num_multiprocessors
+from megamoe.kernels.linear.weight_tiles_sm90_config import Config
+from megamoe.kernels.parts.launch import DTYPE_NAMES, num_multiprocessors
 from megamoe.kernels.store import kernel
-
-GROUP_ROWS = 64  # rows of an instruction
-MAX_STAGES = 24
-SHARED_BYTES = 226 * 1024
-RESERVED_BYTES = 1024  # barriers, and padding up to the first tile
-BAND = 8  # token blocks that are visited side by side
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        weight: "nvfp4" in fragment order, or "bf16" row-major.
-        scaled: x is code * block scale * 2^-7 of NVFP4 activations, and each token and group has a tensor scale.
-        out: "bf16" or "f32".
-        rows: weight rows of a tile, 64, 128 or 256.
-        tokens: tokens of a tile.
-    """
-
-    weight: str
-    scaled: bool
-    out: str
-    rows: int
-    tokens: int
-
-    @property
-    def warpgroups(self) -> int:
-        """Consumer warpgroups."""
-        return min(2, self.rows // GROUP_ROWS)
-
-    @property
-    def consumers(self) -> int:
-        """Consumer threads."""
-        return self.warpgroups * 128
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block: consumers, a producer warp, three storing warps."""
-        return self.consumers + 128
-
-    @property
-    def row_groups(self) -> int:
-        """Instructions side by side in a consumer warpgroup."""
-        return self.rows // GROUP_ROWS // self.warpgroups
-
-    @property
-    def row_tiles(self) -> int:
-        """Row tiles of the fragment layout."""
-        return self.rows // TILE_ROWS
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights in a stage."""
-        if self.weight == "bf16":
-            return self.rows * TILE_COLUMNS * 2
-        return self.row_tiles * (TILE_CODE_BYTES + TILE_SCALE_BYTES)
-
-    @property
-    def stage_bytes(self) -> int:
-        """Bytes of a stage: tokens and weights."""
-        return self.tokens * TILE_COLUMNS * 2 + self.weight_bytes
-
-    @property
-    def out_stride(self) -> int:
-        """Values between tokens of the finished tile in shared memory: rows start in other banks."""
-        return self.rows + 8
-
-    @property
-    def staged_tokens(self) -> int:
-        """Tokens of a finished tile that are in shared memory at a time."""
-        return self.tokens if self.tokens <= 128 else 64
-
-    @property
-    def out_bytes(self) -> int:
-        """Shared memory of the finished tile."""
-        return self.staged_tokens * self.out_stride * 2 if self.out == "bf16" else 0
-
-    @property
-    def stages(self) -> int:
-        """Stages that fit."""
-        return min(MAX_STAGES, (SHARED_BYTES - RESERVED_BYTES - self.out_bytes) // self.stage_bytes)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block."""
-        return RESERVED_BYTES + self.out_bytes + self.stages * self.stage_bytes
-
 
 NVFP4_TILES = {(128, 256): 600, (256, 128): 620, (128, 128): 350, (128, 64): 255, (64, 128): 225, (64, 64): 215}
 """Rows and tokens of the tiles that exist → nanoseconds of a step, measured on an H100."""
@@ -132,24 +41,6 @@ def best_tile(
         return rounds * (-(-num_columns // TILE_COLUMNS) * tiles[tile] + 600 + rows * tokens / 9)
 
     return min(tiles, key=nanoseconds)
-
-
-def place(
-    tile: Any, group_blocks: Any, row_blocks: Any, token_blocks: Any, minimum: Callable[[Any, Any], Any] = min
-) -> tuple[Any, Any, Any]:
-    """Return group, row block within the group, and token block of a tile: bands of tokens, all rows of a band.
-
-    Args:
-        tile: its number; like everything here an int, or a number of the device.
-        group_blocks, row_blocks, token_blocks: row blocks of a group, of all groups; token blocks.
-        minimum: of two such numbers.
-    """
-    first = tile // (row_blocks * BAND) * BAND
-    width = minimum(token_blocks - first, BAND)
-    rest = tile - first * row_blocks
-    row_block = rest // width
-    group = row_block // group_blocks
-    return group, row_block - group * group_blocks, first + rest - row_block * width
 
 
 def tile_keys(weight: str, scaled: bool, out: str) -> list[Config]:
@@ -237,5 +128,5 @@ def _launch(
     config = Config(weight, len(arguments) == 4, DTYPE_NAMES[out_dtype], *tile)
     num_tiles = num_groups * -(-num_rows // config.rows) * -(-num_tokens // config.tokens)
     blocks = blocks or min(multiprocessors, num_tiles)
-    kernel(__name__, config, x.device)(x.view(num_tokens, -1), *arguments, out.view(num_tokens, -1), num_groups, blocks)
+    kernel(config, x.device)(x.view(num_tokens, -1), *arguments, out.view(num_tokens, -1), num_groups, blocks)
     return out

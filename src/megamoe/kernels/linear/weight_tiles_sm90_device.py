@@ -10,7 +10,7 @@ from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 
 from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_ROWS, TILE_SCALE_BYTES
-from megamoe.kernels.linear.weight_tiles_sm90 import GROUP_ROWS, Config, place
+from megamoe.kernels.linear.weight_tiles_sm90_config import GROUP_ROWS, Config, place
 from megamoe.kernels.parts.fragment import UNDO
 from megamoe.kernels.parts.fragment_device import block_scales, weight_fragment
 from megamoe.kernels.parts.memory_device import (

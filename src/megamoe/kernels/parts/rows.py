@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of kernels that work on rows: how a row is shared out to threads, and tensors as rows.
+"""How kernels that work on rows share a row out to threads, and where tiled scales lie.
 
 A row of K values is cut into vectors of 8, or of 16 where a thread owns whole NVFP4 blocks. `lanes` threads share a
 row; thread `l` holds vectors l, l + lanes, … in registers, 32 values at most where the size divides, so that a row is
@@ -12,15 +12,10 @@ import dataclasses
 import math
 from typing import Any
 
-import torch
-
 VECTOR = 8
 BLOCK_THREADS = 128
 WARP = 32
-MAX_WIDTH = 32768
 _WANTED_VALUES = 32  # a thread
-
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,26 +74,3 @@ def tiled_place(row: Any, column: Any, num_columns: int) -> Any:
     """Return where the scale of a row and column lies in 128x4 tiles; row and column are numbers of either half."""
     tile = row // 128 * -(-num_columns // 4) + column // 4
     return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
-
-
-def require_width(op: str, width: int, multiple: int = VECTOR) -> None:
-    """Refuse row widths the kernel has no tile for."""
-    if width < multiple or width % multiple or width > MAX_WIDTH:
-        raise NotImplementedError(
-            f"{op}: the kernel takes rows of {multiple} to {MAX_WIDTH} values, a multiple of {multiple}; got {width}. "
-            f'Pad the rows, or run the reference: with megamoe.ops.use("reference").'
-        )
-
-
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x as [rows, K] with 16-byte aligned rows: a view, or one contiguous copy where no view has them."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    step = 16 // x.element_size()
-    if rows.stride(-1) != 1 or rows.stride(0) % step or rows.data_ptr() % 16:
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    return rows
-
-
-def as_vector(x: torch.Tensor) -> torch.Tensor:
-    """Return [K] contiguous and 16-byte aligned: x, or a copy where it is not."""
-    return x if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of the kernels that stream a weight once past a few tokens: how work and shared memory are shared out.
+"""How the kernels that stream a weight once past a few tokens share out work and shared memory.
 
 One block of 16 warps runs on each multiprocessor. Warp w owns columns w * slice to (w + 1) * slice of every row tile,
 keeps the tokens of that slice in registers (a second group of tokens in shared memory where registers do not suffice),
@@ -18,8 +18,6 @@ from megamoe.formats.fragment_layout import TILE_CODE_BYTES, TILE_COLUMNS, TILE_
 
 WARPS = 16
 THREADS = WARPS * 32
-MAX_SLICE_CHUNKS = 8
-MAX_COLUMNS = WARPS * MAX_SLICE_CHUNKS * TILE_COLUMNS
 TOKENS_PER_TILE = 8
 SHARED_BYTES = 227 * 1024
 PARTIAL_STRIDE = 20  # floats between a token's partial sums: 16 rows, padded so that a warp's stores hit 32 banks
@@ -43,7 +41,7 @@ class StreamPlan:
     num_columns: int
     num_weights: int
     num_tiles: int
-    row_groups: int = 1
+    row_groups: int
 
     @property
     def tiles_per_warp(self) -> int:
@@ -171,17 +169,3 @@ class StreamPlan:
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
         return self.ring_offset + self.used_warps * self.num_slots * self.slot_bytes
-
-    def is_possible(self) -> bool:
-        """Return whether registers and shared memory suffice."""
-        return (
-            self.num_columns % TILE_COLUMNS == 0
-            and 0 < self.num_columns <= MAX_COLUMNS
-            and self.num_slots >= 2
-            and self.outputs_per_unit <= self.row_groups * THREADS
-        )
-
-
-def unit_range(block: int, num_blocks: int, num_units: int) -> tuple[int, int]:
-    """Return the units of a block: contiguous, all of them once, sizes differing by at most one."""
-    return block * num_units // num_blocks, (block + 1) * num_units // num_blocks

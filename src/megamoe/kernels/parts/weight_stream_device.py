@@ -29,13 +29,7 @@ from megamoe.kernels.parts.memory_device import (
     store_shared_float,
     wait_barrier,
 )
-from megamoe.kernels.parts.weight_stream import (
-    MAX_SLOTS,
-    PARTIAL_STRIDE,
-    THREADS,
-    TOKENS_PER_TILE,
-    StreamPlan,
-)
+from megamoe.kernels.parts.weight_stream import MAX_SLOTS, PARTIAL_STRIDE, THREADS, TOKENS_PER_TILE, StreamPlan
 
 
 class Ring:

@@ -16,16 +16,23 @@ from typing import Any
 
 import torch
 
-from megamoe.kernels.router import route_scores, route_select, route_tiles
+from megamoe.kernels.router import (
+    route_scores,
+    route_select,
+    route_select_config,
+    route_tiles,
+    route_tiles_config,
+)
+from megamoe.kernels.router.route_scores_config import CHUNK
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield from route_scores.configs(dims["D"], dims["E"])
     if route_tiles.fits(dims["D"]):
-        yield route_tiles.Config(dims["D"], dims["E"])
+        yield route_tiles_config.Config(dims["D"], dims["E"])
     for mode in ("table64", "table32") if "V" in dims else ("score", "biased"):
-        yield route_select.Config(dims["E"], dims["A"], mode)
+        yield route_select_config.Config(dims["E"], dims["A"], mode)
 
 
 def run(
@@ -35,13 +42,13 @@ def run(
     routed_scaling: float,
     bias: torch.Tensor | None,
     expert_table: torch.Tensor | None,
-    token_ids: torch.Tensor | None,
+    token_ids: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute route_experts."""
     num_experts, width = gate.shape
-    if (x.dtype, gate.dtype) != (torch.bfloat16, torch.bfloat16) or width % route_scores.CHUNK:
+    if (x.dtype, gate.dtype) != (torch.bfloat16, torch.bfloat16) or width % CHUNK:
         raise NotImplementedError(
-            f"route_experts: the kernel takes bf16 x and gate, D a multiple of {route_scores.CHUNK}; got {x.dtype} "
+            f"route_experts: the kernel takes bf16 x and gate, D a multiple of {CHUNK}; got {x.dtype} "
             f'{list(x.shape)} and {gate.dtype}. Run the reference: with megamoe.ops.use("reference").'
         )
     if num_experts > route_select.MAX_EXPERTS or top_k > route_select.MAX_TOP_K:

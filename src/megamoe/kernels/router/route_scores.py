@@ -9,38 +9,15 @@ Limits     x and gate bf16; D a multiple of 32
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import torch
 
-from megamoe.kernels.parts.rows import as_rows
+from megamoe.kernels.parts.launch import as_rows
+from megamoe.kernels.router.route_scores_config import Config
 from megamoe.kernels.store import kernel
 
-WARPS = 8
-CHUNK = 32
 SMALL_TOKENS = 64  # up to here small tiles: enough blocks to read the gate with
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        width: D.
-        experts: E.
-        row_tiles, token_tiles: experts and tokens of a block, in units of 16 and 8.
-    """
-
-    width: int
-    experts: int
-    row_tiles: int
-    token_tiles: int
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block: the sums of every warp."""
-        return 4 * 16 * self.row_tiles * 8 * self.token_tiles * WARPS
 
 
 def tiles(num_tokens: int) -> tuple[int, int]:
@@ -58,6 +35,6 @@ def run(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """Return the scores [T, E] fp32."""
     num_tokens, width = x.shape
     scores = torch.empty((num_tokens, gate.shape[0]), dtype=torch.float32, device=x.device)
-    launch = kernel(__name__, Config(width, gate.shape[0], *tiles(num_tokens)), x.device)
+    launch = kernel(Config(width, gate.shape[0], *tiles(num_tokens)), x.device)
     launch(as_rows(x).view(torch.int32), as_rows(gate).view(torch.int32), scores)
     return scores

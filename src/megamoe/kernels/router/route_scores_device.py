@@ -8,7 +8,7 @@ from cutlass import Float32, Int32, Uint32
 from megamoe.kernels.parts.mma_device import mma, zeros
 from megamoe.kernels.parts.ptx_device import square_root
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches, symbolic_rows
-from megamoe.kernels.router.route_scores import CHUNK, WARPS, Config
+from megamoe.kernels.router.route_scores_config import CHUNK, WARPS, Config
 
 WORDS = 4
 THREADS = 32 * WARPS

@@ -11,7 +11,7 @@ from megamoe.kernels.parts.mma_device import mma, zeros
 from megamoe.kernels.parts.ptx_device import square_root
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches, symbolic_rows
 from megamoe.kernels.router.route_scores_device import softplus
-from megamoe.kernels.router.route_tiles import (
+from megamoe.kernels.router.route_tiles_config import (
     EXPERT_WARPS,
     PADDING,
     ROW_BYTES,

@@ -10,32 +10,13 @@ Bound      memory: (bytes of gate + up + y) F a row
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.rows import DTYPE_NAMES, as_rows, require_width
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, require_width
+from megamoe.kernels.rows.clamped_swiglu_config import Config
 from megamoe.kernels.store import kernel
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        width: F.
-        gate, up, out: "bf16" or "f32".
-        clamped: there is a limit.
-        weighted: rows are multiplied by their route weight.
-    """
-
-    width: int
-    gate: str
-    up: str
-    out: str
-    clamped: bool
-    weighted: bool
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
@@ -57,7 +38,7 @@ def run(
         return y
     require_width("clamped_swiglu", width)
     names = (DTYPE_NAMES[gate.dtype], DTYPE_NAMES[up.dtype], DTYPE_NAMES[out_dtype])
-    launch = kernel(__name__, Config(width, *names, limit is not None, row_weight is not None), gate.device)
+    launch = kernel(Config(width, *names, limit is not None, row_weight is not None), gate.device)
     weight = () if row_weight is None else (row_weight.contiguous(),)
     launch(as_rows(gate), as_rows(up), *weight, y, 0.0 if limit is None else limit)
     return y

@@ -19,7 +19,7 @@ from megamoe.kernels.parts.rows_device import (
     symbolic_rows,
     symbolic_vector,
 )
-from megamoe.kernels.rows.clamped_swiglu import Config
+from megamoe.kernels.rows.clamped_swiglu_config import Config
 
 
 def program(config: Config):

@@ -3,19 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from megamoe.formats.nvfp4 import BLOCK
+from megamoe.kernels.rows.expand_nvfp4_config import Config
 from megamoe.kernels.store import kernel
-
-THREADS = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key: nothing, the sizes are free."""
 
 
 def expand_nvfp4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -30,5 +22,5 @@ def expand_nvfp4(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """
     num_tokens, half = codes.shape
     x = torch.empty(num_tokens, half * 2, dtype=torch.bfloat16, device=codes.device)
-    kernel(__name__, Config(), codes.device)(codes.view(-1), scales.view(-1), x.view(-1), x.numel() // BLOCK)
+    kernel(Config(), codes.device)(codes.view(-1), scales.view(-1), x.view(-1), x.numel() // BLOCK)
     return x

@@ -8,7 +8,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from megamoe.kernels.parts.fragment import plain_pair
 from megamoe.kernels.parts.fragment_device import block_scales, multiply_bf16x2
 from megamoe.kernels.parts.memory_device import load_global_if, load_global_vector, store_global_vector
-from megamoe.kernels.rows.expand_nvfp4 import THREADS, Config
+from megamoe.kernels.rows.expand_nvfp4_config import THREADS, Config
 
 
 def program(config: Config):

@@ -11,29 +11,14 @@ Bound      memory: 2 K + K + K / 128 bytes a row of bf16
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from megamoe.formats.fp8 import Fp8RowTensor
-from megamoe.kernels.parts.rows import DTYPE_NAMES, as_rows, require_width
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, require_width
+from megamoe.kernels.rows.quantize_fp8_rows_config import GROUP, Config
 from megamoe.kernels.store import kernel
-
-GROUP = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        width: K.
-        x: "bf16" or "f32".
-    """
-
-    width: int
-    x: str
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
@@ -54,6 +39,6 @@ def run(x: torch.Tensor, group: int) -> Fp8RowTensor:
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scales = torch.empty((*x.shape[:-1], num_groups), dtype=torch.uint8, device=x.device)
     if codes.numel():
-        launch = kernel(__name__, Config(width, DTYPE_NAMES[x.dtype]), x.device)
+        launch = kernel(Config(width, DTYPE_NAMES[x.dtype]), x.device)
         launch(as_rows(x), codes.view(torch.int32).view(-1, width // 4), scales.view(-1, num_groups))
     return Fp8RowTensor(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), group)

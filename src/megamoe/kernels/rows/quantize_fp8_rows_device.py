@@ -5,15 +5,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint8, Uint32
 
-from megamoe.kernels.parts.ptx_device import (
-    bits_of,
-    divide,
-    e4m3_word,
-    from_bits,
-    magnitude,
-    max_keeping_nan,
-    multiply,
-)
+from megamoe.kernels.parts.ptx_device import bits_of, divide, e4m3_word, from_bits, magnitude, max_keeping_nan, multiply
 from megamoe.kernels.parts.rows import VECTOR, row_tile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
@@ -25,7 +17,7 @@ from megamoe.kernels.parts.rows_device import (
     store_if,
     symbolic_rows,
 )
-from megamoe.kernels.rows.quantize_fp8_rows import GROUP, Config
+from megamoe.kernels.rows.quantize_fp8_rows_config import GROUP, Config
 
 GROUP_LANES = GROUP // VECTOR
 AMAX_FLOOR = 1e-4

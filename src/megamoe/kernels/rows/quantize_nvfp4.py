@@ -12,32 +12,16 @@ Bound      memory: 2 K + K / 2 + K / 16 bytes a row of bf16
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from megamoe.formats.nvfp4 import BLOCK, NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, tiled_128x4_bytes
-from megamoe.kernels.parts.rows import DTYPE_NAMES, VECTOR, as_rows, require_width
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, require_width
+from megamoe.kernels.parts.rows import VECTOR
+from megamoe.kernels.rows.quantize_nvfp4_config import Config
 from megamoe.kernels.store import kernel
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        width: K.
-        x: "bf16" or "f32".
-        dynamic: every row gets a tensor scale of its own; otherwise one is given.
-        tiled: block scales in 128x4 tiles; otherwise row-major.
-    """
-
-    width: int
-    x: str
-    dynamic: bool
-    tiled: bool = False
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
@@ -70,9 +54,8 @@ def run(
     if tensor_scale is None:
         tensor_scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if codes.numel():
-        launch = kernel(__name__, Config(width, DTYPE_NAMES[x.dtype], dynamic, tiled), x.device)
+        launch = kernel(Config(width, DTYPE_NAMES[x.dtype], dynamic, tiled), x.device)
         words = codes.view(torch.int32).view(-1, width // VECTOR)
         launch(as_rows(x), tensor_scale.view(-1), words, scales if tiled else scales.view(-1, num_blocks))
-    per = "row" if dynamic else "tensor"
     given = tensor_scale if dynamic else tensor_scale.expand(x.shape[:-2])
-    return NvFp4Tensor(codes, scales.view(torch.float8_e4m3fn), given, scale_layout, per)
+    return NvFp4Tensor(codes, scales.view(torch.float8_e4m3fn), given, scale_layout, "row" if dynamic else "tensor")

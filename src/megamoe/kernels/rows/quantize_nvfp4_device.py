@@ -18,7 +18,7 @@ from megamoe.kernels.parts.rows_device import (
     symbolic_rows,
     symbolic_vector,
 )
-from megamoe.kernels.rows.quantize_nvfp4 import Config
+from megamoe.kernels.rows.quantize_nvfp4_config import Config
 
 
 def program(config: Config):

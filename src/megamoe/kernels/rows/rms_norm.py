@@ -10,29 +10,13 @@ Bound      memory: K * (bytes of x + bytes of y) a row
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.rows import DTYPE_NAMES, as_rows, as_vector, require_width
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, as_vector, require_width
+from megamoe.kernels.rows.rms_norm_config import Config
 from megamoe.kernels.store import kernel
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        width: K.
-        x, out: "bf16" or "f32".
-        weight: "bf16", "f32" or None.
-    """
-
-    width: int
-    x: str
-    weight: str | None
-    out: str
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
@@ -50,7 +34,7 @@ def run(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out_dtype: tor
         return y
     require_width("rms_norm", width)
     weight_name = None if weight is None else DTYPE_NAMES[weight.dtype]
-    launch = kernel(__name__, Config(width, DTYPE_NAMES[x.dtype], weight_name, DTYPE_NAMES[out_dtype]), x.device)
+    launch = kernel(Config(width, DTYPE_NAMES[x.dtype], weight_name, DTYPE_NAMES[out_dtype]), x.device)
     if weight is None:
         launch(as_rows(x), y.view(-1, width), eps)
     else:

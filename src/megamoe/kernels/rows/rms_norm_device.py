@@ -18,7 +18,7 @@ from megamoe.kernels.parts.rows_device import (
     symbolic_rows,
     symbolic_vector,
 )
-from megamoe.kernels.rows.rms_norm import Config
+from megamoe.kernels.rows.rms_norm_config import Config
 
 
 def program(config: Config):

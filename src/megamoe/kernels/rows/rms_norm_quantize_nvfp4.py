@@ -10,28 +10,16 @@ Bound      memory: 4 K + K / 2 + K / 16 bytes a row
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from megamoe.formats.nvfp4 import BLOCK, NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
-from megamoe.kernels.parts.rows import DTYPE_NAMES, VECTOR, as_rows, as_vector, require_width
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, as_vector, require_width
+from megamoe.kernels.parts.rows import VECTOR
+from megamoe.kernels.rows.rms_norm_quantize_nvfp4_config import Config
 from megamoe.kernels.store import kernel
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The compile key.
-
-    Attributes:
-        width: K.
-        weight: "bf16" or "f32".
-    """
-
-    width: int
-    weight: str
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
@@ -48,7 +36,7 @@ def run(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor
     scales = torch.empty((*x.shape[:-1], width // BLOCK), dtype=torch.uint8, device=x.device)
     tensor_scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if y.numel():
-        launch = kernel(__name__, Config(width, DTYPE_NAMES[weight.dtype]), x.device)
+        launch = kernel(Config(width, DTYPE_NAMES[weight.dtype]), x.device)
         words = codes.view(torch.int32).view(-1, width // VECTOR)
         launch(
             as_rows(x),

@@ -97,7 +97,26 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ("rope", "attn.indexer queries", {"H": (16, 64, 64), "C": (128, 128, 128), "R": (64, 64, 64)}),
     ("hyper_connection_pre hyper_connection_pre_norm", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hyper_connection_post", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
-    ("hyper_connection_head", "hc_head", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
+    ("hyper_connection_post_pre_norm", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
+    ("hyper_connection_head hyper_connection_head_norm", "hc_head", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
+    (
+        "embed_streams",
+        "embed",
+        {"V": (4096, 129280, 129280), "X": (4, 4, 4), "D": (256, 4096, 7168)},
+    ),
+    ("rotate_queries", "attn queries", {"H": (4, 64, 128), "C": (512, 512, 512), "R": (64, 64, 64)}),
+    (
+        "write_latent",
+        "attn latents",
+        {"Q": (128, 1024, 1536), "C": (512, 512, 512), "R": (64, 64, 64)},
+    ),
+    (
+        "round_index_query",
+        "attn.indexer queries",
+        {"Hi": (16, 64, 64), "K": (128, 128, 128), "R": (64, 64, 64)},
+    ),
+    ("add_to_streams", "mtp input", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
+    ("mean_of_streams", "mtp taps", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hadamard", "attn.indexer queries", {"Hi": (16, 64, 64), "n": (128, 128, 128)}),
     ("quantize_mxfp4", "attn.indexer queries", {"Hi": (16, 64, 64), "K": (128, 128, 128)}),
     # Caches and attention. Raw compressor rows are values beside scores: 2 * coff * C wide. Rows of rings are copied
