@@ -8,6 +8,7 @@ and compared with one pass of the model over the finished sequence.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.formats.cache_rows import CachePool
+from megamoe.models.deepseek_v4 import cache as cache_module
 from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
-from megamoe.models.deepseek_v4.snapshots import Snapshots
 from megamoe.models.load import BUNDLED
 from megamoe.text.tokenizer import Tokenizer
 
@@ -115,6 +116,53 @@ def test_batches_chunks_and_prefixes_change_no_logit(recipe: str, text: list[int
     assert engine.stats().prefix_hit_tokens == 256 + 128 + 128
 
 
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_every_page_boundary_inside_one_chunk_can_be_continued(
+    model: Model, text: list[int], recorder: Recorder, num_drafts: int
+) -> None:
+    """A chunk of four pages: rings hold its last rows alone, so three snapshots are taken while it runs."""
+    engine = make(model, prefill_chunk=600, max_step_tokens=600, max_sequences=2, speculative_tokens=num_drafts)
+    run(engine, {"first": text[: 4 * PAGE + 5]}, max_tokens=1)
+    assert engine.stats().steps <= 2 and engine.plan.size.ring_tokens == 1 + num_drafts
+    hits = 0
+    for num_pages in (1, 2, 3, 4):
+        shared = {f"{num_pages} pages": text[: num_pages * PAGE] + text[:20]}
+        run(engine, shared)
+        hits += num_pages * PAGE
+        assert engine.stats().prefix_hit_tokens == hits and recorder.differs(model, shared) == []
+
+
+def test_a_step_that_broke_off_in_the_middle_changes_no_logit(
+    model: Model, text: list[int], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers have overwritten the neighbour's rings with its long chunk before the third fails for the victim."""
+    prompts = {"neighbour": text[:150]}
+    right, block = type(model.blocks[2]).__call__, model.blocks[2]
+
+    def differs() -> list[str]:
+        engine = make(model, max_sequences=2, prefill_chunk=64)
+        engine.add("neighbour", prompts["neighbour"], SamplingParams(max_tokens=6, ignore_eos=True))
+        engine.step()
+
+        def call(self, streams, plan, pools):
+            victim = engine._requests.get("victim")
+            if self is block and victim is not None and victim.ring in plan.slots.requests.tolist():
+                raise RuntimeError("injected")
+            return right(self, streams, plan, pools)
+
+        monkeypatch.setattr(type(block), "__call__", call)
+        engine.add("victim", text[:40], SamplingParams(max_tokens=6))
+        ends = {}
+        while engine.has_work():
+            ends |= {output.request_id: output.finish_reason for output in engine.step()}
+        assert ends == {"neighbour": "length", "victim": "error"}
+        return recorder.differs(model, prompts)
+
+    assert differs() == []
+    monkeypatch.setattr(Engine, "_rebuild", lambda self, chunk: None)
+    assert differs() == ["neighbour"], "the fault that this test is for"
+
+
 def test_preemption_changes_no_logit(model: Model, text: list[int], recorder: Recorder) -> None:
     prompts = {"old": text[:125], "young": text[200:326], "youngest": text[20:140]}
     engine = make(model, num_pages=5, prefill_chunk=64, max_sequence_tokens=400)
@@ -163,7 +211,7 @@ def visible_rows(cache, ring: int, pages: list[int], length: int) -> list[torch.
     found = []
     for layer in (*cache.layers, *cache.draft_layers):
         for name, pool in ((one.name, getattr(layer, one.name)) for one in dataclasses.fields(LayerPools)):
-            if pool is None:
+            if not isinstance(pool, CachePool):
                 continue
             if name in ("entries", "index_keys"):
                 ratio = PAGE // pool.rows_per_block
@@ -257,17 +305,14 @@ def test_f22_drafts_after_a_prefix_hit_are_those_without_one(
 def test_f22_each_kind_of_row_must_be_restored(
     model: Model, text: list[int], recorder: Recorder, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Snapshots.restore
+    right = cache_module.restore
 
-    def restore(self: Snapshots, snapshot_idx: int, ring_idx: int, length: int) -> None:
-        shared = engine._cache
-        skipped = {id(getattr(layer, part)) for layer in shared.layers}
-        pairs, self._pairs = self._pairs, [pair for pair in self._pairs if id(pair[0]) not in skipped]
-        assert len(self._pairs) < len(pairs)
-        right(self, snapshot_idx, ring_idx, length)
-        self._pairs = pairs
+    def restore(layers: Sequence[LayerPools], snapshot_idx: int, ring_idx: int, length: int) -> None:
+        assert any(getattr(layer.saved, part) is not None for layer in layers)
+        without = [dataclasses.replace(one, saved=dataclasses.replace(one.saved, **{part: None})) for one in layers]
+        right(without, snapshot_idx, ring_idx, length)
 
-    monkeypatch.setattr(Snapshots, "restore", restore)
+    monkeypatch.setattr(cache_module, "restore", restore)
     # Three pages: far more entries than the indexer selects, so that one wrong key shows in the following tokens.
     engine = make(model, max_sequences=2)
     run(engine, {"first": text[: 3 * PAGE + 10]}, max_tokens=1)
@@ -305,7 +350,7 @@ def packed(layers: tuple[LayerPools, ...], names: tuple[str, ...]) -> tuple[Laye
     for (idx, name), pool, size in zip(members, pools, sizes, strict=True):
         storage = block[:, offset : offset + pool.page_bytes]
         view = CachePool(storage, pool.rows_per_block, pool.row_format, pool.width)
-        assert view.block_stride_bytes > 2 * view.page_bytes or len(pools) < 3
+        assert view.block_stride_bytes > view.page_bytes
         result[idx] = dataclasses.replace(result[idx], **{name: view})
         offset += size
     return tuple(result)
@@ -317,9 +362,6 @@ def test_layers_that_share_blocks_change_no_logit(model: Model, text: list[int],
     engine = make(model, prefill_chunk=90)
     layers = packed(engine._cache.layers, ("entries", "index_keys"))
     engine._cache.layers = packed(layers, ("window", "state", "index_state"))
-    engine._cache.snapshots = Snapshots(
-        engine._cache.specs, engine._cache.layers, engine._cache.size, engine._cache.num_snapshots, model.device
-    )
     run(engine, prompts, stagger=2)
     assert recorder.differs(model, prompts) == [] and engine.stats().prefix_hit_tokens > 0
 

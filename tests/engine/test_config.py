@@ -23,7 +23,7 @@ def test_pages_follow_from_memory() -> None:
     assert plan.max_sequence_tokens == 80
     assert plan.size.num_pages == 3 * 2 * 10, "more pages than three full batches are of no use"
     one = plan.capacity
-    tight = one.size.num_sequences * one.bytes_per_sequence + 10 * one.bytes_per_page
+    tight = one.step_area_bytes + one.size.num_sequences * one.bytes_per_sequence + 10 * one.bytes_per_page
     small = resolve(EngineConfig(max_sequences=2, memory_bytes=tight, num_snapshots=0), model)
     assert (small.size.num_pages, small.num_snapshots) == (10, 0)
     assert small.capacity.total_bytes == tight
@@ -31,7 +31,8 @@ def test_pages_follow_from_memory() -> None:
 
 @pytest.mark.parametrize("memory_bytes", [8_000, 20_000, 10**6])
 def test_what_is_planned_fits(memory_bytes: int) -> None:
-    plan = resolve(EngineConfig(max_sequences=2, prefill_chunk=4, memory_bytes=memory_bytes), FakeModel(NOWHERE))
+    config = EngineConfig(max_sequences=2, max_step_tokens=64, prefill_chunk=4, memory_bytes=memory_bytes)
+    plan = resolve(config, FakeModel(NOWHERE))
     assert plan.capacity.total_bytes <= memory_bytes and plan.size.num_pages >= 1
 
 
@@ -39,7 +40,7 @@ def test_explicit_numbers_are_taken() -> None:
     config = EngineConfig(num_pages=7, tokens_per_page=16, num_snapshots=3, max_sequence_tokens=50, prefill_chunk=9)
     plan = resolve(config, FakeModel(NOWHERE))
     assert (plan.size.num_pages, plan.size.tokens_per_page, plan.num_snapshots) == (7, 16, 3)
-    assert (plan.max_sequence_tokens, plan.size.max_chunk) == (50, 9)
+    assert (plan.max_sequence_tokens, plan.size.ring_tokens) == (50, 1)
 
 
 def test_no_prefix_cache_no_snapshots() -> None:
@@ -49,7 +50,8 @@ def test_no_prefix_cache_no_snapshots() -> None:
 
 
 def test_rings_have_room_for_drafts() -> None:
-    assert resolve(EngineConfig(prefill_chunk=9, speculative_tokens=2), FakeModel(NOWHERE)).size.max_chunk == 11
+    size = resolve(EngineConfig(max_sequences=3, max_step_tokens=40, speculative_tokens=2), FakeModel(NOWHERE)).size
+    assert (size.ring_tokens, size.step_tokens) == (3, 43)
 
 
 # refusals

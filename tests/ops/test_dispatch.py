@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import pathlib
 import sys
 import types
@@ -15,7 +16,9 @@ from megamoe.kernels import KERNELS, store
 from megamoe.kernels.compile import Built, Request
 from megamoe.models.deepseek_v4.shapes import op_calls
 from megamoe.ops import dispatch
-from megamoe.ops.dispatch import pick
+from megamoe.ops.dispatch import Run, pick
+from megamoe.ops.hadamard import hadamard
+from megamoe.ops.rms_norm import rms_norm
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -78,6 +81,86 @@ def test_use_reference_holds_inside_the_block_only(monkeypatch: pytest.MonkeyPat
 def test_use_refuses_other_names() -> None:
     with pytest.raises(ValueError, match="implementation must be 'reference' or 'device'; got 'fast'"), ops.use("fast"):
         pass
+
+
+# --- watch ---
+
+
+def test_an_observer_gets_every_call_with_what_would_run(monkeypatch: pytest.MonkeyPatch, kernel_module: str) -> None:
+    monkeypatch.setitem(KERNELS, "op", {"sm90": kernel_module})
+    asked: list[tuple[str, object, object]] = []
+
+    def replace(op: str, run: Run, reference: Run) -> Run:
+        asked.append((op, run(), reference))
+        return lambda: f"watched {run()}"
+
+    with ops.watch(replace):
+        assert pick("op", CUDA, _reference)() == "watched kernel"
+        assert pick("op", CPU, _reference)() == "watched reference"
+        with ops.use("reference"):
+            assert pick("op", CUDA, _reference)() == "watched reference"
+    assert asked == [("op", "kernel", _reference), ("op", "reference", _reference), ("op", "reference", _reference)]
+    assert pick("op", CPU, _reference) is _reference
+
+
+def test_a_door_passes_its_arguments_and_returns_the_observers_result() -> None:
+    calls: list[tuple[str, tuple[object, ...]]] = []
+
+    def record(op: str, run: Run, reference: Run) -> Run:
+        def recorded(*args: object) -> object:
+            calls.append((op, args))
+            return run(*args)
+
+        return recorded
+
+    x = torch.eye(2)
+    with ops.watch(record):
+        y = hadamard(x)
+    assert torch.equal(y, hadamard(x)) and calls == [("hadamard", (x, torch.float32))]
+    with ops.watch(lambda op, run, reference: lambda *args: x):
+        assert hadamard(x) is x
+
+
+def test_the_inner_observer_stands_nearer_to_the_operation() -> None:
+    def named(name: str) -> dispatch.Observer:
+        return lambda op, run, reference: lambda: f"{name}({run()})"
+
+    with ops.watch(named("outer")), ops.watch(named("inner")):
+        assert pick("op", CPU, _reference)() == "outer(inner(reference))"
+
+
+def test_watching_ends_with_the_block_and_with_its_thread() -> None:
+    def refuse(op: str, run: Run, reference: Run) -> Run:
+        raise RuntimeError(op)
+
+    with pytest.raises(RuntimeError, match="^op$"), ops.watch(refuse):
+        pick("op", CPU, _reference)
+    assert pick("op", CPU, _reference) is _reference
+    with ops.watch(refuse), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(pick, "op", CPU, _reference).result() is _reference
+
+
+def test_a_traced_graph_is_watched_when_it_runs() -> None:
+    seen: list[str] = []
+
+    def count(op: str, run: Run, reference: Run) -> Run:
+        seen.append(op)
+        return run
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: rms_norm(x, None, eps=1e-6), backend="aot_eager", fullgraph=True)
+    x = torch.ones(2, 4)
+    with ops.watch(count):
+        want = rms_norm(x, None, eps=1e-6)
+        assert seen == ["rms_norm"]
+        assert torch.equal(compiled(x), want)
+    assert seen == ["rms_norm"] * 2
+
+
+def test_the_package_offers_both_switches_and_nothing_else() -> None:
+    assert ops.use is dispatch.use and ops.watch is dispatch.watch
+    with pytest.raises(AttributeError, match=r"has no attribute 'pick'; it offers use, watch\."):
+        ops.pick  # noqa: B018
 
 
 # --- before serving ---

@@ -10,7 +10,9 @@ import torch
 
 from megamoe.ops.hyper_connection import (
     hyper_connection_head,
+    hyper_connection_head_norm,
     hyper_connection_post,
+    hyper_connection_post_pre_norm,
     hyper_connection_pre,
     hyper_connection_pre_norm,
 )
@@ -215,6 +217,45 @@ def test_pre_norm_is_pre_and_then_the_norm_bit_for_bit(dtype: torch.dtype, seed:
         assert one.dtype == want.dtype and torch.equal(one, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_post_pre_norm_is_post_and_then_pre_norm_bit_for_bit(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(37, 4, 64, generator=generator).to(dtype), torch.randn(37, 64, generator=generator).to(dtype)
+    weight = (1.0 + 0.2 * torch.randn(64, generator=generator)).bfloat16()
+    _, post, comb = hyper_connection_pre(x, *_weights(4, 64, seed))
+    weights = _weights(4, 64, seed + 1)
+    constants = {"norm_eps": 1e-5, "hc_eps": 1e-3, "sinkhorn_iters": 3}
+    streams = hyper_connection_post(y, x, post, comb)
+    want = streams, *hyper_connection_pre_norm(streams, *weights, weight, **constants)
+    got = hyper_connection_post_pre_norm(y, x, post, comb, *weights, weight, **constants)
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+    def call(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return hyper_connection_post_pre_norm(*rows, *weights, weight, **constants)
+
+    assert_row_invariant(call, y, x, post, comb)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_head_norm_is_the_head_of_some_rows_and_the_norm_bit_for_bit(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(35, 4, 64, generator=generator).to(dtype)
+    weight = (1.0 + 0.2 * torch.randn(64, generator=generator)).bfloat16()
+    fn, base, scale = _weights(4, 64, seed)
+    head = fn[:4], base[:4], scale[:1]
+    want = rms_norm(hyper_connection_head(x, *head, norm_eps=1e-5), weight, eps=1e-5)
+    got = hyper_connection_head_norm(x, *head, weight, norm_eps=1e-5)
+    assert got.dtype == dtype and torch.equal(got, want)
+    rows = torch.tensor([34, 0, -1, 7, 7, -1])
+    some = hyper_connection_head_norm(x, *head, weight, rows=rows, norm_eps=1e-5)
+    assert torch.equal(some[rows >= 0], want[rows[rows >= 0]]) and not some[rows < 0].count_nonzero()
+    assert_row_invariant(lambda streams: hyper_connection_head_norm(streams, *head, weight), x)
+    assert hyper_connection_head_norm(x, *head, weight, rows=rows[:0]).shape == (0, 64)
+    nobody = hyper_connection_head_norm(x[:0], *head, weight, rows=rows[2:3])
+    assert nobody.tolist() == [[0.0] * 64]
+
+
 # --- refusals ---
 
 
@@ -241,3 +282,26 @@ def test_refusals() -> None:
         hyper_connection_post(torch.zeros(3, 8), x, torch.zeros(3, 4), torch.zeros(3, 4, 5))
     with pytest.raises(ValueError, match=r"hyper_connection_post: x must be \[T, X, D\]"):
         hyper_connection_post(torch.zeros(3, 8), torch.zeros(3, 4, 9), torch.zeros(3, 4), torch.zeros(3, 4, 4))
+    with pytest.raises(ValueError, match="hyper_connection_post_pre_norm: sinkhorn_iters must be at least 1; got 0"):
+        hyper_connection_post_pre_norm(
+            torch.zeros(3, 8),
+            x,
+            torch.zeros(3, 4),
+            torch.zeros(3, 4, 4),
+            fn,
+            base,
+            scale,
+            torch.ones(8),
+            sinkhorn_iters=0,
+        )
+    with pytest.raises(ValueError, match=r"hyper_connection_post_pre_norm: fn must be .* got \[4, 32\]"):
+        hyper_connection_post_pre_norm(
+            torch.zeros(3, 8), x, torch.zeros(3, 4), torch.zeros(3, 4, 4), fn[:4], base[:4], scale, torch.ones(8)
+        )
+    for bad in (3, -2):
+        with pytest.raises(ValueError, match=rf"hyper_connection_head_norm: rows must be 0 to 2, .*; got {bad}"):
+            hyper_connection_head_norm(x, fn[:4], base[:4], scale[:1], torch.ones(8), rows=torch.tensor([0, bad]))
+    with pytest.raises(TypeError, match="hyper_connection_head_norm: rows must be int64; got int32"):
+        hyper_connection_head_norm(x, fn[:4], base[:4], scale[:1], torch.ones(8), rows=torch.zeros(1).int())
+    with pytest.raises(ValueError, match=r"hyper_connection_head_norm: fn must be \[X, X \* D\]"):
+        hyper_connection_head_norm(x, fn, base, scale[:1], torch.ones(8))

@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 import torch
 
-from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
+from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.fragment_layout import CodeLayout
-from megamoe.models import BUNDLED, architecture_of
+from megamoe.models import BUNDLED, find_checkpoint
 from megamoe.models.deepseek_v4.calls import model_calls, pairs, weight_ops
-from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig, load_config
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.model import Model
-from megamoe.models.deepseek_v4.weights import WeightLoader
+from megamoe.models.deepseek_v4.rules import check_accept
+from megamoe.models.deepseek_v4.weights import WeightLoader, bytes_when_loaded
 from megamoe.models.recipe import Recipe, get_recipe
+from megamoe.models.room import no_room_is_told, require_room
 from megamoe.ops import dispatch
 
 __all__ = ["BUNDLED", "load"]
@@ -29,6 +33,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     pack: str | os.PathLike[str] | None = None,
+    accept: Iterable[str] = (),
 ) -> Model:
     """Load a model.
 
@@ -42,14 +47,16 @@ def load(
         device: "cpu" or a CUDA device.
         dtype: only torch.float32, and only with recipe "exact" (where it is the default).
         pack: a kernel pack to load kernels from, on a CUDA device (megamoe compile).
+        accept: rules of docs/checkpoints.md that the checkpoint may break, of those that can be accepted; what was
+            accepted is among the model's `notes`.
 
     Returns:
         The model: `logits`, `new_cache`, `step`.
 
     Raises:
-        ValueError: unknown model, recipe, device or dtype; CheckpointError (a ValueError) when the checkpoint is
-            damaged, incomplete or not DeepSeek-V4, naming the tensors; PackError (a ValueError) when the pack is
-            damaged or foreign.
+        ValueError: unknown model, recipe, device or dtype; no memory for the weights; CheckpointError (a ValueError)
+            when the checkpoint is damaged, incomplete or not DeepSeek-V4, naming the tensors; PackError (a ValueError)
+            when the pack is damaged or foreign.
         NotImplementedError: the device has no kernel for operations of the model.
     """
     chosen = get_recipe(recipe)
@@ -59,38 +66,38 @@ def load(
             "A recipe fixes its own dtypes: leave dtype out."
         )
     where = _check_device(device)
-    directory = _find(model)
-    config = load_config(directory)
-    architecture_of(config.architecture)
+    directory = find_checkpoint(model, "load")
+    accepted = check_accept(accept)
+    examined = examine(directory)
+    warnings = examined.refuse(accepted)
+    config = examined.usable_config
     _check_recipe(chosen, config)
-    with CheckpointReader(directory) as reader:
+    assert examined.stored is not None and examined.claims is not None
+    dtype_held = chosen.activation_dtype if chosen.dequantize_weights else None
+    num_bytes = bytes_when_loaded(examined.stored, examined.claims, dtype_held)
+    what = f"load: model {str(model)!r} with recipe {chosen.name}"
+    require_room(what, num_bytes, examined.headers.num_bytes, where)
+    with CheckpointReader(directory, examined.headers) as reader:
         loader = WeightLoader(
-            reader, config, dequantize=chosen.dequantize_weights, dtype=chosen.activation_dtype, device=where
+            reader,
+            config,
+            dequantize=chosen.dequantize_weights,
+            dtype=chosen.activation_dtype,
+            device=where,
+            examined=examined,
         )
         calls = model_calls(config, loader.formats, chosen)
-        what = f"load: model {str(model)!r} with recipe {chosen.name}"
         dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
-        weights = loader.load(_layouts(chosen, where))
-    return Model(config, weights, chosen, where, name=str(model), directory=directory)
+        with no_room_is_told(what, num_bytes):
+            weights = loader.load(_layouts(chosen, where))
+    notes = tuple(f"{finding.rule}: {finding}" for finding in (*warnings, *examined.told))
+    return Model(config, weights, chosen, where, name=str(model), directory=directory, warnings=notes)
 
 
 def _layouts(recipe: Recipe, device: torch.device) -> dict[str, CodeLayout]:
     """Return in which order each kind of NVFP4 weight is wanted: that of the operation which will multiply by it."""
     ops = weight_ops(Format.NVFP4, recipe)
     return {kind: dispatch.weight_layout(op, device) for kind, op in ops.items()}
-
-
-def _find(model: str | os.PathLike[str]) -> pathlib.Path:
-    """Return the checkpoint directory a name stands for."""
-    if isinstance(model, str) and model in BUNDLED:
-        return BUNDLED[model]
-    directory = pathlib.Path(model)
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"load: no model {str(model)!r}: neither a bundled model ({', '.join(BUNDLED)}) nor a directory. "
-            "Pass a directory with config.json and safetensors files."
-        )
-    return directory
 
 
 def _check_device(device: str | torch.device) -> torch.device:

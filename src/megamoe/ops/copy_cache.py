@@ -30,7 +30,8 @@ def copy_cache(source: CachePool, source_slots: torch.Tensor, target: CachePool,
 
     Raises:
         TypeError: slots are not int64, or a pool is not a CachePool.
-        ValueError: the pools hold different rows, the slots differ in number, or a slot is not in -1 .. num_slots - 1.
+        ValueError: the pools hold different rows, the slots differ in number, or (on the CPU) a slot is not in
+            -1 .. num_slots - 1.
     """
     check_pool("copy_cache", "source", source)
     check_pool("copy_cache", "target", target)
@@ -46,13 +47,13 @@ def copy_cache(source: CachePool, source_slots: torch.Tensor, target: CachePool,
             f"copy_cache: both pools must hold the same rows; got {source.row_format.name} of width {source.width} and "
             f"{target.row_format.name} of width {target.width}. Bytes are copied, not converted."
         )
-    check_slots("copy_cache", "source_slots", source_slots, source)
-    check_slots("copy_cache", "target_slots", target_slots, target)
     pick("copy_cache", source_slots.device, reference)(source, source_slots, target, target_slots)
 
 
 def reference(source: CachePool, source_slots: torch.Tensor, target: CachePool, target_slots: torch.Tensor) -> None:
     """Compute the operation's meaning in plain torch."""
+    check_slots("copy_cache", "source_slots", source_slots, source)
+    check_slots("copy_cache", "target_slots", target_slots, target)
     is_kept = (source_slots >= 0) & (target_slots >= 0)
     source_slots, target_slots = source_slots[is_kept], target_slots[is_kept]
     from_block, from_row = source_slots // source.rows_per_block, source_slots % source.rows_per_block

@@ -5,7 +5,8 @@
     cuda   KERNELS[op][arch], else an error
 
 There is no ranking and no fall-back: every implementation gives the operation's meaning, and a missing one is an error
-that says what to do. `use("reference")` is the only process-wide switch; it exists for `verify` and for tests.
+that says what to do. Two switches exist for `verify` and for tests, and both hold for the thread and the `with` block
+that set them: `use("reference")` runs references everywhere, `watch(observer)` wraps every operation call.
 
 While torch traces (torch.compile, torch.export), an operation that kernels exist for is one node of the graph, the
 custom operator `torch.ops.megamoe.<op>`: shapes come from its fake implementation, and the rule above is applied when
@@ -30,6 +31,14 @@ from megamoe.kernels import KERNELS, WEIGHT_LAYOUTS
 
 _USED: ContextVar[str] = ContextVar("used_implementation", default="device")
 
+Run = Callable[..., Any]
+"""What computes an operation: a reference, or a kernel's `run`. All of an operation take the same arguments."""
+
+Observer = Callable[[str, Run, Run], Run]
+"""(operation, what would run, its reference) → what runs instead; `run` itself where the call is of no interest."""
+
+_OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+
 
 @contextlib.contextmanager
 def use(implementation: str) -> Iterator[None]:
@@ -48,6 +57,36 @@ def use(implementation: str) -> Iterator[None]:
         yield
     finally:
         _USED.reset(token)
+
+
+@contextlib.contextmanager
+def watch(observer: Observer) -> Iterator[None]:
+    """Let an observer wrap every operation that is called inside the `with` block, on every device.
+
+        def record(op, run, reference):
+            def recorded(*args):
+                calls.append((op, args))
+                return run(*args)
+            return recorded
+
+        with megamoe.ops.watch(record):
+            model(batch, cache)
+
+    A recorder, a guard that is suspended inside references, and a comparison of a kernel with its reference need
+    nothing else. Operations that a reference calls are watched like any other. Of nested blocks, the inner
+    observer stands nearer to the operation: the outer one gets what the inner one made as its `run`.
+
+    While torch traces, nothing is watched; the operators of the traced graph are when it runs.
+
+    Args:
+        observer: is asked at every call; the callable that it returns gets the arguments that the door passes on, and
+            its result is the operation's.
+    """
+    token = _OBSERVERS.set((observer, *_OBSERVERS.get()))
+    try:
+        yield
+    finally:
+        _OBSERVERS.reset(token)
 
 
 @functools.cache
@@ -87,8 +126,8 @@ def traced(
     _TRACED[op] = getattr(torch.ops.megamoe, op) if call is None else call
 
 
-def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the callable that computes `op` on `device`.
+def pick(op: str, device: torch.device, reference: Run) -> Run:
+    """Return the callable that computes `op` on `device`, wrapped by the observers of `watch`.
 
     Args:
         op: the operation's name, the key of `KERNELS`.
@@ -98,10 +137,18 @@ def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callab
     Raises:
         NotImplementedError: the device has no implementation of the operation.
     """
-    if torch.compiler.is_compiling() and op in _TRACED:
+    is_traced = torch.compiler.is_compiling()
+    if is_traced and op in _TRACED:
         return _TRACED[op]
-    if device.type == "cpu" or _USED.get() == "reference":
-        return reference
+    run = reference if device.type == "cpu" or _USED.get() == "reference" else _kernel(op, device)
+    if not is_traced:
+        for observer in _OBSERVERS.get():
+            run = observer(op, run, reference)
+    return run
+
+
+def _kernel(op: str, device: torch.device) -> Run:
+    """Return what the table names for an operation on a device."""
     if device.type != "cuda":
         raise NotImplementedError(
             f"{op}: runs on cpu and cuda devices; got {device}. Move the tensors to the CPU, or run the reference "
@@ -115,7 +162,7 @@ def pick(op: str, device: torch.device, reference: Callable[..., Any]) -> Callab
             f"{op}: there is no kernel for {arch}; kernels exist for {', '.join(table) or 'no architecture'}. Run it "
             f'by its reference with `with megamoe.ops.use("reference")` (slow), or on the CPU.'
         )
-    run: Callable[..., Any] = importlib.import_module(module).run
+    run: Run = importlib.import_module(module).run
     return run
 
 

@@ -12,11 +12,15 @@ Math       per token, x = the X streams [X, D] flattened stream by stream:
            x'_k   = post_k * y + sum_j C_jk * x_j        hyper_connection_post: the FIRST index of C is summed
            h      = sum_j pre_j * x_j                    hyper_connection_head: pre alone, no Sinkhorn
            hyper_connection_pre_norm is hyper_connection_pre and rms_norm of its u, rounded in between as u is
+           hyper_connection_post_pre_norm is hyper_connection_post of one sublayer and hyper_connection_pre_norm of the
+           next, over the streams as they are rounded in between
+           hyper_connection_head_norm is hyper_connection_head of some rows and rms_norm of its h, rounded in between
 Numerics   everything fp32; u, x' and h are rounded once to the dtype of x; post and C stay fp32. Sums over streams are
            added in ascending order, in hyper_connection_post after the term of y. Row-invariant.
-Tolerance  verify/tolerance.py, "hyper_connection_pre", "..._pre_norm", "..._post", "..._head"
+Tolerance  verify/tolerance.py, "hyper_connection_pre", "..._pre_norm", "..._post", "..._post_pre_norm", "..._head",
+           "..._head_norm"
 Kernels    pre, pre_norm and head as one kernel that reads the streams once and takes fn to 17 significant
-           bits; post in one pass
+           bits; post in one pass. post_pre_norm, head_norm: none yet
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """
 
@@ -26,8 +30,9 @@ import functools
 
 import torch
 
+from megamoe.formats.division import divide
 from megamoe.ops import rms_norm as norm_op
-from megamoe.ops.check import FLOAT32, FLOATS, check
+from megamoe.ops.check import FLOAT32, FLOATS, INT64, check
 from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.matmul import row_invariant_matmul
 from megamoe.ops.row_math import row_sum, sigmoid
@@ -152,6 +157,63 @@ def hyper_connection_post(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, 
     return run(y, x, post, comb)  # type: ignore[no-any-return]
 
 
+def hyper_connection_post_pre_norm(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm_eps: float = 1e-6,
+    hc_eps: float = 1e-6,
+    sinkhorn_iters: int = 20,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mix one sublayer's output back into the streams and make the next one's input of them.
+
+    Args:
+        y: [T, D] bf16 or fp32, what the sublayer returned.
+        x: [T, X, D] bf16 or fp32, the streams before it. T may be 0.
+        post: [T, X] fp32, made for it.
+        comb: [T, X, X] fp32, made for it; the first X is summed.
+        fn: [(2 + X) * X, X * D] fp32, of the next sublayer, and so is everything below.
+        base: [(2 + X) * X] fp32.
+        scale: [3] fp32, for pre, post and C.
+        weight: [D] bf16 or fp32, of the norm.
+        norm_eps: added to the mean of squares of the streams, and to that of u.
+        hc_eps: added to pre, to C and to every Sinkhorn divisor.
+        sinkhorn_iters: number of column steps, at least 1.
+
+    Returns:
+        The streams [T, X, D] and the next sublayer's input [T, D], both in the dtype of x, its post [T, X] fp32 and
+        its C [T, X, X] fp32; newly allocated.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape is not as above, or sinkhorn_iters is below 1.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    dims = check(
+        "hyper_connection_post_pre_norm",
+        y=(y, "T D", FLOATS),
+        x=(x, "T X D", FLOATS),
+        post=(post, "T X", FLOAT32),
+        comb=(comb, "T X X", FLOAT32),
+        fn=(fn, "M XD", FLOAT32),
+        base=(base, "M", FLOAT32),
+        scale=(scale, "3", FLOAT32),
+        weight=(weight, "D", FLOATS),
+    )
+    num_streams = dims["X"]
+    _check_fn("hyper_connection_post_pre_norm", dims, (2 + num_streams) * num_streams, "(2 + X) * X")
+    if sinkhorn_iters < 1:
+        raise ValueError(f"hyper_connection_post_pre_norm: sinkhorn_iters must be at least 1; got {sinkhorn_iters}.")
+    run = pick("hyper_connection_post_pre_norm", x.device, reference_post_pre_norm)
+    return run(y, x, post, comb, fn, base, scale, weight, norm_eps, hc_eps, sinkhorn_iters)  # type: ignore[no-any-return]
+
+
 def hyper_connection_head(
     x: torch.Tensor,
     fn: torch.Tensor,
@@ -191,6 +253,51 @@ def hyper_connection_head(
     return run(x, fn, base, scale, norm_eps, hc_eps)  # type: ignore[no-any-return]
 
 
+def hyper_connection_head_norm(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    hc_eps: float = 1e-6,
+) -> torch.Tensor:
+    """Collapse the streams of some tokens after the last block and norm the result.
+
+    Args:
+        x: [T, X, D] bf16 or fp32, the streams. T may be 0.
+        fn: [X, X * D] fp32.
+        base: [X] fp32.
+        scale: [1] fp32.
+        weight: [D] bf16 or fp32, of the norm.
+        rows: [N] int64, which tokens, 0 to T - 1; -1 for a row of zeros that is nobody's. None for all, N = T.
+        norm_eps: added to the mean of squares of the streams, and to that of h.
+        hc_eps: added to the weight of every stream.
+
+    Returns:
+        [N, D] in the dtype of x, newly allocated.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape is not as above, or (on the CPU) a row is not in -1 .. T - 1.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    dims = check(
+        "hyper_connection_head_norm",
+        x=(x, "T X D", FLOATS),
+        fn=(fn, "M XD", FLOAT32),
+        base=(base, "M", FLOAT32),
+        scale=(scale, "1", FLOAT32),
+        weight=(weight, "D", FLOATS),
+        rows=(rows, "?N", INT64),
+    )
+    _check_fn("hyper_connection_head_norm", dims, dims["X"], "X")
+    run = pick("hyper_connection_head_norm", x.device, reference_head_norm)
+    return run(x, fn, base, scale, weight, rows, norm_eps, hc_eps)  # type: ignore[no-any-return]
+
+
 def _check_fn(op: str, dims: dict[str, int], num_rows: int, rows: str) -> None:
     num_columns = dims["X"] * dims["D"]
     if dims["M"] != num_rows or dims["XD"] != num_columns:
@@ -210,7 +317,7 @@ def _scale_index(num_streams: int, device: torch.device) -> torch.Tensor:
 def _projected(values: torch.Tensor, fn: torch.Tensor, norm_eps: float) -> torch.Tensor:
     """Return m, the projections [T, M] of the normalized streams; values are x in fp32 [T, X, D]."""
     flat = values.reshape(values.shape[0], fn.shape[1])  # [T, X * D]
-    mean_square = row_sum(flat.square()).div_(flat.shape[1])  # [T, 1]
+    mean_square = divide(row_sum(flat.square()), flat.shape[1])  # [T, 1]
     return row_invariant_matmul(flat, fn).mul_(mean_square.add_(norm_eps).rsqrt_())
 
 
@@ -292,6 +399,49 @@ def reference_head(
     values = x.float()
     pre = sigmoid(_projected(values, fn, norm_eps).mul_(scale).add_(base)).add_(hc_eps)  # [T, X]
     return _weighted_sum(pre, values).to(x.dtype)
+
+
+def reference_post_pre_norm(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute hyper_connection_post_pre_norm in plain torch."""
+    streams = reference_post(y, x, post, comb)
+    return streams, *reference_pre_norm(streams, fn, base, scale, weight, norm_eps, hc_eps, sinkhorn_iters)
+
+
+def reference_head_norm(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor | None,
+    norm_eps: float,
+    hc_eps: float,
+) -> torch.Tensor:
+    """Compute hyper_connection_head_norm in plain torch."""
+    if rows is not None:
+        num_tokens = x.shape[0]
+        bad = (rows < -1) | (rows >= num_tokens)
+        if bool(bad.any()):
+            raise ValueError(
+                f"hyper_connection_head_norm: rows must be 0 to {num_tokens - 1}, the tokens of x, or -1 for nobody; "
+                f"got {int(rows[bad][0])}. Number the tokens of this step."
+            )
+        x = x[rows.clamp(min=0)] if num_tokens else x.new_zeros(rows.shape[0], *x.shape[1:])
+    h = reference_head(x, fn, base, scale, norm_eps, hc_eps)
+    y = norm_op.reference(h, weight, norm_eps, h.dtype)
+    return y if rows is None else y.masked_fill_((rows < 0)[:, None], 0.0)
 
 
 def _run_pre(

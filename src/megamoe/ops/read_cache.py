@@ -32,17 +32,17 @@ def read_cache(pool: CachePool, slots: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: slots is not int64, or pool is not a CachePool.
-        ValueError: a slot is not in -1 .. num_slots - 1.
+        ValueError: (on the CPU) a slot is not in -1 .. num_slots - 1.
     """
     check_pool("read_cache", "pool", pool)
     check("read_cache", slots=(slots, "...", INT64), storage=(pool.storage, "N B"))
-    check_slots("read_cache", "slots", slots, pool)
     rows: torch.Tensor = pick("read_cache", slots.device, reference)(pool, slots)
     return rows
 
 
 def reference(pool: CachePool, slots: torch.Tensor) -> torch.Tensor:
     """Compute the operation's meaning in plain torch."""
+    check_slots("read_cache", "slots", slots, pool)
     flat = slots.reshape(-1)
     is_row = flat >= 0
     if bool(is_row.all()):
@@ -84,7 +84,8 @@ def as_bytes(words: torch.Tensor) -> torch.Tensor:
 
 
 def as_words(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return uint8 rows [T, row bytes] in the words of a row view."""
+    """Return uint8 rows [T, row bytes] in the words of a row view; rows that start between two words are copied."""
+    data = data.clone() if data.storage_offset() % dtype.itemsize else data
     return data.view(dtype)
 
 
@@ -99,7 +100,7 @@ def check_pool(op: str, name: str, pool: CachePool) -> None:
 
 
 def check_slots(op: str, name: str, slots: torch.Tensor, pool: CachePool) -> None:
-    """Refuse slots that are neither -1 nor a row of the pool.
+    """Refuse slots that are neither -1 nor a row of the pool; for references, since it reads the slots.
 
     Raises:
         ValueError: a slot is not in -1 .. num_slots - 1.

@@ -28,7 +28,7 @@ def write_cache(rows: torch.Tensor, pool: CachePool, slots: torch.Tensor) -> Non
 
     Raises:
         TypeError: a dtype is not as above, or pool is not a CachePool.
-        ValueError: a shape does not fit, a slot is not in -1 .. num_slots - 1, or a slot appears twice.
+        ValueError: a shape does not fit, or (on the CPU) a slot is not in -1 .. num_slots - 1 or appears twice.
     """
     check_pool("write_cache", "pool", pool)
     check(
@@ -42,27 +42,30 @@ def write_cache(rows: torch.Tensor, pool: CachePool, slots: torch.Tensor) -> Non
             f"write_cache: rows must be [T, {pool.width}] for this pool; got {list(rows.shape)}. "
             f"A pool's width is fixed when it is allocated."
         )
-    check_slots("write_cache", "slots", slots, pool)
-    if slots.shape[0] > 1:
-        kept = slots[slots >= 0].sort().values
-        twice = kept[1:][kept[1:] == kept[:-1]]
-        if twice.numel():
-            raise ValueError(
-                f"write_cache: slots must be distinct; slot {int(twice[0])} appears twice. Either a ring is too small "
-                f"for this many tokens, or two sequences were given one page."
-            )
     pick("write_cache", rows.device, reference)(rows, pool, slots)
 
 
 def reference(rows: torch.Tensor, pool: CachePool, slots: torch.Tensor) -> None:
     """Compute the operation's meaning in plain torch."""
+    check_slots("write_cache", "slots", slots, pool)
     is_kept = slots >= 0
     if not bool(is_kept.all()):
         rows, slots = rows[is_kept], slots[is_kept]
     if not slots.shape[0]:
         return
+    _refuse_twice(slots)
     data, scales = encode_rows(rows, pool.row_format)
     block, row = slots // pool.rows_per_block, slots % pool.rows_per_block
     for section, values in zip(row_views(pool), (data, scales), strict=True):
         if section.shape[-1]:
             section[block, row] = as_words(values, section.dtype)
+
+
+def _refuse_twice(slots: torch.Tensor) -> None:
+    in_order = slots.sort().values
+    twice = in_order[1:][in_order[1:] == in_order[:-1]]
+    if twice.numel():
+        raise ValueError(
+            f"write_cache: slots must be distinct; slot {int(twice[0])} appears twice. Either a ring is too small "
+            f"for this many tokens, or two sequences were given one page."
+        )

@@ -12,10 +12,21 @@ from typing import Generic, TypeVar
 from megamoe.engine.outputs import QueueFull
 from megamoe.server.errors import ApiError
 from megamoe.server.metrics import Metrics
-from megamoe.text.service import FilterFailed, Piece, Request, RequestStream, RequestTimeout, Service, ServiceStopped
+from megamoe.text.chat_format import Malformed, Mended
+from megamoe.text.service import (
+    LOG,
+    FilterFailed,
+    Piece,
+    Request,
+    RequestFailed,
+    RequestStream,
+    RequestTimeout,
+    Service,
+    ServiceStopped,
+)
 
 T = TypeVar("T")
-ServiceError = (ValueError, QueueFull, RequestTimeout, ServiceStopped, FilterFailed)
+ServiceError = (ValueError, QueueFull, RequestTimeout, ServiceStopped, FilterFailed, RequestFailed)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -27,6 +38,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(408, str(error), code="request_timeout", headers={"x-should-retry": "false"})
     if isinstance(error, ServiceStopped):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "5"})
+    if isinstance(error, RequestFailed):
+        return ApiError(500, str(error), code="internal_error", headers={"x-should-retry": "false"})
     if isinstance(error, FilterFailed):
         return ApiError(400, f"The answer's grammar is too complex: {error}", code="grammar_failed")
     return ApiError(400, str(error), code="invalid_value")
@@ -36,7 +49,7 @@ class Generation(Generic[T]):
     """Several sequences that answer one request.
 
     Attributes:
-        num_tokens: tokens generated so far, per sequence.
+        num_tokens: tokens of the pieces given out so far, per sequence.
     """
 
     def __init__(self, service: Service, metrics: Metrics, requests: Sequence[Request[T]], *, arrival: float) -> None:
@@ -46,6 +59,7 @@ class Generation(Generic[T]):
         self._arrival = arrival
         self._streams: list[RequestStream[T]] = []
         self.num_tokens = [0] * len(requests)
+        self._has_begun = [False] * len(requests)
 
     @property
     def cached_tokens(self) -> int:
@@ -59,10 +73,22 @@ class Generation(Generic[T]):
             ApiError: the engine refuses one of them.
         """
         try:
-            for request in self._requests:
-                self._streams.append(await self._service.submit(request))
+            self._streams = await self._service.submit_all(self._requests)
         except ServiceError as error:
             raise as_api_error(error) from error
+
+    def report(self, event: Malformed | Mended) -> None:
+        """Log and count what a model wrote that does not follow the grammar of tool calls.
+
+        What was written is the client's and not logged.
+        """
+        request_id = self._streams[0].request_id if self._streams else "?"
+        if isinstance(event, Malformed):
+            LOG.warning("request %s: malformed tool call, %s: %s", request_id, event.fault.value, event.detail)
+            self._metrics.malformed_calls.labels(event.fault.value).inc()
+        else:
+            LOG.info("request %s: tool call read in spite of %s: %s", request_id, event.slip.value, event.detail)
+            self._metrics.mended_calls.labels(event.slip.value).inc()
 
     def cancel(self) -> None:
         """Give up what has not ended."""
@@ -87,6 +113,7 @@ class Generation(Generic[T]):
                     raise piece
                 if piece.finish_reason is not None:
                     num_open -= 1
+                self.num_tokens[idx] += len(piece.token_ids)
                 yield idx, piece
         finally:
             self.cancel()
@@ -109,11 +136,11 @@ class Generation(Generic[T]):
 
     def _observe(self, idx: int, piece: Piece[T], seconds: float) -> None:
         new = len(piece.token_ids)
-        if new and self.num_tokens[idx] == 0:
+        if new and not self._has_begun[idx]:
+            self._has_begun[idx] = True
             self._metrics.first_token_s.observe(seconds)
         else:
             for _ in range(new):  # of a step that brought several tokens, each took its share
                 self._metrics.token_s.observe(seconds / new)
-        self.num_tokens[idx] += new
         if piece.finish_reason is not None:
             self._metrics.finished.labels(piece.finish_reason).inc()

@@ -32,9 +32,11 @@ from megamoe.models.deepseek_v4.chat import (
     Fault,
     LatestReminder,
     Malformed,
+    Mended,
     Message,
     ReasoningDelta,
     Release,
+    Slip,
     SystemMessage,
     Tool,
     ToolCall,
@@ -67,10 +69,12 @@ __all__ = [  # messages and events besides the formats: whoever stands above tex
     "Fault",
     "LatestReminder",
     "Malformed",
+    "Mended",
     "Message",
     "PlainFormat",
     "ReasoningDelta",
     "Release",
+    "Slip",
     "SystemMessage",
     "Tool",
     "ToolCall",
@@ -186,12 +190,19 @@ class ChatFormat(abc.ABC):
 
     @abc.abstractmethod
     def parser(
-        self, *, thinking: bool, stops: Iterable[str] = (), include_stop_str: bool = False, min_tokens: int = 0
+        self,
+        *,
+        thinking: bool,
+        tools: Sequence[Tool] = (),
+        stops: Iterable[str] = (),
+        include_stop_str: bool = False,
+        min_tokens: int = 0,
     ) -> AnswerStream:
         """Return a parser for one answer.
 
         Args:
             thinking: `EncodedPrompt.thinking` of its prompt.
+            tools: what the model was shown; their schemas say what a call does not say of its parameters.
             stops: the request's stop strings; they end the content, and are looked for nowhere else.
             include_stop_str: the content ends with the stop string of the request that was found, instead of before
                 it.
@@ -351,13 +362,18 @@ class DeepSeekV4Format(ChatFormat):
         return EncodedPrompt(ids, prompt.text, prompt.thinking)
 
     def parser(
-        self, *, thinking: bool, stops: Iterable[str] = (), include_stop_str: bool = False, min_tokens: int = 0
+        self,
+        *,
+        thinking: bool,
+        tools: Sequence[Tool] = (),
+        stops: Iterable[str] = (),
+        include_stop_str: bool = False,
+        min_tokens: int = 0,
     ) -> AnswerStream:
         """Return a parser, see ChatFormat. Every added token of the tokenizer is a control token."""
         matcher = StopMatcher(stops, include_stop_str=include_stop_str)
-        return AnswerStream(
-            self._tokenizer, AnswerParser(thinking=thinking), self._controls, matcher, min_tokens=min_tokens
-        )
+        reader = AnswerParser(thinking=thinking, texts={tool.name: tool.text_parameters for tool in tools})
+        return AnswerStream(self._tokenizer, reader, self._controls, matcher, min_tokens=min_tokens)
 
 
 class PlainFormat(ChatFormat):
@@ -429,7 +445,13 @@ class PlainFormat(ChatFormat):
         )
 
     def parser(
-        self, *, thinking: bool, stops: Iterable[str] = (), include_stop_str: bool = False, min_tokens: int = 0
+        self,
+        *,
+        thinking: bool,
+        tools: Sequence[Tool] = (),
+        stops: Iterable[str] = (),
+        include_stop_str: bool = False,
+        min_tokens: int = 0,
     ) -> AnswerStream:
         """Return a parser, see ChatFormat. White space before the answer is not part of it."""
         if thinking:

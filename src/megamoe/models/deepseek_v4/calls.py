@@ -70,6 +70,7 @@ def model_calls(
         num_dspark: stages of a DSpark draft that is to be used.
     """
     calls = _Calls(config, formats, recipe, model)
+    calls.add(("plan_slots", "write_block_tables"), "step")
     blocks = list(zip(config.layer_kinds, config.ratios, config.hash_routed, strict=True))
     for layer, (kind, ratio, hash_routed) in enumerate(blocks):
         calls.block(f"layers.{layer}", kind, ratio, hash_routed)
@@ -163,10 +164,9 @@ class _Calls:
         self.add("rope", "attn queries, attn output", H=heads, C=width, R=rotary)
         self.add("rms_norm", "attn.kv_norm", K=width)
         self.add("rope", "attn latent", C=width, R=rotary)
-        self.rows("window latents", width, is_copied=True)
+        self.add(("write_cache", "copy_cache", "save_rows"), "window latents", width=width)
         if kind is not LayerKind.SWA:
             self.compressor("attn.compressor", f" (ratio {ratio})", ratio, width, kind is LayerKind.CSA)
-            self.rows("compressed latents", width)
         if kind is LayerKind.CSA:
             of_latent = of_latent | self.indexer(prefix, ratio)
         window = {"H": heads, "C": width, "W": config.sliding_window}
@@ -182,29 +182,27 @@ class _Calls:
         self.quantized_input("attn.wo_b input", stored, K=low_rank)
         return read
 
-    def rows(self, where: str, width: int, *, is_copied: bool = False) -> None:
-        """Add the calls on rows of a cache; rings are copied at page boundaries, entries lie in shared pages."""
-        self.add(("write_cache", "copy_cache") if is_copied else "write_cache", where, width=width)
-
     def compressor(self, name: str, suffix: str, ratio: int, channels: int, overlap: bool) -> None:
         width = channels * (2 if overlap else 1)
         is_index = name == "attn.indexer.compressor"
         self.add("linear", f"{name}.wkv{suffix}", N=width, K=self.config.hidden_size)
         raw = "index compressor rows" if is_index else f"compressor rows{suffix}"
-        self.rows(raw, 2 * width, is_copied=overlap)
-        self.add("compress_kv", f"{name}{suffix}", ratio=ratio, coff=2 if overlap else 1, D=channels)
+        # Where blocks do not overlap, a sequence continues at a page boundary without raw rows: none are saved.
+        self.add(("copy_cache", "save_rows") if overlap else "copy_cache", raw, width=2 * width)
+        if is_index:
+            self.add("write_index_keys", name, ratio=ratio, D=channels)
+        else:
+            self.add("compress_kv", f"{name}{suffix}", ratio=ratio, coff=2 if overlap else 1, D=channels)
 
     def indexer(self, prefix: str, ratio: int) -> Set[Format]:
         config, recipe = self.config, self.recipe
         heads, width = config.index_n_heads, config.index_head_dim
         self.compressor("attn.indexer.compressor", "", ratio, width, True)
-        self.rows("index keys", width)
         sizes = {"N": heads * width, "K": config.q_lora_rank}
         stored = self.weight("linear", [f"{prefix}.indexer.wq_b"], "attn.indexer.wq_b", **sizes)
         self.add("rope", "attn.indexer queries", H=heads, C=width, R=config.qk_rope_head_dim)
         self.add("linear", "attn.indexer.weights_proj", N=heads, K=config.hidden_size)
         if recipe.index_hadamard:
-            self.add("hadamard", "attn.indexer keys", n=width)
             self.add("hadamard", "attn.indexer queries", Hi=heads, n=width)
         if recipe.index_key_format is RowFormat.INDEX_FP4:
             self.add("quantize_mxfp4", "attn.indexer queries", Hi=heads, K=width)

@@ -60,14 +60,16 @@ class Model:
         *,
         name: str,
         directory: pathlib.Path,
+        warnings: tuple[str, ...] = (),
     ) -> None:
-        """Build blocks over the weights; allocates rotary tables only."""
+        """Build blocks over the weights; allocates rotary tables only. `warnings` are what loading warned about."""
         self.config = config
         self.weights = weights
         self.recipe = recipe
         self.device = device
         self.name = name
         self.directory = directory
+        self._warnings = warnings
         rope_dim = config.qk_rope_head_dim
         window_table = rope_table(rope_dim, config.rope_theta, None, device)
         compressed_table = rope_table(rope_dim, config.compress_rope_theta, config.yarn, device)
@@ -89,8 +91,8 @@ class Model:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the checkpoint holds and this model does not use, one line each."""
-        notes = []
+        """What loading warned about, and what the checkpoint holds and this model does not use, one line each."""
+        notes = list(self._warnings)
         if draft := self.weights.unused_draft:
             notes.append(f"{len(draft)} draft tensors are not used ({draft[0]}, ...)")
         if keys := self.config.unused_keys:
@@ -141,8 +143,10 @@ class Model:
             specs += [layer_cache_spec(self.config, self.recipe, LayerKind.SWA, 0)] * self.num_draft_stages
         return capacity_report(specs, size, num_snapshots)
 
-    def new_shared_cache(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> SharedCache:
-        """Return empty pools for many sequences.
+    def new_shared_cache(
+        self, size: CacheSize, num_snapshots: int, *, max_tokens: int, with_drafts: bool
+    ) -> SharedCache:
+        """Return empty pools for many sequences of at most `max_tokens` tokens, drafts included.
 
         Raises:
             ValueError: a page is not a whole number of entries of every layer.
@@ -151,6 +155,7 @@ class Model:
             self.config,
             self.recipe,
             size,
+            max_tokens=max_tokens,
             num_draft_stages=self.num_draft_stages if with_drafts else 0,
             num_snapshots=num_snapshots,
             device=self.device,
@@ -159,9 +164,12 @@ class Model:
     def run(self, plan: StepPlan, cache: SharedCache) -> torch.Tensor | Tapped:
         """Run the tokens of a step; returns the last block's streams [T, X, D], tapped if DSpark is to read them."""
         if self.dspark is None or not cache.draft_layers:
-            return self.forward(plan, cache.layers)
+            streams = self.forward(plan, cache.layers)
+            cache.finish(plan)
+            return streams
         taps: dict[int, torch.Tensor] = dict.fromkeys(self.dspark.shape.target_layer_ids, torch.empty(0))
         streams = self.forward(plan, cache.layers, taps)
+        cache.finish(plan)
         return Tapped(streams, torch.cat([taps[layer] for layer in self.dspark.shape.target_layer_ids], dim=1))
 
     def logits_of(self, hidden: torch.Tensor | Tapped, rows: torch.Tensor | None) -> torch.Tensor:
