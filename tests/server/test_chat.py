@@ -34,6 +34,7 @@ SCHEMA = {
     "required": ["answer"],
     "additionalProperties": False,
 }
+ENUM_3 = {"type": "object", "properties": {"a": {"enum": 3}}}
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -512,6 +513,22 @@ def test_by_default_an_answer_has_the_room_that_is_left(v4_directory: pathlib.Pa
             {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"anyOf": []}}}]},
             "tools",
             "'properties'",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": 3}}}]}
+            | {"tool_choice": "required"},
+            "tools.0.function.parameters.required",
+            "must be a list of names; got 3",
+        ),
+        (
+            {"tools": [NOW, {"type": "function", "function": {"name": "f", "strict": True, "parameters": ENUM_3}}]},
+            "tools.1.function.parameters.properties.a.enum",
+            "must be a list of one value or more; got 3",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}},
+            "response_format.json_schema.schema",
+            "refers to itself without end",
         ),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
         ({"messages": [{"role": "user", "content": "x " * 3100}]}, "messages", "the limit is 3000"),

@@ -62,6 +62,7 @@ from megamoe.text.chat_format import (
 )
 from megamoe.text.grammar import CallableTool, Grammar, GrammarCompiler, json_rules, tool_call_rules
 from megamoe.text.prompts import PromptEncoder
+from megamoe.text.schema import SchemaError, checked
 from megamoe.text.service import Piece, Request
 from megamoe.text.tokenizer import Tokenizer
 
@@ -259,19 +260,21 @@ def _grammar(
             "where the answer ends. Leave them out.",
             "ignore_eos" if request.ignore_eos else "min_tokens",
         )
+    if schema is not None:
+        schema = _checked(schema, "response_format.json_schema.schema")
     try:
         if schema is not None and not tools:
             return grammars().compile(json_rules(schema, after=think_end))
         named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
-        callable_ = [
-            CallableTool(
-                tool.function.name,
-                tool.function.parameters,
-                is_strict=is_forced if tool.function.strict is None else tool.function.strict,
-            )
-            for tool in tools
-            if named in (None, tool.function.name)
-        ]
+        callable_ = []
+        for idx, tool in enumerate(tools):
+            if named not in (None, tool.function.name):
+                continue
+            parameters: Mapping[str, Any] | None = tool.function.parameters
+            is_strict = is_forced if tool.function.strict is None else tool.function.strict
+            if is_strict and parameters is not None:
+                parameters = _checked(parameters, f"tools.{idx}.function.parameters")
+            callable_.append(CallableTool(tool.function.name, parameters, is_strict=is_strict))
         dsml = tokenizer.added_ids[DSML]
         rules = tool_call_rules(
             callable_, dsml, after=think_end, is_forced=is_forced, is_single=is_single, schema=schema
@@ -279,6 +282,15 @@ def _grammar(
         return grammars().compile(rules)
     except ValueError as error:
         raise _refused(str(error), "tools" if tools else "response_format") from error
+
+
+def _checked(schema: Mapping[str, Any], param: str) -> Mapping[str, Any]:
+    """Return a schema that a grammar can be made of, or name the place in it that is wrong."""
+    try:
+        result: Mapping[str, Any] = checked(schema)
+    except SchemaError as error:
+        raise _refused(str(error), f"{param}.{error.place}" if error.place else param) from error
+    return result
 
 
 # to the answer
