@@ -92,13 +92,13 @@ def test_a_few_huge_rows_hide_nothing() -> None:
     want[6:] = 2.0**44
     got = want.clone()
     got[2, 1] *= 1 + 1e-3
-    with pytest.raises(AssertionError, match=r"sparse_attention: 1 of 36 elements differ, first at \[2, 1\]"):
-        assert_within("sparse_attention", got, want)
+    with pytest.raises(AssertionError, match=r"compress_kv: 1 of 36 elements differ, first at \[2, 1\]"):
+        assert_within("compress_kv", got, want)
     small = want.clone()
     small[0] = 2.0**-40  # a row counts as at least as long as the median one
     got = small.clone()
     got[0] *= 2
-    assert_within("sparse_attention", got, small)
+    assert_within("compress_kv", got, small)
 
 
 def test_bounds_grow_with_the_terms() -> None:

@@ -297,6 +297,8 @@ def check_sample(call: OpCall, inputs: OpInputs, arguments: Arguments, got: Any,
         AssertionError: one is wrong.
     """
     index = torch.unique(torch.linspace(0, num_tokens - 1, min(SAMPLE, num_tokens)).long())
+    if inputs.together(arguments) > 1:
+        index = torch.arange(num_tokens - inputs.together(arguments), num_tokens)
     sampled = {name: moved(value, "cpu") for name, value in inputs.only(arguments, index).items()}
     before = dict(sampled)
     for name in inputs.written:

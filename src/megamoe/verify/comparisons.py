@@ -7,19 +7,22 @@ AssertionError. Every operation names its rule in its entry of verify/inputs.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from megamoe.formats import fp8, mxfp4, nvfp4
+from megamoe.formats.cache_rows import CachePool, decode_rows
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.ops import read_cache
 from megamoe.ops.quantize import quantize_nvfp4
-from megamoe.verify.tolerance import TOLERANCES, assert_within
-from megamoe.verify.values import moved, parts
+from megamoe.verify.selection import compare_selections, score_bounds
+from megamoe.verify.tolerance import ROW_ROUNDING, TOLERANCES, assert_within
+from megamoe.verify.values import copied, moved, parts, pool_rows, whole_storage
 
 Rule = Callable[[str, Any, Any, dict[str, Any]], None]
 
@@ -125,92 +128,111 @@ def routes(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
 
 
 def scores(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
-    """Compare index scores [T, N], whose terms are known.
+    """Compare index scores [T, N] with exact ones, each within the bound of its own terms.
 
     Raises:
-        AssertionError: a row is not within the bound of the terms that it is made of.
-    """
-
-    def term_sizes() -> torch.Tensor:
-        keys = read_cache.reference(moved(arguments["keys"], "cpu"), arguments["key_slots"].cpu()).double()
-        return _score_sizes(_values(arguments["q"]).double(), arguments["head_weights"].cpu().double(), keys)
-
-    assert_within(op, got, want, term_sizes=term_sizes)
-
-
-def _score_sizes(q: torch.Tensor, head_weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return the root of the sum of squares of the terms of every score [T, N]; q [T, Hi, K], keys [N, K]."""
-    squares = (head_weights.square()[:, :, None] * q.square()).sum(1)  # [T, K]
-    return (squares @ keys.square().T).sqrt()
-
-
-def selections(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
-    """Compare selected entries [T, top_k]: entries whose scores are close may be swapped, no others.
-
-    Scores are worked out in fp64 from the values of queries and keys. An entry may stand for another whose score is no
-    further away than the bounds of both; of keys with the same bytes the lower one is taken.
-
-    Raises:
-        AssertionError: a row is not min(num_visible, top_k) visible entries in ascending order and then -1; an entry
-            was left out for a clearly worse one, or for a later one with the same key.
+        AssertionError: a score is further from the exact one than verify/selection.py allows, or NaN.
     """
     got = got.cpu()
     if got.shape != want.shape or got.dtype != want.dtype:
         raise AssertionError(f"{op}: got {got.dtype} {list(got.shape)}, want {want.dtype} {list(want.shape)}")
-    pool, top_k = moved(arguments["keys"], "cpu"), arguments["top_k"]
-    num_visible = arguments["num_visible"].cpu().long()
-    _refuse_malformed(op, got, num_visible)
-    q, head_weights = _values(arguments["q"]).double(), arguments["head_weights"].cpu().double()
-    starts = arguments["query_starts"].tolist()
-    for table, start, stop in zip(arguments["block_tables"].cpu().long(), starts, starts[1:], strict=False):
-        for token in range(start, stop):
-            num_keys = int(num_visible[token])
-            if num_keys <= top_k:
-                continue
-            entries = torch.arange(num_keys)
-            slots = table[entries // pool.rows_per_block] * pool.rows_per_block + entries % pool.rows_per_block
-            keys = read_cache.reference(pool, slots)
-            of_token = slice(token, token + 1)
-            logits = (q[token] @ keys.double().T).clamp(min=0.0)  # [Hi, keys]
-            score = head_weights[token] @ logits
-            size = _score_sizes(q[of_token], head_weights[of_token], keys.double())[0].maximum(score.abs())
-            _compare_selection(f"{op}: token {token}", got[token], keys, score, size)
-
-
-def _refuse_malformed(op: str, got: torch.Tensor, num_visible: torch.Tensor) -> None:
-    counts = num_visible.clamp(max=got.shape[1])[:, None]
-    is_entry = torch.arange(got.shape[1]) < counts  # [T, top_k]
-    ascends = torch.nn.functional.pad(got[:, :-1], (1, 0), value=-1) < got if got.shape[1] else is_entry
-    right = torch.where(is_entry, (got >= 0) & (got < num_visible[:, None]) & ascends, got == -1)
-    if not bool(right.all()):
-        token, column = (~right).nonzero()[0].tolist()
+    keys = read_cache.reference(moved(arguments["keys"], "cpu"), arguments["key_slots"].cpu())
+    found = score_bounds(_values(arguments["q"]), arguments["head_weights"].cpu(), keys)
+    wrong = ~((got.double() - found.scores).abs() <= found.bounds)
+    if bool(wrong.any()):
+        token, entry = wrong.nonzero()[0].tolist()
         raise AssertionError(
-            f"{op}: token {token} column {column}: got {int(got[token, column])}; a row is {int(counts[token])} "
-            f"entries of 0..{int(num_visible[token]) - 1} in ascending order, then -1"
+            f"{op}: {int(wrong.sum())} of {wrong.numel()} elements differ, first at [{token}, {entry}]: got "
+            f"{float(got[token, entry])!r}, want {float(found.scores[token, entry])!r} +- "
+            f"{float(found.bounds[token, entry]):.1e}"
         )
 
 
-def _compare_selection(
-    where: str, got: torch.Tensor, keys: torch.Tensor, score: torch.Tensor, size: torch.Tensor
-) -> None:
-    is_chosen = torch.zeros(len(score), dtype=torch.bool)
-    is_chosen[got] = True
-    close = TOLERANCES["index_scores"].bound() * size
-    worst = (score + close).masked_fill(~is_chosen, torch.inf).argmin()
-    best = (score - close).masked_fill(is_chosen, -torch.inf).argmax()
-    if bool(score[best] - close[best] > score[worst] + close[worst]):
-        raise AssertionError(
-            f"{where}: entry {int(worst)} with {float(score[worst])!r} was selected and entry {int(best)} with "
-            f"{float(score[best])!r} was not"
-        )
-    _, group = keys.unique(dim=0, return_inverse=True)
-    entries = torch.arange(len(score))
-    num_groups = int(group.max()) + 1
-    last = torch.full((num_groups,), -1).scatter_reduce(0, group[is_chosen], entries[is_chosen], "amax")
-    first = torch.full((num_groups,), len(score)).scatter_reduce(0, group[~is_chosen], entries[~is_chosen], "amin")
-    if bool((first < last).any()):
-        which = int((first < last).nonzero()[0])
-        raise AssertionError(
-            f"{where}: entry {int(last[which])} was selected and entry {int(first[which])}, which has the same key, "
-            "was not; equal ones go to the lowest"
-        )
+def selections(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
+    """Compare selected entries [T, top_k] by the rule of verify/selection.py, the tokens of each request by its keys.
+
+    Raises:
+        AssertionError: a row is not a selection, or leaves out an entry that certainly precedes one that it holds.
+    """
+    got, requests = got.cpu(), arguments["requests"].cpu()
+    if got.shape != want.shape or got.dtype != want.dtype:
+        raise AssertionError(f"{op}: got {got.dtype} {list(got.shape)}, want {want.dtype} {list(want.shape)}")
+    pool, num_visible = moved(arguments["keys"], "cpu"), arguments["num_visible"].cpu().masked_fill(requests < 0, 0)
+    q, head_weights = _values(arguments["q"]), arguments["head_weights"].cpu()
+    for request in requests.unique().tolist():
+        tokens = (requests == request).nonzero()[:, 0]
+        entries = torch.arange(int(num_visible[tokens].max()))
+        blocks = arguments["block_tables"].cpu()[request].long()[entries // pool.rows_per_block]
+        keys = read_cache.reference(pool, blocks * pool.rows_per_block + entries % pool.rows_per_block)
+        found = score_bounds(q[tokens], head_weights[tokens], keys)
+        compare_selections(got[tokens].long(), want[tokens].long(), found, num_visible[tokens])
+
+
+def attention(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
+    """Compare attention by the bound of what it multiplies.
+
+    Raises:
+        AssertionError: a row is not within the bound.
+    """
+    is_fp16 = arguments.get("operand_dtype") == torch.float16
+    within(op if is_fp16 else f"{op}, fp32 operands", got, want, arguments)
+
+
+@contextlib.contextmanager
+def _damage_is_an_error(where: str) -> Iterator[None]:
+    """Turn the refusal of a NaN code or scale, as unwritten memory has them, into a wrong result."""
+    try:
+        yield
+    except ValueError as refused:
+        raise AssertionError(f"{where}: {refused}") from refused
+
+
+def rounded_query(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
+    """Compare index queries by their values, of which a few may lie beside a step, and the head weights.
+
+    Raises:
+        AssertionError: a row is not within the bound and the rounding of the keys' format.
+    """
+    rounding = ROW_ROUNDING[arguments["key_format"]] + 2.0**-8
+    with _damage_is_an_error(op):
+        values = _values(got[0]).float()
+    assert_within(op, values, _values(want[0]).float(), rounding=rounding)
+    assert_within(op, got[1], want[1])
+
+
+def rows_written(*names: str) -> Rule:
+    """Return the rule of an operation that works rows out and writes them into pools.
+
+    Rows that the reference has written are compared by their values, under the operation's bound and the rounding of
+    the row format; everything else in a pool's memory byte by byte.
+
+    Args:
+        *names: the pools among the arguments, in the order of the result, behind what the operation returns.
+    """
+
+    def compare(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
+        returned = len(want) - len(names)
+        within(op, got[:returned], want[:returned], arguments)
+        for name, one, other in zip(names, got[returned:], want[returned:], strict=True):
+            before = moved(arguments[name], "cpu")
+            _compare_rows(f"{name} of {op}", op, before, copied(one, "cpu"), copied(other, "cpu"))
+
+    return compare
+
+
+def _compare_rows(where: str, op: str, before: CachePool, got: CachePool, want: CachePool) -> None:
+    slots = torch.arange(want.num_slots)
+    if want.num_slots == before.num_slots:  # else some of the rows that were written, and nothing else
+        stored = zip(pool_rows(before, slots), pool_rows(want, slots), strict=True)
+        slots = slots[torch.stack([(one != other).any(-1) for one, other in stored]).any(0)]
+    with _damage_is_an_error(where):
+        values = decode_rows(*pool_rows(got, slots), want.row_format, want.width)
+    expected = decode_rows(*pool_rows(want, slots), want.row_format, want.width)
+    assert_within(op, values, expected, rounding=ROW_ROUNDING[want.row_format])
+    block, row = slots // want.rows_per_block, slots % want.rows_per_block
+    for pool in (got, want):
+        pool.data_rows[block, row] = 0
+        pool.scale_rows[block, row] = 0
+    differing = (whole_storage(got.storage) != whole_storage(want.storage)).nonzero()
+    if len(differing):
+        raise AssertionError(f"{where}: {len(differing)} bytes that the operation does not write differ")

@@ -85,21 +85,33 @@ class GuardedOutputs:
 def fenced(value: Any, device: torch.device | str) -> Any:
     """Return a copy of an argument on a device, with the fence byte before and behind the memory that it lies in.
 
-    Strides and offsets stay, and so do the bytes between rows and pages. A pool's storage is then the whole of it.
+    Strides stay, and so do the bytes between rows and pages. A pool's storage is copied whole.
     """
 
-    def copy(one: torch.Tensor) -> torch.Tensor:
-        source = whole_storage(one)
-        whole = torch.full((source.numel() + 2 * FENCE_BYTES,), FENCE, dtype=torch.uint8, device=device)
-        whole[FENCE_BYTES : FENCE_BYTES + source.numel()] = source.to(device)
-        first = FENCE_BYTES // one.element_size() + one.storage_offset()
-        room = whole.numel() // one.element_size() * one.element_size()
-        return whole[:room].view(one.dtype).as_strided(one.shape, one.stride(), first)
-
     if isinstance(value, CachePool):
-        storage = copy(value.storage)
+        source = whole_storage(value.storage)
+        storage = _between_fences(source, device)[FENCE_BYTES : FENCE_BYTES + source.numel()].as_strided(
+            value.storage.shape, value.storage.stride(), FENCE_BYTES + value.storage.storage_offset()
+        )
         return dataclasses.replace(value, storage=storage)
-    return mapped(value, copy)
+    return mapped(value, lambda one: _fenced_tensor(one, device))
+
+
+def _fenced_tensor(one: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    size = one.element_size()
+    last = sum((count - 1) * step for count, step in zip(one.shape, one.stride(), strict=True))
+    first = one.storage_offset() * size
+    source = whole_storage(one)[first : first + (last + 1) * size if one.numel() else first]
+    whole = _between_fences(source, device)
+    return (
+        whole[: whole.numel() // size * size].view(one.dtype).as_strided(one.shape, one.stride(), FENCE_BYTES // size)
+    )
+
+
+def _between_fences(source: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    whole = torch.full((source.numel() + 2 * FENCE_BYTES,), FENCE, dtype=torch.uint8, device=device)
+    whole[FENCE_BYTES : FENCE_BYTES + source.numel()] = source.to(device)
+    return whole
 
 
 def check_fences(op: str, name: str, value: Any) -> None:

@@ -22,6 +22,7 @@ from megamoe.kernels.fp8 import fp8_linear as fp8_linear_kernel
 from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT
 from megamoe.kernels.linear.linear_stream import stream_limit
 from megamoe.kernels.router.route_tiles import MANY_TOKENS
+from megamoe.ops.embed_streams import embed_streams
 from megamoe.ops.experts import experts
 from megamoe.ops.fp8_experts import fp8_experts
 from megamoe.ops.fp8_linear import fp8_linear
@@ -29,7 +30,9 @@ from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvf
 from megamoe.ops.hadamard import hadamard
 from megamoe.ops.hyper_connection import (
     hyper_connection_head,
+    hyper_connection_head_norm,
     hyper_connection_post,
+    hyper_connection_post_pre_norm,
     hyper_connection_pre,
     hyper_connection_pre_norm,
 )
@@ -42,7 +45,9 @@ from megamoe.ops.quantize import quantize_fp8_rows, quantize_mxfp4, quantize_nvf
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
 from megamoe.ops.rope import rope, rope_table
+from megamoe.ops.rotate_queries import rotate_queries
 from megamoe.ops.route_experts import route_experts
+from megamoe.ops.streams import add_to_streams, mean_of_streams
 from megamoe.ops.swiglu import clamped_swiglu
 from megamoe.ops.yarn_scaling import YarnScaling
 from megamoe.verify.cache_inputs import CACHE_INPUTS
@@ -145,6 +150,50 @@ def _hyper_connection_pre_norm(dims: Mapping[str, int], num_tokens: int, generat
 
 def _hyper_connection_head(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     return _mixing(dims, num_tokens, generator, dims["X"], 1)
+
+
+def _post_pre_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    following = _hyper_connection_pre_norm(dims, num_tokens, generator)
+    return {**following, **_hyper_connection_post(dims, num_tokens, generator)}
+
+
+def _head_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    weight = (1.0 + scaled(generator, dims["D"], scale=0.2)).bfloat16()
+    return {**_hyper_connection_head(dims, num_tokens, generator), "weight": weight}
+
+
+def _head_norm_rows(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """Return arguments of a few rows of many; some are nobody's."""
+    num_streams = num_tokens + 5
+    rows = torch.randperm(num_streams, generator=generator, device=generator.device)[:num_tokens]
+    rows[2::6] = -1
+    return {**_head_norm(dims, num_streams, generator), "rows": rows}
+
+
+def _embed_streams(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    vocab_size, device = min(dims["V"], MOST_ROWS), generator.device
+    token_ids = torch.randint(vocab_size, (num_tokens,), generator=generator, device=device)
+    token_ids[2::6] = -1
+    table = scaled(generator, vocab_size, dims["D"]).bfloat16()
+    return {"table": table, "token_ids": token_ids, "num_streams": dims["X"]}
+
+
+def _mean_of_streams(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": _streams(dims, num_tokens, generator)}
+
+
+def _add_to_streams(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": _streams(dims, num_tokens, generator), "e": scaled(generator, num_tokens, dims["D"]).bfloat16()}
+
+
+def _rotate_queries(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _rope(dims, num_tokens, generator)
+    return {name: arguments[name] for name in ("pos", "table")} | {"q": arguments["x"]}
+
+
+def _rotate_queries_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _rotate_queries(dims, num_tokens, generator)
+    return {**arguments, "q": arguments["q"].float() * 1.001}
 
 
 def _mixing(
@@ -390,6 +439,27 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "quantize_mxfp4": (OpInputs(quantize_mxfp4, _quantize_mxfp4, ("x",)),),
     "hadamard": (OpInputs(hadamard, _hadamard, ("x",)), OpInputs(hadamard, _hadamard_fp32, ("x",))),
     "rope": (OpInputs(rope, _rope, ("x", "pos")), OpInputs(rope, _rope_inverse, ("x", "pos"))),
+    "rotate_queries": tuple(
+        OpInputs(rotate_queries, make, ("q", "pos")) for make in (_rotate_queries, _rotate_queries_fp32)
+    ),
+    "embed_streams": (
+        OpInputs(
+            embed_streams,
+            _embed_streams,
+            ("token_ids",),
+            partly=("table",),
+            partly_bytes=lambda arguments: int((arguments["token_ids"] >= 0).sum()) * arguments["table"][0].nbytes,
+        ),
+    ),
+    "mean_of_streams": (OpInputs(mean_of_streams, _mean_of_streams, ("x",)),),
+    "add_to_streams": (OpInputs(add_to_streams, _add_to_streams, ("x", "e")),),
+    "hyper_connection_post_pre_norm": (
+        OpInputs(hyper_connection_post_pre_norm, _post_pre_norm, ("y", "x", "post", "comb")),
+    ),
+    "hyper_connection_head_norm": (
+        OpInputs(hyper_connection_head_norm, _head_norm, ("x",)),
+        OpInputs(hyper_connection_head_norm, _head_norm_rows, ("rows",)),
+    ),
     "experts": (OpInputs(experts, _plain_experts, (*EXPERTS_PER_TOKEN, "shared_output"), EXPERT_TILE),),
     "fp8_experts": (OpInputs(fp8_experts, _fp8_experts, (*EXPERTS_PER_TOKEN, "shared_output"), EXPERT_TILE),),
     "clamped_swiglu": (OpInputs(clamped_swiglu, _clamped_swiglu, ("gate", "up")),),

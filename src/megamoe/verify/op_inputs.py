@@ -23,6 +23,10 @@ def _no_bytes(arguments: Arguments) -> int:
     return 0
 
 
+def _one(arguments: Arguments) -> int:
+    return 1
+
+
 @dataclasses.dataclass(frozen=True)
 class OpInputs:
     """How to call an operation, and what its result must be.
@@ -37,6 +41,7 @@ class OpInputs:
         rule: how a result is compared with the reference's.
         written: the arguments that the operation changes in place. They belong to the result, behind what it returns.
         cut: (arguments, tokens) → the arguments besides per_token that are others when only these tokens are given.
+        together: arguments → how many of the last tokens cannot be without each other.
         part: (result, arguments, tokens) → what of a result belongs to these tokens.
         partly: the arguments of which a call reads or writes a part, pools above all.
         partly_bytes: arguments → bytes of that part.
@@ -50,6 +55,7 @@ class OpInputs:
     rule: Rule = within
     written: tuple[str, ...] = ()
     cut: Callable[[Arguments, torch.Tensor], Arguments] | None = None
+    together: Callable[[Arguments], int] = _one
     part: Callable[[Any, Arguments, torch.Tensor], Any] = _rows_of_result
     partly: tuple[str, ...] = ()
     partly_bytes: Callable[[Arguments], int] = _no_bytes

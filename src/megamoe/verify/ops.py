@@ -142,6 +142,7 @@ def verify_case(call: OpCall, inputs: OpInputs, num_tokens: int, device: str = "
     if num_tokens > 1:
         until = math.inf if inputs.order_until is None else inputs.order_until(call.dims)
         fewest = 1 if num_tokens <= until else int(until) + 1  # of the same order of sums
+        fewest = max(fewest, inputs.together(arguments))
         last = torch.arange(num_tokens - fewest, num_tokens)
         alone = inputs.only(_renewed(inputs, arguments, on_device, device), last)
         among = plain(inputs.part(runs[0], on_device, last))

@@ -23,6 +23,8 @@ from collections.abc import Callable
 
 import torch
 
+from megamoe.formats.cache_rows import RowFormat
+
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
@@ -137,6 +139,15 @@ OUTPUT_ROUNDING: dict[torch.dtype, float] = {
 """Added to a bound by the dtype of the output."""
 
 
+ROW_ROUNDING: dict[RowFormat, float] = {
+    RowFormat.FP32: 0.0,
+    RowFormat.BF16: 2.0**-8,
+    RowFormat.FP8_ROPE_BF16: 2e-2,  # a code beside a step moves by 2^-3 of itself: of 64 values alike 1.6e-2
+    RowFormat.INDEX_FP8: 2e-2,
+    RowFormat.INDEX_FP4: 2e-1,  # a code beside a step moves by up to half of itself; 128 values, a few of them
+}
+"""Added to the bound of an operation whose result is rounded to a row format, where a value may lie beside a step."""
+
 SMALLEST = torch.finfo(torch.float32).tiny
 """What lies below may be flushed to zero."""
 
@@ -148,6 +159,7 @@ def assert_within(
     *,
     num_terms: int = 0,
     term_sizes: Callable[[], torch.Tensor] | None = None,
+    rounding: float | None = None,
 ) -> None:
     """Compare an output with the reference's and fail with the first wrong coordinate.
 
@@ -160,6 +172,7 @@ def assert_within(
         num_terms: K, where every element is a sum of K terms.
         term_sizes: gives the root of the sum of squares of every element's terms, in the shape of want. It is asked
             only where a row is not within the bound of its own length. None where the terms are not known.
+        rounding: what rounding adds to the bound; None: what the dtype of the output does.
 
     Raises:
         KeyError: the operation has no bound.
@@ -174,7 +187,7 @@ def assert_within(
         return
     if want.numel() == 0:
         return
-    relative, rounding = tolerance.bound(num_terms), OUTPUT_ROUNDING[want.dtype]
+    relative, rounding = tolerance.bound(num_terms), OUTPUT_ROUNDING[want.dtype] if rounding is None else rounding
     bound = relative + rounding
     got_values, want_values = got.double(), want.double()
     _fail_at(op, got_values.isnan() | want_values.isnan(), got, want, "is NaN")

@@ -13,10 +13,25 @@ from megamoe.formats.cache_rows import CachePool
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.ops.plan_slots import EntrySlots, EntryTables, RowTables, StepSlots
 from megamoe.ops.rope import RopeTable
 
-CONTAINERS = (NvFp4Tensor, MxFp4Tensor, Fp8RowTensor, Fp8BlockTensor, RopeTable)
-"""Frozen records of tensors and names, which are rebuilt tensor by tensor."""
+CONTAINERS = (
+    NvFp4Tensor,
+    MxFp4Tensor,
+    Fp8RowTensor,
+    Fp8BlockTensor,
+    RopeTable,
+    RowTables,
+    EntryTables,
+    EntrySlots,
+    StepSlots,
+)
+"""Frozen records of tensors, names and each other, which are rebuilt tensor by tensor."""
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -36,8 +51,7 @@ def mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         )
         return dataclasses.replace(value, storage=storage)
     if isinstance(value, CONTAINERS):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        changes: Any = {name: function(one) for name, one in fields.items() if isinstance(one, torch.Tensor)}
+        changes: Any = {name: mapped(one, function) for name, one in _fields(value).items()}
         return dataclasses.replace(value, **changes)
     return value
 
@@ -92,6 +106,12 @@ def pool_rows(pool: CachePool, slots: torch.Tensor) -> tuple[torch.Tensor, torch
     return pool.data_rows[block, row], pool.scale_rows[block, row]
 
 
+def rows_alone(pool: CachePool, slots: torch.Tensor) -> CachePool:
+    """Return a pool of the rows that some slots name and of nothing else, a page each; negative slots are left out."""
+    storage = torch.cat(pool_rows(pool, slots), dim=1)
+    return dataclasses.replace(pool, storage=storage, rows_per_block=1)
+
+
 def parts(value: Any, name: str = "y") -> dict[str, torch.Tensor]:
     """Return the tensors of a result by name: containers and tuples are taken apart, a pool is its whole storage."""
     if isinstance(value, tuple):
@@ -99,8 +119,8 @@ def parts(value: Any, name: str = "y") -> dict[str, torch.Tensor]:
     if isinstance(value, CachePool):
         return {f"{name}.storage": whole_storage(value.storage)}
     if isinstance(value, CONTAINERS):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {f"{name}.{key}": one for key, one in fields.items() if isinstance(one, torch.Tensor)}
+        found = [parts(one, f"{name}.{key}") for key, one in _fields(value).items()]
+        return {key: part for one in found for key, part in one.items() if isinstance(part, torch.Tensor)}
     return {name: value}
 
 
