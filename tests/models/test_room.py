@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory is counted before weights are read: refused under hard limits, else warned about; one line always."""
+"""Memory is counted before weights are read: refused under hard limits, else warned about; one line always.
+
+Row C5 of docs/faults.md.
+"""
 
 from __future__ import annotations
 

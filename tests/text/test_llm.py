@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts in, text out."""
+"""Prompts in, text out.
+
+Row C10 of docs/faults.md.
+"""
 
 from __future__ import annotations
 

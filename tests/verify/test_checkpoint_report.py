@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`megamoe inspect`: what it prints, exit codes, JSON, the memory plan; its time and memory on a complete V4-Pro."""
+"""`megamoe inspect`: what it prints, exit codes, JSON, the memory plan; its time and memory on a complete V4-Pro.
+
+Rows C1 and C15 of docs/faults.md.
+"""
 
 from __future__ import annotations
 

@@ -361,8 +361,10 @@ class _OpenShard:
 
     def publish(self) -> str:
         """Flush the file to the disk and give it its name; return the SHA-256 of its bytes."""
-        sha256 = hash_file(self.temporary)
-        os.fsync(self.descriptor)
+        with concurrent.futures.ThreadPoolExecutor(1, "flush") as pool:
+            flushed = pool.submit(os.fsync, self.descriptor)  # the disk is busy meanwhile, the processor is not
+            sha256 = hash_file(self.temporary)
+            flushed.result()
         os.close(self.descriptor)
         self.descriptor = -1
         os.replace(self.temporary, self.path)

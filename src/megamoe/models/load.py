@@ -76,7 +76,6 @@ def load(
     dtype_held = chosen.activation_dtype if chosen.dequantize_weights else None
     num_bytes = bytes_when_loaded(examined.stored, examined.claims, dtype_held)
     what = f"load: model {str(model)!r} with recipe {chosen.name}"
-    require_room(what, num_bytes, examined.headers.num_bytes, where)
     with CheckpointReader(directory, examined.headers) as reader:
         loader = WeightLoader(
             reader,
@@ -88,6 +87,7 @@ def load(
         )
         calls = model_calls(config, loader.formats, chosen)
         dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
+        require_room(what, num_bytes, examined.headers.num_bytes, where)
         with no_room_is_told(what, num_bytes):
             weights = loader.load(_layouts(chosen, where))
     notes = tuple(f"{finding.rule}: {finding}" for finding in (*warnings, *examined.told))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `megamoe convert`: what it prints, its exit codes, and a process that is killed from outside."""
+"""The command `megamoe convert`: what it prints, its exit codes, and a process that is killed from outside.
+
+Rows C6, C8, C9 and C15 of docs/faults.md.
+"""
 
 from __future__ import annotations
 
