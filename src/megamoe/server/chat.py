@@ -104,6 +104,9 @@ class Chat:
         schema = _schema(request)
         try:
             shown = read_tools([tool.model_dump(exclude_unset=True) for tool in tools])
+        except ValueError as error:
+            raise _refused(str(error), "tools") from error
+        try:
             prompt = chat_format.encode(
                 read_messages([_message(message) for message in request.messages]),
                 tools=shown,
@@ -129,7 +132,9 @@ class Chat:
             self.requests.append(
                 Request(
                     prompt.ids,
-                    sampling_params(request, max_tokens=limit, logprobs=logprobs, choice=choice),
+                    sampling_params(
+                        request, max_tokens=limit, logprobs=logprobs, choice=choice, vocab_size=encoder.vocab_size
+                    ),
                     reader,
                     logits_filter=None if grammar is None else grammar.filter(),
                     timeout_s=settings.request_timeout_s,

@@ -98,7 +98,13 @@ class Completion:
         for ids in self._prompt_ids:
             limit = max_new_tokens(request.max_tokens, DEFAULT_MAX_TOKENS, len(ids), settings, prompt_param="prompt")
             for choice in range(n):
-                params = sampling_params(request, max_tokens=limit, logprobs=request.logprobs, choice=choice)
+                params = sampling_params(
+                    request,
+                    max_tokens=limit,
+                    logprobs=request.logprobs,
+                    choice=choice,
+                    vocab_size=encoder.vocab_size,
+                )
                 reader = TextStream(encoder.tokenizer, stop_strings(request), min_tokens=request.min_tokens or 0)
                 self.requests.append(Request(ids, params, reader, timeout_s=settings.request_timeout_s))
 

@@ -23,7 +23,7 @@ class Metrics:
     """Everything /metrics shows.
 
     Attributes:
-        open_requests: requests whose answer is not complete.
+        open_requests: requests whose body or answer is not complete.
         requests: answers by endpoint and HTTP status.
         disconnects: clients that left before their answer was complete.
         finished: choices by finish reason.

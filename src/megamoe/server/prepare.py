@@ -83,8 +83,20 @@ def max_new_tokens(
     return room if wanted is None else min(wanted, room)
 
 
-def sampling_params(request: Sampling, *, max_tokens: int, logprobs: int | None, choice: int) -> SamplingParams:
+def sampling_params(
+    request: Sampling, *, max_tokens: int, logprobs: int | None, choice: int, vocab_size: int
+) -> SamplingParams:
     """Return the parameters of one choice; a seeded request's choices draw with seeds that follow each other."""
+    check_ids(request.stop_token_ids or (), vocab_size, "stop_token_ids")
+    check_ids([int(token_id) for token_id in request.logit_bias or ()], vocab_size, "logit_bias")
+    if request.min_tokens and request.min_tokens > max_tokens:
+        raise ApiError(
+            400,
+            f"min_tokens must be at most max_tokens and what the context leaves, {max_tokens} here; got "
+            f"{request.min_tokens}. Lower it.",
+            param="min_tokens",
+            code="invalid_value",
+        )
     seed = None if request.seed is None else (request.seed + choice) % 2**63
     try:
         return SamplingParams(

@@ -21,6 +21,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from megamoe.engine.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 
@@ -200,6 +201,17 @@ class TextPart(Strict):
     text: str
     cache_control: Ignored = None
     prompt_cache_breakpoint: Ignored = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, fields: Any) -> Any:
+        """Say what an image, a sound or a file is refused for: not the field it comes in."""
+        kind = fields.get("type") if isinstance(fields, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError(
+                "not_text", "this model reads text only; got a part of type {kind}", {"kind": kind}
+            )
+        return fields
 
 
 Content: TypeAlias = str | Annotated[list[TextPart], Field(min_length=1)]

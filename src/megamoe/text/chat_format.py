@@ -355,7 +355,10 @@ class DeepSeekV4Format(ChatFormat):
             response_format=response_format,
         )
         if prompt.pieces[-1] == Control(EOS):
-            raise ValueError("chat: the last message is a finished answer. Add a user message, or make it an open one.")
+            raise ValueError(
+                'chat: the last message is a finished answer. Add a user message, or say "prefix": true in it for an '
+                "answer that goes on with it."
+            )
         ids: list[int] = []
         for piece in prompt.pieces:
             ids += self._tokenizer.encode_text(piece) if isinstance(piece, str) else [self._ids[piece.token]]
@@ -436,7 +439,8 @@ class PlainFormat(ChatFormat):
             if message.is_open != (idx + 1 == num_messages):
                 raise ValueError(
                     f"chat: message {idx} is {'open, but not' if message.is_open else 'a finished answer, and'} the "
-                    "last. Only the last answer can be open, and a finished one needs a user message after it."
+                    'last. Only the last answer can be open ("prefix": true), and a finished one needs a user message '
+                    "after it."
                 )
             return f"Assistant: {message.content}"
         raise ValueError(
