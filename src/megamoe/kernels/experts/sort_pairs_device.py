@@ -122,13 +122,15 @@ class SortPairs:
         routed_pairs, routed_passes = Int32(0), Int32(0)
         token_position, shared_pairs = Int32(0), Int32(0)
         for other in cutlass.range_constexpr(WARPS):
-            pairs, passes_of_other, tokens = warp_sums[0, other], warp_sums[1, other], warp_sums[2, other]
+            pairs, passes_of_other = warp_sums[0, other], warp_sums[1, other]
             routed_pairs = routed_pairs + pairs
-            token_position = token_position + tokens * Int32(other < warp)
-            shared_pairs = shared_pairs + tokens
             pairs_before = pairs_before + pairs * Int32(other < warp)
             passes_before = passes_before + passes_of_other * Int32(other < warp)
             routed_passes = routed_passes + passes_of_other
+        for other in cutlass.range(WARPS, unroll=4):  # not all at once: registers
+            tokens = warp_sums[2, other]
+            token_position = token_position + tokens * Int32(other < warp)
+            shared_pairs = shared_pairs + tokens
         shared_passes = (shared_pairs + (per_pass - 1)) // per_pass
         if tid == 0:
             num_passes[0] = routed_passes + shared_passes
