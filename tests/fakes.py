@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tokenizers
@@ -70,28 +70,38 @@ def next_after(ids: list[int]) -> int:
 
 
 class FakeSharedCache:
-    """Keeps token ids where a model keeps rows: the newest in rings, all in pages. Mixing them up shows."""
+    """Keeps token ids where a model keeps rows: the newest in rings, all in pages. Mixing them up shows.
+
+    As in a model, a step of more tokens of a sequence than its ring has to spare leaves only its last ones there, and a
+    page boundary inside it is kept while it runs or never.
+    """
 
     def __init__(self, size: CacheSize, num_snapshots: int) -> None:
         self.size = size
-        self.capacity = FAKE_WINDOW + size.max_chunk
+        self.capacity = FAKE_WINDOW + size.ring_tokens
+        self.tables: list[list[int]] = [[] for _ in range(size.num_sequences)]
         self.rings = np.full((size.num_sequences, self.capacity), -1)
         self.pages = np.full((size.num_pages, size.tokens_per_page), -1)
         self.snapshots = np.full((num_snapshots, FAKE_WINDOW), -1)
 
+    def set_pages(self, ring_idx: int, pages: Sequence[int], first: int = 0) -> None:
+        assert first <= len(self.tables[ring_idx]), "a gap in the pages of a sequence"
+        self.tables[ring_idx][first:] = pages
+
     def plan(self, batch: Batch) -> Batch:
         assert len(batch.token_ids) == batch.counts.sum() and (batch.counts > 0).all()
-        assert batch.counts.max() <= self.size.max_chunk and len(set(batch.rings.tolist())) == len(batch.rings)
+        assert len(set(batch.rings.tolist())) == len(batch.rings)
+        longest, num_tokens = int(batch.counts.max()), len(batch.token_ids)
+        assert longest <= self.size.ring_tokens or num_tokens <= self.size.step_tokens
         return batch
 
-    def write(self, ring_idx: int, pages: np.ndarray, position: int, token_id: int) -> None:
+    def write(self, ring_idx: int, position: int, token_id: int) -> None:
         self.rings[ring_idx, position % self.capacity] = token_id
-        page = pages[position // self.size.tokens_per_page]
-        assert page >= 0, "a token is written to a page that its sequence does not have"
+        page = self.tables[ring_idx][position // self.size.tokens_per_page]
         self.pages[page, position % self.size.tokens_per_page] = token_id
 
-    def read(self, ring_idx: int, pages: np.ndarray, length: int) -> list[int]:
-        size = self.size.tokens_per_page
+    def read(self, ring_idx: int, length: int) -> list[int]:
+        size, pages = self.size.tokens_per_page, self.tables[ring_idx]
         split = max(0, length - FAKE_WINDOW)
         old = [int(self.pages[pages[at // size], at % size]) for at in range(split)]
         return old + [int(self.rings[ring_idx, at % self.capacity]) for at in range(split, length)]
@@ -119,9 +129,6 @@ class FakeDrafter:
     def start(self, ring_idx: int) -> None:
         self.known[ring_idx] = []
 
-    def save(self, hidden: torch.Tensor, row: int, ring_idx: int, length: int, snapshot_idx: int) -> None:
-        self.saved[snapshot_idx] = self.known[ring_idx][:length]
-
     def restore(self, snapshot_idx: int, ring_idx: int, length: int) -> None:
         self.known[ring_idx] = list(self.saved[snapshot_idx])
         assert len(self.known[ring_idx]) == length
@@ -137,6 +144,10 @@ class FakeDrafter:
             assert len(known) == commit.starts[idx], "the drafter missed tokens, or saw some twice"
             next_ids = commit.next_ids[start:end].tolist()
             known += [int(commit.first_ids[idx]), *next_ids[:-1]]
+            for save in commit.saves:
+                if save.ring == ring:
+                    assert len(known) >= save.length
+                    self.saved[save.snapshot_idx] = known[: save.length]
             if commit.wants_drafts[idx]:
                 histories.append([*known, next_ids[-1]])
         drafts = torch.empty(len(histories), num_tokens, dtype=torch.int64)
@@ -211,7 +222,9 @@ class FakeModel:
         spec = LayerCacheSpec(1, RowFormat.FP32, FAKE_WINDOW, ratio=1, index_width=1, index_format=RowFormat.FP32)
         return capacity_report([spec], size, num_snapshots)
 
-    def new_shared_cache(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> FakeSharedCache:
+    def new_shared_cache(
+        self, size: CacheSize, num_snapshots: int, *, max_tokens: int, with_drafts: bool
+    ) -> FakeSharedCache:
         return FakeSharedCache(size, num_snapshots)
 
     def new_drafter(self, cache: FakeSharedCache, num_tokens: int) -> FakeDrafter:
@@ -221,12 +234,14 @@ class FakeModel:
         self.steps.append(len(plan.token_ids))
         self.fed.append(plan.token_ids.tolist())
         logits, row = [], 0
-        for ring, start, count, pages in zip(
-            plan.rings.tolist(), plan.starts.tolist(), plan.counts.tolist(), plan.block_tables, strict=True
-        ):
+        for ring, start, count in zip(plan.rings.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True):
             for position in range(start, start + count):
-                cache.write(ring, pages, position, int(plan.token_ids[row]))
-                logits.append(self.logits_after(cache.read(ring, pages, position + 1)))
+                cache.write(ring, position, int(plan.token_ids[row]))
+                logits.append(self.logits_after(cache.read(ring, position + 1)))
+                for save in plan.saves:
+                    if (save.ring, save.length) == (ring, position + 1):
+                        assert save.row == row, "a boundary names another row of the step"
+                        cache.save(ring, save.length, save.snapshot_idx)
                 row += 1
         return torch.stack(logits)
 

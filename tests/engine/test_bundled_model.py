@@ -8,6 +8,7 @@ and compared with one pass of the model over the finished sequence.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.formats.cache_rows import CachePool
+from megamoe.models.deepseek_v4 import cache as cache_module
 from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
-from megamoe.models.deepseek_v4.snapshots import Snapshots
 from megamoe.models.load import BUNDLED
 from megamoe.text.tokenizer import Tokenizer
 
@@ -163,7 +164,7 @@ def visible_rows(cache, ring: int, pages: list[int], length: int) -> list[torch.
     found = []
     for layer in (*cache.layers, *cache.draft_layers):
         for name, pool in ((one.name, getattr(layer, one.name)) for one in dataclasses.fields(LayerPools)):
-            if pool is None:
+            if not isinstance(pool, CachePool):
                 continue
             if name in ("entries", "index_keys"):
                 ratio = PAGE // pool.rows_per_block
@@ -257,17 +258,14 @@ def test_f22_drafts_after_a_prefix_hit_are_those_without_one(
 def test_f22_each_kind_of_row_must_be_restored(
     model: Model, text: list[int], recorder: Recorder, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Snapshots.restore
+    right = cache_module.restore
 
-    def restore(self: Snapshots, snapshot_idx: int, ring_idx: int, length: int) -> None:
-        shared = engine._cache
-        skipped = {id(getattr(layer, part)) for layer in shared.layers}
-        pairs, self._pairs = self._pairs, [pair for pair in self._pairs if id(pair[0]) not in skipped]
-        assert len(self._pairs) < len(pairs)
-        right(self, snapshot_idx, ring_idx, length)
-        self._pairs = pairs
+    def restore(layers: Sequence[LayerPools], snapshot_idx: int, ring_idx: int, length: int) -> None:
+        assert any(getattr(layer.saved, part) is not None for layer in layers)
+        without = [dataclasses.replace(one, saved=dataclasses.replace(one.saved, **{part: None})) for one in layers]
+        right(without, snapshot_idx, ring_idx, length)
 
-    monkeypatch.setattr(Snapshots, "restore", restore)
+    monkeypatch.setattr(cache_module, "restore", restore)
     # Three pages: far more entries than the indexer selects, so that one wrong key shows in the following tokens.
     engine = make(model, max_sequences=2)
     run(engine, {"first": text[: 3 * PAGE + 10]}, max_tokens=1)
@@ -317,9 +315,6 @@ def test_layers_that_share_blocks_change_no_logit(model: Model, text: list[int],
     engine = make(model, prefill_chunk=90)
     layers = packed(engine._cache.layers, ("entries", "index_keys"))
     engine._cache.layers = packed(layers, ("window", "state", "index_state"))
-    engine._cache.snapshots = Snapshots(
-        engine._cache.specs, engine._cache.layers, engine._cache.size, engine._cache.num_snapshots, model.device
-    )
     run(engine, prompts, stagger=2)
     assert recorder.differs(model, prompts) == [] and engine.stats().prefix_hit_tokens > 0
 

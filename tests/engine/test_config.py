@@ -39,7 +39,7 @@ def test_explicit_numbers_are_taken() -> None:
     config = EngineConfig(num_pages=7, tokens_per_page=16, num_snapshots=3, max_sequence_tokens=50, prefill_chunk=9)
     plan = resolve(config, FakeModel(NOWHERE))
     assert (plan.size.num_pages, plan.size.tokens_per_page, plan.num_snapshots) == (7, 16, 3)
-    assert (plan.max_sequence_tokens, plan.size.max_chunk) == (50, 9)
+    assert (plan.max_sequence_tokens, plan.size.ring_tokens) == (50, 1)
 
 
 def test_no_prefix_cache_no_snapshots() -> None:
@@ -49,7 +49,8 @@ def test_no_prefix_cache_no_snapshots() -> None:
 
 
 def test_rings_have_room_for_drafts() -> None:
-    assert resolve(EngineConfig(prefill_chunk=9, speculative_tokens=2), FakeModel(NOWHERE)).size.max_chunk == 11
+    size = resolve(EngineConfig(max_sequences=3, max_step_tokens=40, speculative_tokens=2), FakeModel(NOWHERE)).size
+    assert (size.ring_tokens, size.step_tokens) == (3, 43)
 
 
 # refusals

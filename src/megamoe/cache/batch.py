@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch and Commit: which tokens of which sequences a step runs, and which of them turned out certain. Integers only.
 
-Whoever schedules fills them in; a model derives every slot of the step from them.
+Whoever schedules fills them in; a model derives every slot of the step from them and from the pages it was told of.
 """
 
 from __future__ import annotations
@@ -14,6 +14,23 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Save:
+    """A page boundary at which the rows that continue a sequence are kept.
+
+    Attributes:
+        ring: the ring of the sequence.
+        length: tokens before the boundary, whole pages.
+        snapshot_idx: where the rows go.
+        row: the row of token length - 1 among the tokens of the step.
+    """
+
+    ring: int
+    length: int
+    snapshot_idx: int
+    row: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Batch:
     """One step over T tokens of B sequences; the tokens of a sequence are consecutive and stand together.
@@ -23,14 +40,14 @@ class Batch:
         starts: [B] int64, the position of each sequence's first token in this step.
         counts: [B] int64, at least 1, each sequence's tokens in this step; they add up to T.
         rings: [B] int64, the ring of each sequence, all different.
-        block_tables: [B, num_blocks] int32, each sequence's pages in order, filled up with -1.
+        saves: page boundaries that tokens of this step reach for certain; their rows are kept when the step has run.
     """
 
     token_ids: IntArray
     starts: IntArray
     counts: IntArray
     rings: IntArray
-    block_tables: npt.NDArray[np.int32]
+    saves: tuple[Save, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -45,6 +62,7 @@ class Commit:
         first_ids: [B] int64, the token at `starts`.
         next_ids: [T] int64, the token after each of the T; the last one of a sequence is not computed yet.
         wants_drafts: [B] bool, the sequences to guess for.
+        saves: page boundaries among the T tokens at which rows are kept; `row` counts as in `rows`.
     """
 
     rows: IntArray
@@ -54,3 +72,4 @@ class Commit:
     first_ids: IntArray
     next_ids: IntArray
     wants_drafts: npt.NDArray[np.bool_]
+    saves: tuple[Save, ...] = ()

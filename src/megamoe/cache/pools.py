@@ -3,11 +3,15 @@
 
 A layer keeps up to five pools, in two families that grow differently:
 
-    rings, one per sequence      window        recent latent rows               window + max_chunk rows
+    rings, one per sequence      window        recent latent rows               window + ring_tokens rows
                                  state         raw rows of the compressor       see compressor_state.py, fp32
                                  index_state   raw rows of the index compressor the same
     pages, one row per `ratio`   entries       compressed latent rows           tokens_per_page / ratio rows a page
     tokens of a sequence         index_keys    index keys                       the same
+
+A step of at most `ring_tokens` tokens of each sequence writes its rows into the rings. The rows of a longer one lie in
+the step area, which all layers share: a layer writes it, reads it, and copies the last rows of every sequence to its
+rings, and to snapshots at page boundaries, before the next layer uses it. So rings are as long as decoding needs.
 
 Rings cost bytes per sequence whatever its length, pages cost bytes per token. The two are never added up into one
 "bytes per token": that number misleads at both ends.
@@ -82,24 +86,29 @@ class CacheSize:
         num_sequences: sequences with a ring at one time.
         num_pages: pages shared by all sequences.
         tokens_per_page: positions a page covers; a multiple of every layer's ratio.
-        max_chunk: most tokens of one sequence in one step.
+        ring_tokens: most tokens of one sequence that a step writes straight into its rings: 1 and the drafts checked
+            with it, where longer steps have the step area.
+        step_tokens: tokens of a step for which the step area has room; 0 where every step goes into the rings.
     """
 
     num_sequences: int
     num_pages: int
     tokens_per_page: int
-    max_chunk: int
+    ring_tokens: int
+    step_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Refuse counts that describe no cache."""
-        if self.num_sequences < 1 or self.num_pages < 0 or self.tokens_per_page < 1 or self.max_chunk < 1:
+        positive = (self.num_sequences, self.tokens_per_page, self.ring_tokens)
+        if min(positive) < 1 or self.num_pages < 0 or self.step_tokens < 0:
             raise ValueError(
-                "CacheSize: num_sequences, tokens_per_page and max_chunk must be >= 1 and num_pages >= 0; got "
-                f"{self.num_sequences}, {self.tokens_per_page}, {self.max_chunk} and {self.num_pages}."
+                "CacheSize: num_sequences, tokens_per_page and ring_tokens must be >= 1, num_pages and step_tokens >= "
+                f"0; got {self.num_sequences}, {self.tokens_per_page}, {self.ring_tokens}, {self.num_pages} and "
+                f"{self.step_tokens}."
             )
 
     @classmethod
-    def for_one_sequence(cls, max_tokens: int, *, tokens_per_page: int, max_chunk: int) -> CacheSize:
+    def for_one_sequence(cls, max_tokens: int, *, tokens_per_page: int, ring_tokens: int) -> CacheSize:
         """Return the size that holds one sequence of up to `max_tokens` tokens.
 
         Raises:
@@ -109,7 +118,7 @@ class CacheSize:
             raise ValueError(
                 f"CacheSize: max_tokens must be >= 0 and tokens_per_page >= 1; got {max_tokens} and {tokens_per_page}."
             )
-        return cls(1, -(-max_tokens // tokens_per_page), tokens_per_page, max_chunk)
+        return cls(1, -(-max_tokens // tokens_per_page), tokens_per_page, ring_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -163,6 +172,21 @@ class PoolShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowPools:
+    """Pools of the rows that rings hold, elsewhere: in the step area, or in snapshots.
+
+    Attributes:
+        window: latent rows.
+        state: raw compressor rows.
+        index_state: raw rows of the index compressor.
+    """
+
+    window: CachePool | None = None
+    state: CachePool | None = None
+    index_state: CachePool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerPools:
     """The pools one layer reads and writes; which exist follows from its LayerCacheSpec.
 
@@ -172,6 +196,8 @@ class LayerPools:
         entries: compressed latent rows; pages.
         index_state: raw rows of the index compressor; a ring per sequence.
         index_keys: index keys; pages.
+        step: rows of the running step, one per token; one block, shared with other layers.
+        saved: rows at page boundaries; a block per snapshot.
     """
 
     window: CachePool
@@ -179,6 +205,8 @@ class LayerPools:
     entries: CachePool | None = None
     index_state: CachePool | None = None
     index_keys: CachePool | None = None
+    step: RowPools = RowPools()
+    saved: RowPools = RowPools()
 
 
 RINGS = ("window", "state", "index_state")
@@ -192,7 +220,7 @@ def pool_shapes(spec: LayerCacheSpec, size: CacheSize) -> dict[str, PoolShape]:
         ValueError: a page is not a whole number of entries.
     """
     rings = size.num_sequences
-    shapes = {"window": PoolShape(rings, spec.window + size.max_chunk, spec.row_format, spec.width)}
+    shapes = {"window": PoolShape(rings, spec.window + size.ring_tokens, spec.row_format, spec.width)}
     if spec.ratio is None:
         return shapes
     if size.tokens_per_page % spec.ratio:
@@ -201,7 +229,7 @@ def pool_shapes(spec: LayerCacheSpec, size: CacheSize) -> dict[str, PoolShape]:
             f"ratio {spec.ratio}. fit_tokens_per_page gives one that fits."
         )
     rows = size.tokens_per_page // spec.ratio
-    capacity = state_capacity(spec.ratio, spec.overlap, size.max_chunk)
+    capacity = state_capacity(spec.ratio, spec.overlap, size.ring_tokens)
     shapes["state"] = PoolShape(rings, capacity, RowFormat.FP32, spec.state_width(spec.width))
     shapes["entries"] = PoolShape(size.num_pages, rows, spec.row_format, spec.width)
     if spec.index_width is not None and spec.index_format is not None:
@@ -234,13 +262,59 @@ def snapshot_shapes(spec: LayerCacheSpec, size: CacheSize, num_snapshots: int) -
     }
 
 
-def allocate_layer(spec: LayerCacheSpec, size: CacheSize, device: torch.device | str = "cpu") -> LayerPools:
+def step_shapes(specs: Iterable[LayerCacheSpec], size: CacheSize) -> dict[str, dict[PoolShape, None]]:
+    """Return the pools of the step area: for each kind of ring, those that layers differ in."""
+    shapes: dict[str, dict[PoolShape, None]] = {name: {} for name in RINGS}
+    for spec in specs if size.step_tokens else ():
+        for name, ring in pool_shapes(spec, size).items():
+            if name in RINGS:
+                shapes[name][PoolShape(1, size.step_tokens, ring.row_format, ring.width)] = None
+    return shapes
+
+
+class StepArea:
+    """Where the rows of a step lie that is longer than rings; one for all layers, each of which uses it in turn."""
+
+    def __init__(self, specs: Iterable[LayerCacheSpec], size: CacheSize, device: torch.device | str = "cpu") -> None:
+        """Allocate what the layers of `specs` need; nothing where size.step_tokens is 0."""
+        self._size = size
+        self._pools = {
+            name: {shape: shape.allocate(device) for shape in shapes}
+            for name, shapes in step_shapes(specs, size).items()
+        }
+
+    def pools_of(self, spec: LayerCacheSpec) -> RowPools:
+        """Return the pools that a layer uses while it runs."""
+        shapes = step_shapes([spec], self._size)
+        return RowPools(**{name: self._pools[name][shape] for name, of_name in shapes.items() for shape in of_name})
+
+
+def allocate_layer(
+    spec: LayerCacheSpec,
+    size: CacheSize,
+    device: torch.device | str = "cpu",
+    *,
+    area: StepArea | None = None,
+    num_snapshots: int = 0,
+) -> LayerPools:
     """Allocate the pools of one layer, filled with zero bytes.
+
+    Args:
+        spec: the layer.
+        size: the cache.
+        device: where.
+        area: the step area it shares with other layers, or None.
+        num_snapshots: page boundaries at which its rings are kept.
 
     Raises:
         ValueError: a page is not a whole number of entries, or a format cannot hold rows of that width.
     """
-    return LayerPools(**{name: shape.allocate(device) for name, shape in pool_shapes(spec, size).items()})
+    saved = snapshot_shapes(spec, size, num_snapshots) if num_snapshots else {}
+    return LayerPools(
+        **{name: shape.allocate(device) for name, shape in pool_shapes(spec, size).items()},
+        step=RowPools() if area is None else area.pools_of(spec),
+        saved=RowPools(**{name: shape.allocate(device) for name, shape in saved.items()}),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +325,7 @@ class LayerCapacity:
         spec: the layer.
         num_layers: how many layers of the model are like it.
         ring_bytes: bytes per sequence of one such layer, whatever the sequence's length.
-        ring_bytes_needed: the part of ring_bytes that single-token decoding needs; the rest is room for chunks.
+        ring_bytes_needed: the part of ring_bytes that a token reads; the rest is room for the tokens of a step.
         page_bytes: bytes per page of one such layer.
         tokens_per_page: positions a page covers.
         snapshot_bytes: bytes per snapshot of one such layer: the rows that continue a sequence at a page boundary.
@@ -279,11 +353,13 @@ class CapacityReport:
         size: the cache.
         layers: one line per kind of layer.
         num_snapshots: page boundaries at which rings are kept for later sequences.
+        step_area_bytes: bytes of the step area, which all layers and sequences share.
     """
 
     size: CacheSize
     layers: tuple[LayerCapacity, ...]
     num_snapshots: int = 0
+    step_area_bytes: int = 0
 
     @property
     def bytes_per_sequence(self) -> int:
@@ -307,9 +383,10 @@ class CapacityReport:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the whole cache: rings of every sequence, all pages and all snapshots."""
+        """Bytes of the whole cache: rings of every sequence, all pages, all snapshots and the step area."""
         return (
-            self.size.num_sequences * self.bytes_per_sequence
+            self.step_area_bytes
+            + self.size.num_sequences * self.bytes_per_sequence
             + self.size.num_pages * self.bytes_per_page
             + self.num_snapshots * self.bytes_per_snapshot
         )
@@ -328,6 +405,8 @@ class CapacityReport:
         lines.append(
             f"all layers: {self.bytes_per_sequence:,} B per sequence + {self.bytes_per_token:,.1f} B per token"
         )
+        if self.step_area_bytes:
+            lines.append(f"step area: {self.step_area_bytes:,} B for steps of {self.size.step_tokens:,} tokens")
         if self.num_snapshots:
             lines.append(f"snapshots: {self.num_snapshots} of {self.bytes_per_snapshot:,} B")
         lines.append(
@@ -371,4 +450,6 @@ def capacity_report(specs: Sequence[LayerCacheSpec], size: CacheSize, num_snapsh
                 snapshot_bytes=sum(shape.block_bytes for shape in snapshot_shapes(spec, size, 1).values()),
             )
         )
-    return CapacityReport(size, tuple(layers), num_snapshots)
+    area = step_shapes(specs, size)
+    step_area_bytes = sum(shape.num_bytes for shapes in area.values() for shape in shapes)
+    return CapacityReport(size, tuple(layers), num_snapshots, step_area_bytes)

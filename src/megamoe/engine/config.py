@@ -80,7 +80,7 @@ class EnginePlan:
     """What an EngineConfig comes to for one model.
 
     Attributes:
-        size: rings, pages and the longest chunk.
+        size: rings, pages and the longest steps.
         num_snapshots: page boundaries kept.
         max_sequence_tokens: longest sequence.
         capacity: what the caches cost, bytes per token and bytes per sequence apart.
@@ -106,7 +106,9 @@ def resolve(config: EngineConfig, model: BatchModel) -> EnginePlan:
     per_page = model.tokens_per_page if config.tokens_per_page is None else config.tokens_per_page
 
     def report(num_pages: int, num_snapshots: int) -> CapacityReport:
-        size = CacheSize(config.max_sequences, num_pages, per_page, config.prefill_chunk + config.speculative_tokens)
+        # A restored sequence owes its draft stage one row more than the step has tokens.
+        step_tokens = config.max_step_tokens + (config.max_sequences if config.speculative_tokens else 0)
+        size = CacheSize(config.max_sequences, num_pages, per_page, 1 + config.speculative_tokens, step_tokens)
         return model.capacity(size, num_snapshots, with_drafts=config.speculative_tokens > 0)
 
     one = report(1, 1)
@@ -116,7 +118,7 @@ def resolve(config: EngineConfig, model: BatchModel) -> EnginePlan:
         num_pages = config.num_pages
         num_snapshots = num_pages if wanted is None else wanted
     else:
-        spare = config.memory_bytes - config.max_sequences * one.bytes_per_sequence
+        spare = config.memory_bytes - config.max_sequences * one.bytes_per_sequence - one.step_area_bytes
         share = int(SNAPSHOT_SHARE * spare) // max(one.bytes_per_snapshot, 1)
         num_snapshots = max(0, min(share, 2 * enough)) if wanted is None else wanted
         if not config.prefix_cache:
@@ -127,8 +129,9 @@ def resolve(config: EngineConfig, model: BatchModel) -> EnginePlan:
         if num_pages < 1:
             raise ValueError(
                 f"engine: memory_bytes {config.memory_bytes:,} leaves no page of {one.bytes_per_page:,} bytes beside "
-                f"{config.max_sequences} sequences of {one.bytes_per_sequence:,} and {num_snapshots} snapshots of "
-                f"{one.bytes_per_snapshot:,}. Raise it, or lower max_sequences or prefill_chunk."
+                f"{config.max_sequences} sequences of {one.bytes_per_sequence:,}, {num_snapshots} snapshots of "
+                f"{one.bytes_per_snapshot:,} and a step area of {one.step_area_bytes:,}. Raise it, or lower "
+                f"max_sequences or max_step_tokens."
             )
     if not config.prefix_cache:
         num_snapshots = 0

@@ -23,7 +23,7 @@ class Drafter(Protocol):
     """Guesses tokens, and never changes what comes out, only how many steps it takes."""
 
     def observe(self, hidden: Any, commit: Commit, num_tokens: int, choose: Choose) -> torch.Tensor:
-        """Take in certain tokens, then guess.
+        """Take in certain tokens, keep what continues sequences at the page boundaries among them, then guess.
 
         Args:
             hidden: what `BatchModel.run` returned for the step.
@@ -40,10 +40,6 @@ class Drafter(Protocol):
         """Forget a ring: a new sequence begins there at position 0."""
         ...
 
-    def save(self, hidden: Any, row: int, ring_idx: int, length: int, snapshot_idx: int) -> None:
-        """Keep what continues a sequence of `length` tokens; `row` of `hidden` is its last token."""
-        ...
-
     def restore(self, snapshot_idx: int, ring_idx: int, length: int) -> None:
-        """Let a ring continue where `save` was called with the same length."""
+        """Let a ring continue at a page boundary that a commit named with the same length."""
         ...

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megamoe.cache.batch import Batch, Commit
+from megamoe.cache.batch import Batch, Commit, Save
 from megamoe.cache.pages import PageAllocator
 from megamoe.cache.prefix import PrefixCache
 from megamoe.engine.config import EngineConfig, EnginePlan, resolve
@@ -55,7 +55,8 @@ class Engine:
         self.plan: EnginePlan = resolve(self.config, model)
         size, num_snapshots = self.plan.size, self.plan.num_snapshots
         num_drafts = self.config.speculative_tokens
-        self._cache = model.new_shared_cache(size, num_snapshots, with_drafts=num_drafts > 0)
+        longest = self.plan.max_sequence_tokens + num_drafts
+        self._cache = model.new_shared_cache(size, num_snapshots, max_tokens=longest, with_drafts=num_drafts > 0)
         self._drafter: Drafter | None = model.new_drafter(self._cache, num_drafts) if num_drafts else None
         self._pages = PageAllocator(size.num_pages, size.tokens_per_page)
         self._prefix = PrefixCache(self._pages, num_snapshots) if num_snapshots else None
@@ -66,8 +67,6 @@ class Engine:
             max_step_tokens=self.config.max_step_tokens,
             prefill_chunk=self.config.prefill_chunk,
         )
-        most_pages = -(-(self.plan.max_sequence_tokens + num_drafts) // size.tokens_per_page)
-        self._tables = np.full((size.num_sequences, most_pages), -1, dtype=np.int32)  # by ring
         self._requests: dict[str, Request] = {}
         self._empty: list[Request] = []  # max_tokens 0: done without a step
         self._next_number = 0
@@ -176,9 +175,10 @@ class Engine:
         size = self.plan.size
         width = position // size.tokens_per_page + 1
         count = min(len(token_ids), size.num_pages // width)
-        tables = np.arange(count * width, dtype=np.int32).reshape(count, width)
+        for ring in range(count):
+            self._cache.set_pages(ring, range(ring * width, (ring + 1) * width))
         starts, ones = np.full(count, position), np.ones(count, dtype=np.int64)
-        batch = Batch(np.array(token_ids[:count]), starts, ones, np.arange(count), tables)
+        batch = Batch(np.array(token_ids[:count]), starts, ones, np.arange(count))
         self.model.logits_of(self.model.run(self._cache.plan(batch), self._cache), None)
 
     @torch.inference_mode()
@@ -190,7 +190,8 @@ class Engine:
         self._prepare(step)
         if not step.chunks:
             return outputs
-        batch, row_starts = self._batch(step.chunks)
+        saves = {} if self._prefix is None else self._reserve(self._prefix, step.chunks)
+        batch, row_starts = self._batch(step.chunks, tuple(saves.values()))
         hidden = self.model.run(self._cache.plan(batch), self._cache)
         sampling, sampled = self._sample(step.chunks, row_starts, hidden)
         committed = []  # per chunk: how many of its tokens are certain
@@ -208,10 +209,10 @@ class Engine:
             outputs.append(output)
             if output.finish_reason is not None:
                 finished.append(chunk.request)
-        if self._drafter is not None:
-            self._draft(self._drafter, step.chunks, row_starts, committed, sampling, hidden)
         if self._prefix is not None:
-            self._keep(self._prefix, step.chunks, row_starts, hidden)
+            saves |= self._keep_drafted(self._prefix, step.chunks, row_starts)
+        if self._drafter is not None:
+            self._draft(self._drafter, step.chunks, row_starts, committed, sampling, hidden, tuple(saves.values()))
         for request in finished:
             self._finish(request)
         self._counts["steps"] += 1
@@ -256,7 +257,7 @@ class Engine:
         """Bring rings and tables in line with what the scheduler decided."""
         for request, match in step.admitted:
             assert request.ring is not None
-            self._write_table(request)
+            self._cache.set_pages(request.ring, self._pages.block_table(request.number))
             if request.num_generated == 0:
                 self._counts["prefix_query_tokens"] += request.num_prompt
                 self._counts["prefix_hit_tokens"] += request.num_computed
@@ -268,18 +269,15 @@ class Engine:
                 self._drafter.start(request.ring)
         for request in step.grown:
             if request.ring is not None:
-                self._write_table(request)
+                pages = self._pages.block_table(request.number)
+                first = (request.num_computed + self._pages.tokens_per_page - 1) // self._pages.tokens_per_page
+                self._cache.set_pages(request.ring, pages[first:], first)
         self._counts["preemptions"] += len(step.preempted)
 
-    def _write_table(self, request: Request) -> None:
-        pages = self._pages.block_table(request.number)
-        self._tables[request.ring, : len(pages)] = pages
-
-    def _batch(self, chunks: list[Chunk]) -> tuple[Batch, list[int]]:
+    def _batch(self, chunks: list[Chunk], saves: tuple[Save, ...]) -> tuple[Batch, list[int]]:
         """Return the batch of a step, and the row of each chunk's first token in it."""
         token_ids: list[int] = []
         row_starts, starts, counts, rings = [], [], [], []
-        longest = 0
         for chunk in chunks:
             request, start = chunk.request, chunk.start
             count = chunk.num_tokens + chunk.num_drafts
@@ -290,13 +288,10 @@ class Engine:
             starts.append(start)
             counts.append(count)
             rings.append(request.ring)
-            longest = max(longest, start + count)
             if start >= request.num_prompt:
                 continue
             self._counts["prompt_tokens"] += min(chunk.num_tokens, request.num_prompt - start)
-        ring_idx = np.array(rings)
-        width = -(-longest // self._pages.tokens_per_page)
-        batch = Batch(np.array(token_ids), np.array(starts), np.array(counts), ring_idx, self._tables[ring_idx, :width])
+        batch = Batch(np.array(token_ids), np.array(starts), np.array(counts), np.array(rings), saves)
         return batch, row_starts
 
     def _sample(self, chunks: list[Chunk], row_starts: list[int], hidden: object) -> tuple[list[bool], Sampled]:
@@ -324,7 +319,8 @@ class Engine:
             return sampling, Sampled([], None)
         is_all = len(rows) == num_rows
         at = None if is_all else torch.from_numpy(np.array(rows)).to(self.model.device)
-        return sampling, sample_rows(self.model.logits_of(hidden, at), requests, ahead)
+        logits = self.model.logits_of(hidden, at)[: len(rows)]  # rows of nobody follow in a step that was filled up
+        return sampling, sample_rows(logits, requests, ahead)
 
     def _take(self, chunk: Chunk, sampled: Sampled, row: int) -> tuple[RequestOutput, int]:
         """Append a chunk's tokens to its request: the first, and one more for every draft that was right."""
@@ -369,6 +365,7 @@ class Engine:
         committed: list[int],
         sampling: list[bool],
         hidden: object,
+        saves: tuple[Save, ...],
     ) -> None:
         """Show the drafter what is certain and take its guesses."""
         num_drafts = self.config.speculative_tokens
@@ -394,33 +391,55 @@ class Engine:
             first_ids=np.array(first_ids),
             next_ids=np.array(next_ids),
             wants_drafts=np.array(wants),
+            saves=saves,
         )
         drafts = drafter.observe(hidden, commit, num_drafts, choose_drafts)
         for request, guesses in zip(drafting, drafts.tolist(), strict=True):
             request.drafts = guesses[: request.max_length - len(request.ids) - 1]
 
-    def _keep(self, prefix: PrefixCache, chunks: list[Chunk], row_starts: list[int], hidden: object) -> None:
-        """Keep the pages that were filled in this step, with what continues a sequence at their ends."""
-        size = self._pages.tokens_per_page
+    def _reserve(self, prefix: PrefixCache, chunks: list[Chunk]) -> dict[int, Save]:
+        """Reserve a snapshot for every page that known tokens fill in this step, before it runs.
+
+        A step that is longer than the rings leaves nothing behind from which they could be taken afterwards.
+        """
+        saves: dict[int, Save] = {}
+        row = 0
+        for chunk in chunks:
+            self._reserve_pages(prefix, chunk, chunk.start, chunk.start + chunk.num_tokens, row, saves)
+            row += chunk.num_tokens + chunk.num_drafts
+        return saves
+
+    def _keep_drafted(self, prefix: PrefixCache, chunks: list[Chunk], row_starts: list[int]) -> dict[int, Save]:
+        """Keep the pages that accepted drafts filled; their rows are in the rings."""
+        saves: dict[int, Save] = {}
         for chunk, row in zip(chunks, row_starts, strict=True):
-            request = chunk.request
-            first, last = chunk.start // size, request.num_computed // size
-            if first == last:
+            known = chunk.start + chunk.num_tokens
+            self._reserve_pages(prefix, chunk, known, chunk.request.num_computed, row, saves)
+        for one in saves.values():
+            self._cache.save(one.ring, one.length, one.snapshot_idx)
+        return saves
+
+    def _reserve_pages(
+        self, prefix: PrefixCache, chunk: Chunk, start: int, end: int, row: int, saves: dict[int, Save]
+    ) -> None:
+        """Keep the pages that end after position `start` and up to `end`; add the snapshots that have to be taken.
+
+        A snapshot that is given to a later page within the step is taken there alone.
+        """
+        size, request = self._pages.tokens_per_page, chunk.request
+        first, last = start // size, end // size
+        if first == last:
+            return
+        assert request.ring is not None
+        pages = self._pages.block_table(request.number)
+        for num_pages in range(first + 1, last + 1):
+            kept = prefix.insert(request.ids, pages, num_pages, request.node)
+            if kept is None:
                 continue
-            assert request.ring is not None
-            pages = self._pages.block_table(request.number)
-            for num_pages in range(first + 1, last + 1):
-                kept = prefix.insert(request.ids, pages, num_pages, request.node)
-                if kept is None:
-                    continue
-                request.node, is_new = kept
-                snapshot_idx = request.node.snapshot_idx
-                if is_new and snapshot_idx is not None:
-                    length = num_pages * size
-                    self._cache.save(request.ring, length, snapshot_idx)
-                    if self._drafter is not None:
-                        last_row = row + length - 1 - chunk.start
-                        self._drafter.save(hidden, last_row, request.ring, length, snapshot_idx)
+            request.node, is_new = kept
+            snapshot_idx, length = request.node.snapshot_idx, num_pages * size
+            if is_new and snapshot_idx is not None:
+                saves[snapshot_idx] = Save(request.ring, length, snapshot_idx, row + length - 1 - chunk.start)
 
     def _finish(self, request: Request) -> None:
         self._scheduler.remove(request)

@@ -96,12 +96,16 @@ class LanguageModel(Protocol):
 class SharedCache(Protocol):
     """The storage of all sequences. Ring and page numbers are the engine's; what lies behind them is the model's."""
 
+    def set_pages(self, ring_idx: int, pages: Sequence[int], first: int = 0) -> None:
+        """Say which pages the sequence of a ring has, from its page `first` on; it has no more than these."""
+        ...
+
     def plan(self, batch: Batch) -> Any:
-        """Return what `BatchModel.run` needs to know of a step."""
+        """Return what `BatchModel.run` needs to know of a step; the next call may overwrite it."""
         ...
 
     def save(self, ring_idx: int, length: int, snapshot_idx: int) -> None:
-        """Keep what continues a sequence of `length` tokens (whole pages), beside its pages."""
+        """Keep what continues a sequence of `length` tokens (whole pages), the end of which ran in the last step."""
         ...
 
     def restore(self, snapshot_idx: int, ring_idx: int, length: int) -> None:
@@ -134,12 +138,18 @@ class BatchModel(LanguageModel, Protocol):
         """Return what a shared cache would cost."""
         ...
 
-    def new_shared_cache(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> SharedCache:
-        """Return empty storage for many sequences."""
+    def new_shared_cache(
+        self, size: CacheSize, num_snapshots: int, *, max_tokens: int, with_drafts: bool
+    ) -> SharedCache:
+        """Return empty storage for many sequences of at most `max_tokens` tokens, drafts included."""
         ...
 
     def run(self, plan: Any, cache: Any) -> Any:
-        """Run the tokens of a step; returns what `logits_of` and the drafter read, one row per token."""
+        """Run the tokens of a step, and keep the rows at its page boundaries (`Batch.saves`).
+
+        Returns:
+            What `logits_of` and the drafter read: one row per token, and rows of nobody after them.
+        """
         ...
 
     def logits_of(self, hidden: Any, rows: torch.Tensor | None) -> torch.Tensor:

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sparse_attention: one softmax over a token's window rows and its compressed entries, with a sink.
+"""sparse_attention: one softmax over a token's window rows and its compressed entries, with a sink, rotated back.
 
-Math       the items of token t are the rows window_slots[t] of `window` and entry_slots[t] of `entries`, without -1
+Math       the items of token t are the last `window_size` rows up to position window_ends[t], those that exist, and
+           the entries entry_idx[t] without -1, or entries 0 .. num_visible[t] - 1 where entry_idx is None
            z_i     = scale * (q[t, h] . row_i)
-           y[t, h] = sum_i exp(z_i) * row_i / (sum_i exp(z_i) + exp(sink[h]))
+           o[t, h] = sum_i exp(z_i) * row_i / (sum_i exp(z_i) + exp(sink[h]))
+           y[t, h] = the last R channels of o[t, h], rotated by -positions[t]
            Every row is key and value of all heads. The sink is a logit of its own: it is not scaled and has no value.
-Numerics   rows are decoded exactly; fp32 throughout; one rounding of y to out_dtype. The largest logit of the
+Addresses  rows and entries are found through block tables (ops/row_slots.py): nothing as long as a context is passed.
+           A window row of this step is row t - d of `step` where the request began the step at token first_idx[t], as
+           long as d <= t - first_idx[t]; without `step` it is in the ring like the others.
+Nobody     a token whose request is -1 has no item and gives 0.
+Rotation   o is rounded to out_dtype, then its last R channels are rotated in fp32 and rounded again, as `rope` does.
+Numerics   rows are decoded exactly; fp32 throughout; one rounding of o to out_dtype. The largest logit of the
            items is subtracted first. P is not rounded before P * V. A token with no item gives 0, and so does a sink
            of +inf (or one that lies more than about 88 above every logit: its true result is below 1e-38).
            Columns are taken in blocks of 64, window first, each multiplied at one fixed size and added in column order.
@@ -27,34 +34,60 @@ from megamoe.formats.cache_rows import CachePool
 from megamoe.ops.check import FLOAT32, FLOATS, INT64, check
 from megamoe.ops.dispatch import pick
 from megamoe.ops.fixed_order import batched_matmul, sum_by_halves
-from megamoe.ops.read_cache import check_pool, check_slots
+from megamoe.ops.read_cache import check_pool
 from megamoe.ops.read_cache import reference as read_rows
+from megamoe.ops.rope import RopeTable
+from megamoe.ops.rope import reference as rotate
+from megamoe.ops.row_slots import recent_slots, row_slots
 
 COLUMN_BLOCK = 64
 GROUP_BYTES = 16 * 2**20
+INT32: tuple[torch.dtype, ...] = (torch.int32,)
+NO_ENTRIES = "entries, entry_tables and num_visible go together"
+
+Alternatives = list[tuple[CachePool, torch.Tensor]]
+"""Slots [T, J] of the same columns in several pools; in each place at most one of them is not -1."""
 
 
 def sparse_attention(
     q: torch.Tensor,
     window: CachePool,
-    window_slots: torch.Tensor,
     entries: CachePool | None,
-    entry_slots: torch.Tensor | None,
     sink: torch.Tensor,
     *,
+    positions: torch.Tensor,
+    requests: torch.Tensor,
+    first_idx: torch.Tensor,
+    window_size: int,
+    window_tables: torch.Tensor,
+    step: CachePool | None,
+    entry_tables: torch.Tensor | None,
+    entry_idx: torch.Tensor | None,
+    num_visible: torch.Tensor | None,
+    table: RopeTable,
     scale: float,
+    window_ends: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Attend to window rows and compressed entries in one softmax.
+    """Attend to window rows and compressed entries in one softmax, and rotate the result back.
 
     Args:
         q: [T, H, C] bf16 or fp32 queries. T may be 0.
-        window: pool of rows of width C.
-        window_slots: [T, W] int64; -1 anywhere means no item. A slot named twice counts twice. W may be 0.
-        entries: pool of rows of width C, or None.
-        entry_slots: [T, J] int64 like window_slots; given exactly when `entries` is. J may be 0.
+        window: rings of rows of width C.
+        entries: pages of rows of width C, or None for a layer without them.
         sink: [H] fp32, one logit per head; -inf for none.
+        positions: [T] int64; -1 for nobody.
+        requests: [T] int32, the row of the block tables of each token; -1 for nobody.
+        first_idx: [T] int32, the first token of the same request in this step; read where `step` is given.
+        window_size: rows a token sees in the window, its own included.
+        window_tables: [R, n] int32, blocks of `window`, read modulo n.
+        step: window rows of this step, row t that of token t; None where they are in `window`.
+        entry_tables: [R, m] int32, blocks of `entries`; given exactly when `entries` is.
+        entry_idx: [T, J] int32 numbers of entries, -1 anywhere for none; None: all visible entries.
+        num_visible: [T] int32, entries each token may use; given exactly when `entries` is.
+        table: rotary frequencies; R channels are rotated back.
         scale: multiplies the products of queries and rows, and nothing else.
+        window_ends: [T] int64, the position of the newest window row each token sees; its own position when None.
         out_dtype: bf16 or fp32; the dtype of q when None.
 
     Returns:
@@ -62,34 +95,65 @@ def sparse_attention(
 
     Raises:
         TypeError: a dtype is not as above, or a pool is not a CachePool.
-        ValueError: a shape does not fit, only one of entries and entry_slots is given, or a slot is not in
-            -1 .. num_slots - 1 of its pool.
+        ValueError: a shape does not fit, only some of the arguments of entries are given, or a row or entry lies
+            outside its pool or beyond the block table.
     """
     out_dtype = q.dtype if out_dtype is None else out_dtype
     check_pool("sparse_attention", "window", window)
     dims = check(
         "sparse_attention",
         q=(q, "T H C", FLOATS),
-        window_slots=(window_slots, "T W", INT64),
-        entry_slots=(entry_slots, "?T J", INT64),
         sink=(sink, "H", FLOAT32),
+        positions=(positions, "T", INT64),
+        window_ends=(window_ends, "?T", INT64),
+        requests=(requests, "T", INT32),
+        first_idx=(first_idx, "T", INT32),
+        window_tables=(window_tables, "R n", INT32),
+        entry_tables=(entry_tables, "?R m", INT32),
+        entry_idx=(entry_idx, "?T J", INT32),
+        num_visible=(num_visible, "?T", INT32),
+        table=(table.inv_freq, "P"),
         window=(window.storage, "window_blocks window_bytes"),
         out_dtype=(out_dtype, FLOATS),
     )
-    if (entries is None) != (entry_slots is None):
+    given = [one is not None for one in (entries, entry_tables, num_visible)]
+    if any(given) != all(given) or (entry_idx is not None and not all(given)):
+        raise ValueError(f"sparse_attention: {NO_ENTRIES}; got some of them. Pass all, or None for all.")
+    if window_size < 0:
+        raise ValueError(f"sparse_attention: window_size must be >= 0; got {window_size}.")
+    if dims["C"] < table.rope_dim:
         raise ValueError(
-            "sparse_attention: entries and entry_slots go together; got one of them. Pass both, or None for both."
+            f"sparse_attention: q must have at least the {table.rope_dim} channels of the rotary table; got C = "
+            f"{dims['C']}. Pass the layer's own table."
         )
-    _check_rows("window", window, window_slots, dims["C"], q.device)
-    if entries is not None and entry_slots is not None:
-        check_pool("sparse_attention", "entries", entries)
-        _check_rows("entries", entries, entry_slots, dims["C"], q.device)
+    for name, pool in (("window", window), ("step", step), ("entries", entries)):
+        if pool is not None:
+            _check_rows(name, pool, dims["C"], q.device)
     run = pick("sparse_attention", q.device, reference)
-    y: torch.Tensor = run(q, window, window_slots, entries, entry_slots, sink, scale, out_dtype)
+    y: torch.Tensor = run(
+        q,
+        window,
+        entries,
+        sink,
+        positions,
+        requests,
+        first_idx,
+        window_size,
+        window_tables,
+        step,
+        entry_tables,
+        entry_idx,
+        num_visible,
+        table,
+        scale,
+        positions if window_ends is None else window_ends,
+        out_dtype,
+    )
     return y
 
 
-def _check_rows(name: str, pool: CachePool, slots: torch.Tensor, width: int, device: torch.device) -> None:
+def _check_rows(name: str, pool: CachePool, width: int, device: torch.device) -> None:
+    check_pool("sparse_attention", name, pool)
     if pool.width != width:
         raise ValueError(
             f"sparse_attention: {name} must hold rows of width C = {width}, as q has; got width {pool.width}. "
@@ -97,56 +161,128 @@ def _check_rows(name: str, pool: CachePool, slots: torch.Tensor, width: int, dev
         )
     if pool.device != device:
         raise ValueError(f"sparse_attention: {name} is on {pool.device} and q on {device}. Move them to one device.")
-    check_slots("sparse_attention", "window_slots" if name == "window" else "entry_slots", slots, pool)
 
 
 def reference(
     q: torch.Tensor,
     window: CachePool,
-    window_slots: torch.Tensor,
     entries: CachePool | None,
-    entry_slots: torch.Tensor | None,
     sink: torch.Tensor,
+    positions: torch.Tensor,
+    requests: torch.Tensor,
+    first_idx: torch.Tensor,
+    window_size: int,
+    window_tables: torch.Tensor,
+    step: CachePool | None,
+    entry_tables: torch.Tensor | None,
+    entry_idx: torch.Tensor | None,
+    num_visible: torch.Tensor | None,
+    table: RopeTable,
     scale: float,
+    window_ends: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Compute the operation's meaning in plain torch."""
+    in_ring, in_step = recent_slots(
+        window_ends, window_size, requests, window_tables, window.rows_per_block, None if step is None else first_idx
+    )
+    columns: list[Alternatives] = [[(window, in_ring)]]
+    if step is not None and in_step is not None:
+        columns[0].append((step, in_step))
+    if entries is not None and entry_tables is not None and num_visible is not None:
+        idx = visible_entries(num_visible, requests) if entry_idx is None else entry_idx.to(torch.int64)
+        check_entries("sparse_attention", idx, entry_tables, entries.rows_per_block)
+        columns.append([(entries, row_slots(idx, requests, entry_tables, entries.rows_per_block))])
+    o = attend_slots(q, columns, sink, scale, out_dtype)
+    return rotate(o, positions, table, True)
+
+
+def visible_entries(num_visible: torch.Tensor, requests: torch.Tensor) -> torch.Tensor:
+    """Return the numbers [T, J] int64 of all entries a token may use, -1 filled up; J is the most that a token may."""
+    visible = num_visible.masked_fill(requests < 0, 0)
+    most = int(visible.max()) if visible.numel() else 0
+    numbers = torch.arange(most, dtype=torch.int64, device=num_visible.device)
+    return torch.where(numbers < visible[:, None], numbers, -1)
+
+
+def check_entries(op: str, entry_idx: torch.Tensor, block_tables: torch.Tensor, rows_per_block: int) -> None:
+    """Refuse entries that lie beyond the block tables.
+
+    Raises:
+        ValueError: an entry is not in -1 .. (blocks * rows_per_block) - 1.
+    """
+    if not entry_idx.numel():
+        return
+    low, high = (int(bound) for bound in entry_idx.aminmax())
+    room = block_tables.shape[1] * rows_per_block
+    if low < -1 or high >= room:
+        raise ValueError(
+            f"{op}: entries must be -1 or in 0 .. {room - 1} (the rows of {block_tables.shape[1]} blocks of "
+            f"{rows_per_block}); got {low if low < -1 else high}. Extend the block table before the step."
+        )
+
+
+def attend_slots(
+    q: torch.Tensor, columns: list[Alternatives], sink: torch.Tensor, scale: float, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Return o [T, H, C] from the slots of every item.
+
+    Args:
+        q: [T, H, C].
+        columns: groups of columns, the window first.
+        sink: [H] fp32.
+        scale: of the products.
+        out_dtype: bf16 or fp32.
+    """
     num_tokens, num_heads, width = q.shape
-    sources = [(window, _to_blocks(window_slots))]
-    if entries is not None and entry_slots is not None:
-        sources.append((entries, _to_blocks(entry_slots)))
-    sources = [(pool, slots) for pool, slots in sources if slots.shape[1]]
+    columns = [_to_blocks(group) for group in columns]
+    columns = [group for group in columns if group[0][1].shape[1]]
     y = torch.zeros(num_tokens, num_heads, width, dtype=out_dtype, device=q.device)
-    num_blocks = sum(slots.shape[1] for _, slots in sources) // COLUMN_BLOCK
+    num_blocks = sum(group[0][1].shape[1] for group in columns) // COLUMN_BLOCK
     token_bytes = 4 * num_blocks * (COLUMN_BLOCK * width + 2 * num_heads * width + 3 * COLUMN_BLOCK * num_heads)
-    group = max(1, GROUP_BYTES // max(token_bytes, 1))
-    for start in range(0, num_tokens if num_blocks else 0, group):
-        part = slice(start, start + group)
-        rows = _gather([(pool, slots[part]) for pool, slots in sources])  # [T, J, C] fp32
-        is_item = torch.cat([slots[part] >= 0 for _, slots in sources], dim=1)  # [T, J]
+    size = max(1, GROUP_BYTES // max(token_bytes, 1))
+    for start in range(0, num_tokens if num_blocks else 0, size):
+        part = slice(start, start + size)
+        here = [[(pool, slots[part]) for pool, slots in group] for group in columns]
+        rows, is_item = _gather(here)  # [T, J, C] fp32, [T, J]
         y[part] = _attend(q[part].to(torch.float32), rows, is_item, sink, scale)
     return y
 
 
-def _to_blocks(slots: torch.Tensor) -> torch.Tensor:
+def _to_blocks(group: Alternatives) -> Alternatives:
     """Drop the columns after the last item of all tokens, then fill up with -1 to whole blocks."""
-    used = (slots >= 0).any(0).nonzero()
-    num_columns = int(used[-1]) + 1 if used.numel() else 0
-    return torch.nn.functional.pad(slots[:, :num_columns], (0, -num_columns % COLUMN_BLOCK), value=-1)
+    num_columns = 0
+    for _, slots in group:
+        used = (slots >= 0).any(0).nonzero()
+        num_columns = max(num_columns, int(used[-1]) + 1 if used.numel() else 0)
+    pad = (0, -num_columns % COLUMN_BLOCK)
+    return [(pool, torch.nn.functional.pad(slots[:, :num_columns], pad, value=-1)) for pool, slots in group]
 
 
-def _gather(sources: list[tuple[CachePool, torch.Tensor]]) -> torch.Tensor:
-    """Return rows [T, J, C] fp32, zeros at -1; a row that several tokens share is decoded once."""
-    if sources[0][1].shape[0] == 1:
-        return torch.cat([read_rows(pool, slots) for pool, slots in sources], dim=1)
+def _gather(columns: list[Alternatives]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows [T, J, C] fp32, zeros where there is no item, and where there is one; shared rows are decoded once."""
+    is_item = torch.cat([_any([slots >= 0 for _, slots in group]) for group in columns], dim=1)
+    if is_item.shape[0] == 1 and all(len(group) == 1 for group in columns):
+        return torch.cat([read_rows(pool, slots) for ((pool, slots),) in columns], dim=1), is_item
     decoded, row_idx, num_rows = [], [], 0
-    for pool, slots in sources:
-        distinct, idx = slots.unique(return_inverse=True)
-        decoded.append(read_rows(pool, distinct))
-        row_idx.append(idx + num_rows)
-        num_rows += distinct.shape[0]
+    for group in columns:
+        of_group = torch.empty(0)
+        for pool, slots in group:
+            distinct, idx = slots.unique(return_inverse=True)
+            decoded.append(read_rows(pool, distinct))
+            idx = idx + num_rows
+            num_rows += distinct.shape[0]
+            of_group = torch.where(slots >= 0, idx, of_group) if of_group.numel() else idx
+        row_idx.append(of_group)
     idx = torch.cat(row_idx, dim=1)  # [T, J] into the decoded rows
-    return torch.cat(decoded).index_select(0, idx.view(-1)).view(*idx.shape, -1)
+    return torch.cat(decoded).index_select(0, idx.view(-1)).view(*idx.shape, -1), is_item
+
+
+def _any(masks: list[torch.Tensor]) -> torch.Tensor:
+    found = masks[0]
+    for mask in masks[1:]:
+        found = found | mask
+    return found
 
 
 def _attend(

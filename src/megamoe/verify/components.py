@@ -201,14 +201,14 @@ class _BlockWalk:
         if ref.weights.indexer is not None and quant.weights.indexer is not None:
             self._linear("indexer.wq_b", query_latent.x, ref.weights.indexer.wq_b, quant.weights.indexer.wq_b)
 
-        write_cache(kv, self.ref_pools.window, plan.window_slots)
-        write_cache(kv.to(torch.bfloat16), self.quant_pools.window, plan.window_slots)
-        stored = read_cache(self.quant_pools.window, plan.window_slots)
+        write_cache(kv, self.ref_pools.window, plan.slots.window_slots)
+        write_cache(kv.to(torch.bfloat16), self.quant_pools.window, plan.slots.window_slots)
+        stored = read_cache(self.quant_pools.window, plan.slots.window_slots)
         self.record("kv_row", self.where, stored, kv)
 
         selected = ref.select_entries(x, query_latent, plan, self.ref_pools)
         if self.ref_pools.entries is not None and self.quant_pools.entries is not None:
-            _copy_entries(self.ref_pools.entries, self.quant_pools.entries, plan.entries[ref.kind].entry_slots)
+            _copy_entries(self.ref_pools.entries, self.quant_pools.entries, plan.entry_slots(ref.kind).entry_slots)
         o = ref.attend(q, plan, self.ref_pools, selected)  # [T, H, C]
         got = quant.attend(q.to(torch.bfloat16), plan, self.quant_pools, selected)
         self.record("decode_attention", self.where, got[-NUM_DECODED:].float(), o[-NUM_DECODED:])

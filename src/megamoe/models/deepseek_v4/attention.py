@@ -11,9 +11,9 @@ from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.indexer import Indexer
 from megamoe.models.deepseek_v4.linear import LinearInput, grouped
 from megamoe.models.deepseek_v4.plan import StepPlan
+from megamoe.models.deepseek_v4.snapshots import finish_layer
 from megamoe.models.deepseek_v4.weights import AttentionWeights
 from megamoe.models.recipe import Recipe
-from megamoe.ops.index_topk import entry_slots
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import RopeTable, rope
 from megamoe.ops.sparse_attention import sparse_attention
@@ -43,6 +43,7 @@ class Attention:
         self.head_dim = config.head_dim
         self.num_groups = config.o_groups
         self.scale = config.head_dim**-0.5
+        self.window_size = config.sliding_window
         self.compressor: Compressor | None = None
         self.indexer: Indexer | None = None
         if weights.compressor is not None:
@@ -61,9 +62,13 @@ class Attention:
             pools: this layer's pools.
         """
         query_latent, q, kv = self.project(x, plan.positions)
-        write_cache(kv, pools.window, plan.window_slots)
+        window = pools.window if plan.in_rings else pools.step.window
+        assert window is not None
+        write_cache(kv, window, plan.slots.window_slots)
         selected = self.select_entries(x, query_latent, plan, pools)
-        return self.project_output(self.attend(q, plan, pools, selected))
+        o = self.attend(q, plan, pools, selected)
+        finish_layer(plan, pools, self.kind)
+        return self.project_output(o)
 
     def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[LinearInput, torch.Tensor, torch.Tensor]:
         """Return (normed low-rank query [T, q_lora], queries [T, H, C], latent rows [T, C]), the latter two rotated."""
@@ -79,18 +84,35 @@ class Attention:
         kv = source.times(self.weights.wkv)
         return rope(rms_norm(kv, self.weights.kv_norm, eps=self.eps), positions, self.table)
 
-    def attend(self, q: torch.Tensor, plan: StepPlan, pools: LayerPools, selected: torch.Tensor | None) -> torch.Tensor:
-        """Return [T, H, C]: softmax over window and selected entries with sink, rotated back to relative positions."""
-        o = sparse_attention(
+    def attend(
+        self, q: torch.Tensor, plan: StepPlan, pools: LayerPools, entry_idx: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return [T, H, C]: softmax over window and entries with sink, rotated back to relative positions.
+
+        Args:
+            q: [T, H, C] rotated queries.
+            plan: this step.
+            pools: this layer's pools; entries are read if it has them.
+            entry_idx: [T, J] int32, the entries each token attends to; None for all it may use.
+        """
+        has_entries = self.kind in plan.tables
+        return sparse_attention(
             q,
             pools.window,
-            plan.window_read_slots,
-            None if selected is None else pools.entries,
-            selected,
+            pools.entries if has_entries else None,
             self.weights.sink,
+            positions=plan.positions,
+            requests=plan.slots.requests,
+            first_idx=plan.slots.first_idx,
+            window_size=self.window_size,
+            window_tables=plan.window.block_tables,
+            step=None if plan.in_rings else pools.step.window,
+            entry_tables=plan.tables[self.kind].entries.block_tables if has_entries else None,
+            entry_idx=entry_idx,
+            num_visible=plan.entry_slots(self.kind).num_visible if has_entries else None,
+            table=self.table,
             scale=self.scale,
         )
-        return rope(o, plan.positions, self.table, inverse=True)
 
     def project_output(self, o: torch.Tensor) -> torch.Tensor:
         """Return [T, D] from [T, H, C]: one low-rank projection per group of heads, then `wo_b`."""
@@ -101,15 +123,9 @@ class Attention:
     def select_entries(
         self, x: torch.Tensor, query_latent: LinearInput, plan: StepPlan, pools: LayerPools
     ) -> torch.Tensor | None:
-        """Compress this step's tokens; return the slots [T, J] of the entries each token attends to (None in SWA)."""
+        """Compress this step's tokens; return the entries [T, J] int32 that each token attends to, None for all."""
         if self.compressor is None:
             return None
         assert pools.state is not None and pools.entries is not None
-        entry_plan = plan.entries[self.kind]
-        new_entries = self.compressor(x, plan.positions, entry_plan, pools.state)
-        write_cache(new_entries, pools.entries, entry_plan.entry_slots)
-        if self.indexer is None:
-            return entry_plan.visible_slots
-        assert pools.index_state is not None and pools.index_keys is not None
-        chosen = self.indexer(x, query_latent, plan, pools.index_state, pools.index_keys)
-        return entry_slots(chosen, entry_plan.block_tables, plan.query_starts, pools.entries.rows_per_block)
+        self.compressor(x, plan, self.kind, pools.state, pools.step.state, pools.entries)
+        return None if self.indexer is None else self.indexer(x, query_latent, plan, pools)

@@ -18,6 +18,7 @@ from megamoe.cache.pools import (
     CapacityReport,
     LayerCacheSpec,
     LayerPools,
+    StepArea,
     allocate_layer,
     capacity_report,
     fit_tokens_per_page,
@@ -25,10 +26,12 @@ from megamoe.cache.pools import (
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.planner import Planner
-from megamoe.models.deepseek_v4.snapshots import Snapshots
+from megamoe.models.deepseek_v4.snapshots import restore, save
 from megamoe.models.recipe import Recipe
 
-MAX_CHUNK = 256  # most tokens of one forward pass over a Cache; its rings hold this many rows beyond what a token reads
+MAX_CHUNK = (
+    256  # most tokens of one forward pass over a Cache, which has no step area: its rings hold as many more rows
+)
 
 
 def layer_cache_spec(config: ModelConfig, recipe: Recipe, kind: LayerKind, ratio: int) -> LayerCacheSpec:
@@ -69,14 +72,12 @@ class SharedCache:
     """The pools that all sequences of a model share.
 
     Attributes:
-        size: rings, pages and the longest chunk.
+        size: rings, pages and the longest steps.
         num_snapshots: page boundaries for which there is room.
         device: where the pools are.
-        specs: what every backbone layer keeps.
-        draft_spec: what a draft stage keeps.
         layers: pools per backbone layer.
         draft_layers: pools per draft stage.
-        snapshots: the backbone's rings at page boundaries, for sequences that share a prefix.
+        ring_tables: [rings, 1] int32, the block of each ring.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class SharedCache:
         recipe: Recipe,
         size: CacheSize,
         *,
+        max_tokens: int,
         num_draft_stages: int = 0,
         num_snapshots: int = 0,
         device: torch.device,
     ) -> None:
-        """Allocate all pools.
+        """Allocate all pools for sequences of at most `max_tokens` tokens, drafts included.
 
         Raises:
             ValueError: a page is not a whole number of entries of every layer.
@@ -97,30 +99,41 @@ class SharedCache:
         self.size = size
         self.num_snapshots = num_snapshots
         self.device = device
-        self.specs = backbone_specs(config, recipe)
-        self.draft_spec = layer_cache_spec(config, recipe, LayerKind.SWA, 0)
-        self.layers: tuple[LayerPools, ...] = tuple(allocate_layer(spec, size, device) for spec in self.specs)
-        self.draft_layers: tuple[LayerPools, ...] = tuple(
-            allocate_layer(self.draft_spec, size, device) for _ in range(num_draft_stages)
-        )
-        self.snapshots = Snapshots(self.specs, self.layers, size, num_snapshots, device)
-        self._planner = Planner(config.sliding_window, entry_ratios(config), size, device)
+        specs = backbone_specs(config, recipe)
+        specs += [layer_cache_spec(config, recipe, LayerKind.SWA, 0)] * num_draft_stages
+        area = StepArea(specs, size, device)
+        pools = tuple(allocate_layer(spec, size, device, area=area, num_snapshots=num_snapshots) for spec in specs)
+        num_layers = len(specs) - num_draft_stages
+        self.layers: tuple[LayerPools, ...] = pools[:num_layers]
+        self.draft_layers: tuple[LayerPools, ...] = pools[num_layers:]
+        self._planner = Planner(config.sliding_window, entry_ratios(config), size, max_tokens, device)
+        self.ring_tables = self._planner.ring_tables
 
-    def plan(self, batch: Batch) -> StepPlan:
-        """Return the plan of a step of the backbone."""
-        return self._planner.plan(batch)
+    def set_pages(self, ring_idx: int, pages: Sequence[int], first: int = 0) -> None:
+        """Say which pages the sequence of a ring has, from its page `first` on; it has no more than these."""
+        self._planner.set_pages(ring_idx, pages, first)
+
+    def plan(self, batch: Batch, *, fill_up: bool = True) -> StepPlan:
+        """Return the plan of a step of the backbone, filled up to its bucket or not; the next call overwrites it."""
+        return self._planner.plan(batch, fill_up=fill_up)
 
     def draft_plan(self, batch: Batch) -> StepPlan:
-        """Return the plan of a step of a draft stage, which keeps a window only."""
-        return self._planner.plan(batch, with_entries=False)
+        """Return the plan of a step of a draft stage, which keeps a window only; the next call overwrites it."""
+        return self._planner.draft_plan(batch)
 
     def save(self, ring_idx: int, length: int, snapshot_idx: int) -> None:
         """Copy the rows that continue a sequence of `length` tokens (whole pages) from its ring to a snapshot."""
-        self.snapshots.save(ring_idx, length, snapshot_idx)
+        one = torch.tensor([[ring_idx, length, 0, 0, snapshot_idx]], dtype=torch.int32).to(self.device)
+        save(one, self.layers, self.ring_tables, in_step=False)
+
+    def finish(self, plan: StepPlan) -> None:
+        """Copy the rows at the page boundaries of a step that wrote into the rings; a longer one has done it."""
+        if plan.in_rings and plan.saves is not None:
+            save(plan.saves, self.layers, self.ring_tables, in_step=False)
 
     def restore(self, snapshot_idx: int, ring_idx: int, length: int) -> None:
         """Copy the rows of a snapshot into the ring of a new sequence, which then has `length` tokens."""
-        self.snapshots.restore(snapshot_idx, ring_idx, length)
+        restore(self.layers, snapshot_idx, ring_idx, length)
 
 
 class Cache:
@@ -150,10 +163,12 @@ class Cache:
         self._longest = 0  # rows of positions below this may have overwritten older ones in the rings
         self._specs = backbone_specs(config, recipe)
         self._size = CacheSize.for_one_sequence(
-            max_tokens, tokens_per_page=tokens_per_page(config), max_chunk=MAX_CHUNK
+            max_tokens, tokens_per_page=tokens_per_page(config), ring_tokens=MAX_CHUNK
         )
-        self._block_tables = np.arange(self._size.num_pages, dtype=np.int32)[None]
-        self._shared = SharedCache(config, recipe, self._size, num_draft_stages=num_draft_stages, device=device)
+        self._shared = SharedCache(
+            config, recipe, self._size, max_tokens=max_tokens, num_draft_stages=num_draft_stages, device=device
+        )
+        self._shared.set_pages(0, range(self._size.num_pages))
         self.draft_lengths = [0] * num_draft_stages
 
     @property
@@ -208,7 +223,7 @@ class Cache:
 
     def plan(self, ids: torch.Tensor) -> StepPlan:
         """Return the plan that appends `ids` ([T] int64, T <= MAX_CHUNK) at the current length."""
-        return self._shared.plan(self._batch(ids, self.length))
+        return self._shared.plan(self._batch(ids, self.length), fill_up=False)
 
     def draft_plan(self, ids: torch.Tensor, stage: int) -> StepPlan:
         """Return the plan of an MTP stage over its next T positions."""
@@ -219,4 +234,4 @@ class Cache:
         if start + num_tokens > self.max_tokens:
             raise ValueError(f"plan: position {start + num_tokens - 1} is beyond the cache's {self.max_tokens} tokens.")
         one = np.array([num_tokens, start, 0])
-        return Batch(ids.cpu().numpy(), starts=one[1:2], counts=one[:1], rings=one[2:], block_tables=self._block_tables)
+        return Batch(ids.cpu().numpy(), starts=one[1:2], counts=one[:1], rings=one[2:])

@@ -6,16 +6,16 @@ from __future__ import annotations
 import torch
 
 from megamoe.formats.cache_rows import CachePool
-from megamoe.models.deepseek_v4.plan import EntryPlan
+from megamoe.models.deepseek_v4.config import LayerKind
+from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.weights import CompressorWeights
 from megamoe.ops.compress_kv import compress_kv
 from megamoe.ops.linear import linear
 from megamoe.ops.rope import RopeTable
-from megamoe.ops.write_cache import write_cache
 
 
 class Compressor:
-    """Projects tokens to raw rows, keeps them by position, and pools the blocks a step completes."""
+    """Projects tokens to raw rows, keeps them by position, and writes the entries of the blocks a step completes."""
 
     def __init__(self, weights: CompressorWeights, *, ratio: int, overlap: bool, table: RopeTable, eps: float) -> None:
         """Bind weights and the rotary table of the layer."""
@@ -25,30 +25,47 @@ class Compressor:
         self.table = table
         self.eps = eps
 
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor, plan: EntryPlan, state: CachePool) -> torch.Tensor:
-        """Store the raw rows of `x` and return the entries completed in this step.
+    def __call__(
+        self,
+        x: torch.Tensor,
+        plan: StepPlan,
+        kind: LayerKind,
+        state: CachePool,
+        step: CachePool | None,
+        entries: CachePool,
+    ) -> None:
+        """Store the raw rows of `x` and write the entries completed in this step.
 
         Args:
-            x: [T, D] normed layer input.
-            positions: [T] int64.
-            plan: slots of this step for this kind of layer.
-            state: fp32 pool of raw rows (values then scores).
-
-        Returns:
-            [W, C] in the dtype of x, rotated at the first position of each block.
+            x: [T, D] normed layer input; entries are rounded to its dtype before their row format.
+            plan: this step.
+            kind: of the layer.
+            state: FP32 rings of raw rows.
+            step: FP32 raw rows of a step that does not go into the rings.
+            entries: where the entries go.
         """
-        w = self.weights
-        values = linear(x, w.wkv, out_dtype=torch.float32)  # [T, coff * C]
-        scores = linear(x, w.wgate, out_dtype=torch.float32) + w.ape[positions % self.ratio]
-        write_cache(torch.cat([values, scores], dim=-1), state, plan.state_slots)
-        return compress_kv(
+        slots = plan.entry_slots(kind)
+        compress_kv(
+            self.project(x),
+            self.weights.ape,
+            self.weights.norm,
             state,
-            plan.row_slots,
-            w.norm,
-            plan.entry_pos,
-            self.table,
+            None if plan.in_rings else step,
+            entries,
+            positions=plan.positions,
+            requests=plan.slots.requests,
+            first_idx=plan.slots.first_idx,
+            state_tables=plan.tables[kind].state.block_tables,
+            state_slots=slots.state_slots,
+            entry_slots=slots.entry_slots,
+            table=self.table,
             ratio=self.ratio,
             overlap=self.overlap,
             eps=self.eps,
             out_dtype=x.dtype,
         )
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the raw rows [T, 2 * coff * C] fp32 of `x`: values, then scores without `ape`."""
+        values = linear(x, self.weights.wkv, out_dtype=torch.float32)  # [T, coff * C]
+        return torch.cat([values, linear(x, self.weights.wgate, out_dtype=torch.float32)], dim=-1)

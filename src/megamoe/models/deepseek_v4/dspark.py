@@ -14,6 +14,7 @@ Source     the inference code of DeepSeek-V4-Flash-0731, as docs/numerics.md des
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,11 +26,13 @@ from megamoe.models.deepseek_v4.config import DSparkConfig, LayerKind, ModelConf
 from megamoe.models.deepseek_v4.hyper_connection import collapse_streams, wrap_sublayer
 from megamoe.models.deepseek_v4.linear import LinearInput
 from megamoe.models.deepseek_v4.plan import StepPlan
+from megamoe.models.deepseek_v4.snapshots import finish_layer, save
 from megamoe.models.deepseek_v4.weights import DSparkWeights
 from megamoe.models.recipe import Recipe
 from megamoe.ops.linear import linear
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import RopeTable
+from megamoe.ops.sparse_attention import sparse_attention
 from megamoe.ops.write_cache import write_cache
 
 
@@ -72,7 +75,7 @@ class DSpark:
         return rms_norm(projected, self.weights.main_norm, eps=self.config.rms_norm_eps)
 
     def fill(self, main: torch.Tensor, plan: StepPlan, pools: Sequence[LayerPools]) -> None:
-        """Write every stage's rows of certain positions.
+        """Write every stage's rows of certain positions, and keep those at page boundaries.
 
         Args:
             main: [T, D] from `main`.
@@ -81,7 +84,12 @@ class DSpark:
         """
         source = LinearInput(main, self.recipe)
         for stage, stage_pools in zip(self.stages, pools, strict=True):
-            write_cache(stage.attention.latent_rows(source, plan.positions), stage_pools.window, plan.window_slots)
+            window = stage_pools.window if plan.in_rings else stage_pools.step.window
+            assert window is not None
+            write_cache(stage.attention.latent_rows(source, plan.positions), window, plan.slots.window_slots)
+            finish_layer(plan, stage_pools, LayerKind.SWA)
+        if plan.in_rings and plan.saves is not None:
+            save(plan.saves, pools, plan.window.block_tables, in_step=False)
 
     def block(
         self, embedded: torch.Tensor, ids: torch.Tensor, last: StepPlan, pools: Sequence[LayerPools]
@@ -98,23 +106,12 @@ class DSpark:
             [N, K, D], the collapsed streams of the last stage.
         """
         num_sequences, size = ids.shape
-        ahead = torch.arange(1, size + 1, device=ids.device)
-        slots = torch.arange(num_sequences * size, device=ids.device)
-        plan = StepPlan(
-            token_ids=ids.flatten(),
-            positions=(last.positions[:, None] + ahead).flatten(),
-            query_starts=torch.arange(0, num_sequences * size + 1, size, dtype=torch.int32, device=ids.device),
-            window_slots=slots,
-            window_read_slots=last.window_read_slots.repeat_interleave(size, dim=0),
-            entries={},
-        )
-        together = slots.view(num_sequences, size).repeat_interleave(size, dim=0)  # [N * K, K]: all rows of the block
+        num_rings = last.window.block_tables.shape[0]
+        rows = CachePool.allocate(num_rings, size, self.recipe.kv_row_format, self.config.head_dim, device=ids.device)
+        plan = _BlockPlan.after(last, ids)
         streams = embedded.flatten(0, 1)[:, None, :].repeat(1, self.config.hc_mult, 1)  # [N * K, X, D]
         for stage, stage_pools in zip(self.stages, pools, strict=True):
-            rows = CachePool.allocate(
-                num_sequences, size, self.recipe.kv_row_format, self.config.head_dim, device=ids.device
-            )
-            streams = _run(stage, streams, plan, LayerPools(stage_pools.window, entries=rows), together, self.config)
+            streams = _run(stage, streams, plan, stage_pools.window, rows, self.config)
         return collapse_streams(streams, self.weights.hc_head, self.config).view(num_sequences, size, -1)
 
     def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
@@ -169,22 +166,78 @@ class DSpark:
         return self.weights.markov_w1[ids].to(self.recipe.activation_dtype)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _BlockPlan:
+    """One block of K tokens per sequence, N of them; its rows lie in a pool with a block for every ring.
+
+    Attributes:
+        token_ids: [N * K] int64.
+        positions: [N * K] int64.
+        requests: [N * K] int32, the ring of each token's sequence.
+        window_ends: [N * K] int64, the last certain position of the sequence: the window of all K ends there.
+        slots: [N * K] int64, where each token's row goes.
+        num_visible: [N * K] int32, K everywhere: each token sees all rows of its block.
+        tables: [rings, 1] int32, the block of each ring, in the pool of windows and in the pool of these rows.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    requests: torch.Tensor
+    window_ends: torch.Tensor
+    slots: torch.Tensor
+    num_visible: torch.Tensor
+    tables: torch.Tensor
+
+    @classmethod
+    def after(cls, last: StepPlan, ids: torch.Tensor) -> _BlockPlan:
+        """Plan blocks of `ids` [N, K] behind the last certain position of N sequences."""
+        size = ids.shape[1]
+        within = torch.arange(size, device=ids.device)
+        requests = last.slots.requests
+        return cls(
+            token_ids=ids.flatten(),
+            positions=(last.positions[:, None] + 1 + within).flatten(),
+            requests=requests.repeat_interleave(size),
+            window_ends=last.positions.repeat_interleave(size),
+            slots=(requests.to(torch.int64)[:, None] * size + within).flatten(),
+            num_visible=torch.full((ids.numel(),), size, dtype=torch.int32, device=ids.device),
+            tables=last.window.block_tables,
+        )
+
+
 def _run(
     stage: Block,
     streams: torch.Tensor,
-    plan: StepPlan,
-    pools: LayerPools,
-    together: torch.Tensor,
+    plan: _BlockPlan,
+    window: CachePool,
+    rows: CachePool,
     config: ModelConfig,
 ) -> torch.Tensor:
-    """Run one stage over blocks whose own rows go to `pools.entries`; returns the streams [N * K, X, D]."""
+    """Run one stage over blocks whose own rows go to `rows`; returns the streams [N * K, X, D]."""
     attention, w = stage.attention, stage.weights
 
     def attend(x: torch.Tensor) -> torch.Tensor:
-        assert pools.entries is not None
-        _, q, rows = attention.project(x, plan.positions)
-        write_cache(rows, pools.entries, plan.window_slots)
-        return attention.project_output(attention.attend(q, plan, pools, together))
+        _, q, latent = attention.project(x, plan.positions)
+        write_cache(latent, rows, plan.slots)
+        o = sparse_attention(
+            q,
+            window,
+            rows,
+            attention.weights.sink,
+            positions=plan.positions,
+            requests=plan.requests,
+            first_idx=plan.requests,  # not read: no row of this step is in a step area
+            window_size=attention.window_size,
+            window_tables=plan.tables,
+            step=None,
+            entry_tables=plan.tables,
+            entry_idx=None,
+            num_visible=plan.num_visible,
+            table=attention.table,
+            scale=attention.scale,
+            window_ends=plan.window_ends,
+        )
+        return attention.project_output(o)
 
     streams = wrap_sublayer(streams, w.hc_attn, w.attn_norm, attend, config)
     return wrap_sublayer(streams, w.hc_ffn, w.ffn_norm, lambda x: stage.moe(x, plan.token_ids), config)

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from megamoe.cache.batch import Batch, Commit, IntArray
+from megamoe.cache.batch import Batch, Commit, IntArray, Save
 from megamoe.models.deepseek_v4.cache import SharedCache
 from megamoe.models.deepseek_v4.dspark import DSpark
 from megamoe.models.deepseek_v4.plan import StepPlan
-from megamoe.models.deepseek_v4.snapshots import Snapshots
+from megamoe.models.deepseek_v4.snapshots import restore
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -49,8 +49,6 @@ class DSparkDrafter:
         self._head = head
         self._cache = cache
         self._pools = cache.draft_layers
-        specs = [cache.draft_spec] * len(self._pools)
-        self._snapshots = Snapshots(specs, self._pools, cache.size, cache.num_snapshots, cache.device)
 
     def observe(
         self,
@@ -63,7 +61,7 @@ class DSparkDrafter:
         taps = hidden.taps
         if len(commit.rows) != len(taps):
             taps = taps[torch.from_numpy(commit.rows).to(taps.device)]
-        plan = self._plan(commit.next_ids, commit.starts, commit.counts, commit.rings)
+        plan = self._plan(commit.next_ids, commit.starts, commit.counts, commit.rings, commit.saves)
         self._dspark.fill(self._dspark.main(taps), plan, self._pools)
         wants = commit.wants_drafts.nonzero()[0]
         if not len(wants):
@@ -77,13 +75,9 @@ class DSparkDrafter:
     def start(self, ring_idx: int) -> None:
         """Forget a ring: nothing is kept besides its rows, and rows of other sequences are never read."""
 
-    def save(self, hidden: Tapped, row: int, ring_idx: int, length: int, snapshot_idx: int) -> None:
-        """Keep the last rows before position `length`."""
-        self._snapshots.save(ring_idx, length, snapshot_idx)
-
     def restore(self, snapshot_idx: int, ring_idx: int, length: int) -> None:
         """Let a ring continue at `length`."""
-        self._snapshots.restore(snapshot_idx, ring_idx, length)
+        restore(self._pools, snapshot_idx, ring_idx, length)
 
     def _block(self, newest: torch.Tensor, last: StepPlan) -> torch.Tensor:
         shape = self._dspark.shape
@@ -92,5 +86,7 @@ class DSparkDrafter:
         embedded = self._embed(ids.flatten()).view(*ids.shape, -1)
         return self._dspark.block(embedded, ids, last, self._pools)
 
-    def _plan(self, ids: IntArray, starts: IntArray, counts: IntArray, rings: IntArray) -> StepPlan:
-        return self._cache.draft_plan(Batch(ids, starts, counts, rings, np.empty((len(rings), 0), dtype=np.int32)))
+    def _plan(
+        self, ids: IntArray, starts: IntArray, counts: IntArray, rings: IntArray, saves: tuple[Save, ...] = ()
+    ) -> StepPlan:
+        return self._cache.draft_plan(Batch(ids, starts, counts, rings, saves))

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from megamoe.formats.cache_rows import CachePool, RowFormat
+from megamoe.cache.pools import LayerPools
+from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.models.deepseek_v4.compressor import Compressor
@@ -19,7 +20,7 @@ from megamoe.ops.index_topk import index_topk
 from megamoe.ops.linear import linear
 from megamoe.ops.quantize import quantize_fp8_rows, quantize_mxfp4
 from megamoe.ops.rope import RopeTable, rope
-from megamoe.ops.write_cache import write_cache
+from megamoe.ops.write_index_keys import write_index_keys
 
 
 class Indexer:
@@ -40,26 +41,39 @@ class Indexer:
             weights.compressor, ratio=ratio, overlap=True, table=table, eps=config.rms_norm_eps
         )
 
-    def __call__(
-        self, x: torch.Tensor, query_latent: LinearInput, plan: StepPlan, state: CachePool, keys: CachePool
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, query_latent: LinearInput, plan: StepPlan, pools: LayerPools) -> torch.Tensor:
         """Write this step's index keys and return the selected entries.
 
         Args:
             x: [T, D] normed layer input.
             query_latent: [T, q_lora] the normed low-rank query shared with the main attention.
-            plan: this step's slots.
-            state: fp32 pool of the index compressor's raw rows.
-            keys: pool of index keys.
+            plan: this step.
+            pools: this layer's pools.
 
         Returns:
-            [T, index_topk] int64 entry numbers in ascending order, -1 padded.
+            [T, index_topk] int32 entry numbers in ascending order, -1 padded.
         """
-        entry_plan = plan.entries[LayerKind.CSA]
-        new_keys = self.compressor(x, plan.positions, entry_plan, state)
-        if self.recipe.index_hadamard:
-            new_keys = hadamard(new_keys)
-        write_cache(new_keys, keys, entry_plan.entry_slots)
+        assert pools.index_state is not None and pools.index_keys is not None
+        slots, tables, compressor = plan.entry_slots(LayerKind.CSA), plan.tables[LayerKind.CSA], self.compressor
+        write_index_keys(
+            compressor.project(x),
+            compressor.weights.ape,
+            compressor.weights.norm,
+            pools.index_state,
+            None if plan.in_rings else pools.step.index_state,
+            pools.index_keys,
+            positions=plan.positions,
+            requests=plan.slots.requests,
+            first_idx=plan.slots.first_idx,
+            state_tables=tables.state.block_tables,
+            state_slots=slots.state_slots,
+            key_slots=slots.entry_slots,
+            table=self.table,
+            ratio=compressor.ratio,
+            rotate=self.recipe.index_hadamard,
+            eps=compressor.eps,
+            out_dtype=x.dtype,
+        )
 
         q = query_latent.times(self.weights.wq_b).unflatten(-1, (self.num_heads, self.head_dim))  # [T, Hi, 128]
         q = rope(q, plan.positions, self.table)
@@ -67,10 +81,10 @@ class Indexer:
         return index_topk(
             self.round_query(q),
             head_weights,
-            keys,
-            block_tables=entry_plan.block_tables,
-            query_starts=plan.query_starts,
-            num_visible=entry_plan.num_visible,
+            pools.index_keys,
+            block_tables=tables.entries.block_tables,
+            requests=plan.slots.requests,
+            num_visible=slots.num_visible,
             top_k=self.top_k,
         )
 

@@ -141,8 +141,10 @@ class Model:
             specs += [layer_cache_spec(self.config, self.recipe, LayerKind.SWA, 0)] * self.num_draft_stages
         return capacity_report(specs, size, num_snapshots)
 
-    def new_shared_cache(self, size: CacheSize, num_snapshots: int, *, with_drafts: bool) -> SharedCache:
-        """Return empty pools for many sequences.
+    def new_shared_cache(
+        self, size: CacheSize, num_snapshots: int, *, max_tokens: int, with_drafts: bool
+    ) -> SharedCache:
+        """Return empty pools for many sequences of at most `max_tokens` tokens, drafts included.
 
         Raises:
             ValueError: a page is not a whole number of entries of every layer.
@@ -151,6 +153,7 @@ class Model:
             self.config,
             self.recipe,
             size,
+            max_tokens=max_tokens,
             num_draft_stages=self.num_draft_stages if with_drafts else 0,
             num_snapshots=num_snapshots,
             device=self.device,
@@ -159,9 +162,12 @@ class Model:
     def run(self, plan: StepPlan, cache: SharedCache) -> torch.Tensor | Tapped:
         """Run the tokens of a step; returns the last block's streams [T, X, D], tapped if DSpark is to read them."""
         if self.dspark is None or not cache.draft_layers:
-            return self.forward(plan, cache.layers)
+            streams = self.forward(plan, cache.layers)
+            cache.finish(plan)
+            return streams
         taps: dict[int, torch.Tensor] = dict.fromkeys(self.dspark.shape.target_layer_ids, torch.empty(0))
         streams = self.forward(plan, cache.layers, taps)
+        cache.finish(plan)
         return Tapped(streams, torch.cat([taps[layer] for layer in self.dspark.shape.target_layer_ids], dim=1))
 
     def logits_of(self, hidden: torch.Tensor | Tapped, rows: torch.Tensor | None) -> torch.Tensor:

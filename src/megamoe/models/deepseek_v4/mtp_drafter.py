@@ -13,15 +13,16 @@ row is computed when the continuing sequence has told its own token.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from megamoe.cache.batch import Batch, Commit, IntArray
+from megamoe.cache.batch import Batch, Commit, IntArray, Save
 from megamoe.models.deepseek_v4.cache import SharedCache
 from megamoe.models.deepseek_v4.mtp import MtpStage
-from megamoe.models.deepseek_v4.snapshots import Snapshots
+from megamoe.models.deepseek_v4.snapshots import restore, save
 
 
 class MtpDrafter:
@@ -40,9 +41,9 @@ class MtpDrafter:
         self._head = head
         self._cache = cache
         self._pools = cache.draft_layers[0]
-        size, num_snapshots = cache.size, cache.num_snapshots
-        self._lengths = np.zeros(size.num_sequences, dtype=np.int64)  # rows of the stage that are certain, by ring
-        self._snapshots = Snapshots([cache.draft_spec], [self._pools], size, num_snapshots, cache.device)
+        self._lengths = np.zeros(
+            cache.size.num_sequences, dtype=np.int64
+        )  # rows of the stage that are certain, by ring
         self._last_streams = torch.empty(0)  # [rings, X, D], made when the first streams show their shape
         self._saved_streams = torch.empty(0)  # [snapshots, X, D]
 
@@ -67,7 +68,7 @@ class MtpDrafter:
         streams = hidden if in_order else hidden[torch.from_numpy(rows).to(hidden.device)]
         starts, counts = commit.starts - behind, commit.counts + behind
         self._lengths[commit.rings] = commit.starts + commit.counts
-        streams = self._run(streams, next_ids, starts, counts, commit.rings)
+        streams = self._run(streams, next_ids, starts, counts, commit.rings, self._keep_streams(hidden, commit))
         wants = commit.wants_drafts.nonzero()[0]
         drafts: list[torch.Tensor] = []
         if not len(wants):
@@ -85,24 +86,35 @@ class MtpDrafter:
         """Forget a ring: a new sequence begins there at position 0."""
         self._lengths[ring_idx] = 0
 
-    def save(self, hidden: torch.Tensor, row: int, ring_idx: int, length: int, snapshot_idx: int) -> None:
-        """Keep the rows before position length - 1, and the streams at it."""
+    def restore(self, snapshot_idx: int, ring_idx: int, length: int) -> None:
+        """Let a ring continue at `length`: its row length - 1 is computed with the first token."""
+        restore([self._pools], snapshot_idx, ring_idx, length - 1)
+        self._last_streams[ring_idx] = self._saved_streams[snapshot_idx]
+        self._lengths[ring_idx] = length - 1
+
+    def _keep_streams(self, hidden: torch.Tensor, commit: Commit) -> tuple[Save, ...]:
+        """Keep the streams at the ends of pages; return the lengths at which the stage's rows are to be kept."""
+        if not commit.saves:
+            return ()
         if not self._saved_streams.numel():
             shape = hidden.shape[1:]
             self._saved_streams = hidden.new_zeros(self._cache.num_snapshots, *shape)
             self._last_streams = hidden.new_zeros(self._cache.size.num_sequences, *shape)
-        self._snapshots.save(ring_idx, length - 1, snapshot_idx)
-        self._saved_streams[snapshot_idx] = hidden[row]
-
-    def restore(self, snapshot_idx: int, ring_idx: int, length: int) -> None:
-        """Let a ring continue at `length`: its row length - 1 is computed with the first token."""
-        self._snapshots.restore(snapshot_idx, ring_idx, length - 1)
-        self._last_streams[ring_idx] = self._saved_streams[snapshot_idx]
-        self._lengths[ring_idx] = length - 1
+        for one in commit.saves:
+            self._saved_streams[one.snapshot_idx] = hidden[one.row]
+        return tuple(dataclasses.replace(one, length=one.length - 1) for one in commit.saves)
 
     def _run(
-        self, streams: torch.Tensor, next_ids: IntArray, starts: IntArray, counts: IntArray, rings: IntArray
+        self,
+        streams: torch.Tensor,
+        next_ids: IntArray,
+        starts: IntArray,
+        counts: IntArray,
+        rings: IntArray,
+        saves: tuple[Save, ...] = (),
     ) -> torch.Tensor:
-        no_pages = np.empty((len(rings), 0), dtype=np.int32)
-        plan = self._cache.draft_plan(Batch(next_ids, starts, counts, rings, no_pages))
-        return self._stage(streams, self._embed(plan.token_ids), plan, self._pools)
+        plan = self._cache.draft_plan(Batch(next_ids, starts, counts, rings, saves))
+        streams = self._stage(streams, self._embed(plan.token_ids), plan, self._pools)
+        if plan.in_rings and plan.saves is not None:
+            save(plan.saves, [self._pools], self._cache.ring_tables, in_step=False)
+        return streams

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one step reads and writes in the caches, as slot numbers: built once a step, used by every layer.
+"""What one step reads and writes in the caches: slots of its tokens, and tables that live on the device.
 
-A slot is the address of one row in a paged pool. Layers of one kind own separate pools but use the same slots, so the
-numbers are worked out once. Everything follows from absolute positions; nothing is stateful.
+A slot is the address of one row in a pool. Layers of one kind own separate pools but use the same slots, so the numbers
+are worked out once a step (`ops.plan_slots`). What lies further back is found by position through block tables. All
+shapes follow from the number of tokens alone, and a bucket's tensors stay where they are: a graph replays them.
+
+`planner.Planner` fills it for our own caches; another engine fills it from its own tables.
 """
 
 from __future__ import annotations
@@ -12,47 +15,38 @@ import dataclasses
 import torch
 
 from megamoe.models.deepseek_v4.config import LayerKind
+from megamoe.ops.plan_slots import EntrySlots, EntryTables, RowTables, StepSlots
 
 
-@dataclasses.dataclass(frozen=True)
-class EntryPlan:
-    """The compressed entries of the layers of one kind during one step.
-
-    Attributes:
-        state_slots: [T] int64, where each token's raw compressor row goes.
-        row_slots: [W, coff * ratio] int64, the rows each completed block pools, oldest first, -1 before the start.
-        entry_pos: [W] int64, position of the first token of each completed block (its rotary position).
-        entry_slots: [W] int64, where each completed entry goes.
-        block_tables: [B, num_blocks] int32, pages of entries in entry order.
-        num_visible: [T] int32, entries a token may use: (position + 1) // ratio.
-        visible_slots: [T, J] int64, slots of all visible entries (-1 padded); only where every entry is read (HCA).
-    """
-
-    state_slots: torch.Tensor
-    row_slots: torch.Tensor
-    entry_pos: torch.Tensor
-    entry_slots: torch.Tensor
-    block_tables: torch.Tensor
-    num_visible: torch.Tensor
-    visible_slots: torch.Tensor | None
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:
-    """One step over T tokens of B sequences.
+    """One step over T tokens.
 
     Attributes:
-        token_ids: [T] int64.
-        positions: [T] int64, absolute, 0-based.
-        query_starts: [B + 1] int32, where each sequence's tokens start among the T.
-        window_slots: [T] int64, where each token's latent row goes.
-        window_read_slots: [T, window] int64, the rows a token attends to, -1 before the start.
-        entries: by layer kind, CSA and HCA.
+        slots: the tokens, and where their rows go; [T] each.
+        window: where window rows of earlier steps lie.
+        tables: where entries and raw rows lie, by the kinds of layers that have them.
+        in_rings: whether this step's rows go straight into the rings; else into the step area, and to the rings when a
+            layer is done.
+        saves: [S, 5] int32, page boundaries whose rows are kept when a layer is done (see ops.save_rows), or None.
     """
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    query_starts: torch.Tensor
-    window_slots: torch.Tensor
-    window_read_slots: torch.Tensor
-    entries: dict[LayerKind, EntryPlan]
+    slots: StepSlots
+    window: RowTables
+    tables: dict[LayerKind, EntryTables]
+    in_rings: bool
+    saves: torch.Tensor | None = None
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[T] int64, -1 for nobody."""
+        return self.slots.token_ids
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[T] int64, absolute, 0-based; -1 for nobody."""
+        return self.slots.positions
+
+    def entry_slots(self, kind: LayerKind) -> EntrySlots:
+        """Return the slots of a kind of layer that has entries."""
+        return self.slots.entries[list(self.tables).index(kind)]

@@ -1,177 +1,239 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a batch (who runs which tokens) to a plan (which slots the layers read and write).
+"""From a batch (who runs which tokens) to a plan (what the layers read and write).
 
-All index arithmetic of a step happens here, once, on the host, over all sequences and kinds of layers at a time: some
-thirty numpy calls of a microsecond, where small tensors would cost several times that. What the numbers mean is said,
-one position at a time, by `cache.ring` and `cache.compressor_state`; the tests compare. Layers of one kind share it.
+The host says four numbers a token, and which pages were added to which sequence. They travel in one block; the slots
+are worked out where the caches are, by `ops.plan_slots`. Block tables and plans stay at their addresses: a decode step
+of a bucket always fills the same tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megamoe.cache.batch import Batch, IntArray
-from megamoe.cache.compressor_state import num_rows_pooled, state_capacity
+from megamoe.cache.batch import Batch
+from megamoe.cache.buckets import bucket_of
+from megamoe.cache.compressor_state import state_capacity
 from megamoe.cache.pools import CacheSize
 from megamoe.models.deepseek_v4.config import LayerKind
-from megamoe.models.deepseek_v4.plan import EntryPlan, StepPlan
+from megamoe.models.deepseek_v4.plan import StepPlan
+from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots, plan_slots
+from megamoe.ops.write_block_tables import write_block_tables
+
+NOBODY = -1
+
+Change = tuple[int, int, int]
+"""(ring, column, page) of a block table."""
 
 
 class Planner:
-    """Makes the plan of a step."""
+    """Makes the plan of a step; owns the block tables.
 
-    def __init__(self, window: int, ratios: Mapping[LayerKind, int], size: CacheSize, device: torch.device) -> None:
-        """Keep the geometry.
+    Attributes:
+        page_tables: [rings, pages of the longest sequence] int32, the pages of each ring's sequence; on the device.
+        ring_tables: [rings, 1] int32, each ring's own block of a pool of rings.
+    """
+
+    def __init__(
+        self, window: int, ratios: Mapping[LayerKind, int], size: CacheSize, max_tokens: int, device: torch.device
+    ) -> None:
+        """Allocate the tables.
 
         Args:
             window: positions a token sees in the window, itself included.
             ratios: tokens per entry, by the kind of layer that has entries.
             size: the shared cache.
-            device: where the plan's tensors go.
+            max_tokens: tokens of the longest sequence, drafts included.
+            device: where the plans go.
         """
         self._size = size
         self._device = device
-        self._on_cpu = device.type == "cpu"
-        self._window = window
-        self._window_capacity = window + size.max_chunk
-        # Row r: the ring positions r, r + 1, ... of a window, wrapped.
-        twice = np.arange(2 * self._window_capacity) % self._window_capacity
-        self._window_rows = np.lib.stride_tricks.sliding_window_view(twice, window)
-        self._count = np.arange(size.num_sequences + 1)
-        self._count_int32 = self._count.astype(np.int32)
-        self._kinds = [_EntryPlanner(kind, ratio, size, device) for kind, ratio in ratios.items()]
-        self._ratios = np.array([[kind.ratio] for kind in self._kinds]).reshape(-1, 1)
-        self._capacities = np.array([[self._window_capacity], *([kind.capacity] for kind in self._kinds)])
+        num_rings, width = size.num_sequences, max(1, -(-max_tokens // size.tokens_per_page))
+        self.page_tables = torch.full((num_rings, width), NOBODY, dtype=torch.int32, device=device)
+        self.ring_tables = torch.arange(num_rings, dtype=torch.int32, device=device)[:, None]
+        self._num_pages = np.zeros(num_rings, dtype=np.int64)  # of each ring's sequence
+        self._changes: list[Change] = []  # that the device has not been told of
+        self.window = RowTables(self.ring_tables, window + size.ring_tokens)
+        self.tables = {
+            kind: EntryTables(
+                ratio,
+                RowTables(self.ring_tables, state_capacity(ratio, kind is LayerKind.CSA, size.ring_tokens)),
+                RowTables(self.page_tables, size.tokens_per_page // ratio),
+            )
+            for kind, ratio in ratios.items()
+        }
+        decode = bucket_of(num_rings * size.ring_tokens)
+        self._steps = _Steps(max(decode, size.step_tokens), self.window, self.tables, device)
+        self._drafts = _Steps(max(decode, size.step_tokens) + num_rings, self.window, {}, device)
 
-    def plan(self, batch: Batch, *, with_entries: bool = True) -> StepPlan:
-        """Return the plan of a step.
+    def set_pages(self, ring: int, pages: Sequence[int], first: int = 0) -> None:
+        """Say which pages the sequence of a ring has, from its page `first` on; it has no more than these.
+
+        Raises:
+            ValueError: the sequence has fewer pages before `first`, or more pages than the longest sequence.
+        """
+        known, num_pages, width = int(self._num_pages[ring]), first + len(pages), self.page_tables.shape[1]
+        if first > known or num_pages > width:
+            raise ValueError(
+                f"set_pages: a sequence has pages 0 to at most {width - 1} without a gap; got pages {first} to "
+                f"{num_pages - 1} for one that has {known}."
+            )
+        self._changes += [(ring, column, page) for column, page in enumerate(pages, first)]
+        self._changes += [(ring, column, NOBODY) for column in range(num_pages, known)]
+        self._num_pages[ring] = num_pages
+
+    def plan(self, batch: Batch, *, fill_up: bool = True) -> StepPlan:
+        """Return the plan of a step of the backbone; the next call overwrites its tensors.
 
         Args:
             batch: the step.
-            with_entries: False for layers that keep a window and nothing else (draft stages).
+            fill_up: whether a step that goes into the rings is filled up to its bucket.
 
         Raises:
-            ValueError: a sequence has more tokens than rings have room for, or lacks a page.
+            ValueError: a sequence has more tokens than there is room for, or lacks a page.
         """
-        starts, counts, tensor = batch.starts, batch.counts, self._tensor
-        num_sequences, num_tokens = len(counts), len(batch.token_ids)
-        if num_tokens == num_sequences:  # decoding: one token each
-            query_starts = self._count_int32[: num_sequences + 1]
-            sequence_idx = self._count[:num_sequences]
-            positions, rings = starts, batch.rings
-        else:
-            self._refuse_long_chunks(counts, with_entries)
-            query_starts = np.zeros(num_sequences + 1, dtype=np.int32)
-            counts.cumsum(out=query_starts[1:])
-            sequence_idx = self._count[:num_sequences].repeat(counts)  # [T]
-            positions = np.arange(num_tokens) + (starts - query_starts[:-1])[sequence_idx]
-            rings = batch.rings[sequence_idx]
-        capacities = self._capacities if with_entries else self._capacities[:1]
-        ring_rows = rings * capacities  # [rings of a layer, T]
-        window_slots, *state_slots = tensor(positions % capacities + ring_rows).unbind()
-        oldest = positions - (self._window - 1)
-        window_read_slots = self._window_rows[oldest % self._window_capacity]  # [T, window]
-        window_read_slots += ring_rows[0, :, None]
-        if num_tokens and int(oldest.min()) < 0:
-            window_read_slots[np.arange(self._window) < -oldest[:, None]] = -1
-        entries = {}
-        if with_entries and self._kinds:
-            if num_tokens:
-                self._refuse_missing_pages(batch)
-            lengths = positions + 1
-            visible = lengths // self._ratios  # [kinds, T]
-            completes = visible * self._ratios == lengths  # the tokens that complete a block
-            none = not completes.any()
-            tables, num_visible = tensor(batch.block_tables), tensor(visible.astype(np.int32)).unbind()
-            for idx, kind in enumerate(self._kinds):
-                at = None if none else completes[idx].nonzero()[0]
-                done = kind.nothing if at is None or not len(at) else kind.completed(batch, positions, sequence_idx, at)
-                row_slots, entry_pos, entry_slots = done
-                all_slots = kind.all_slots(batch, visible[idx], sequence_idx) if kind.reads_all else None
-                entries[kind.kind] = EntryPlan(
-                    state_slots=state_slots[idx],
-                    row_slots=row_slots,
-                    entry_pos=entry_pos,
-                    entry_slots=entry_slots,
-                    block_tables=tables,
-                    num_visible=num_visible[idx],
-                    visible_slots=None if all_slots is None else tensor(all_slots),
+        in_rings = self._in_rings(batch, self._size.ring_tokens)
+        num_tokens = len(batch.token_ids)
+        if len(batch.counts):
+            last_page = (batch.starts + batch.counts - 1) // self._size.tokens_per_page
+            if self.tables and (last_page >= self._num_pages[batch.rings]).any():
+                raise ValueError(
+                    f"plan: a sequence lacks pages: it has {int(self._num_pages[batch.rings].min())} pages of "
+                    f"{self._size.tokens_per_page} tokens, and positions go up to "
+                    f"{int((batch.starts + batch.counts).max()) - 1}. Extend it first."
                 )
-        return StepPlan(
-            token_ids=tensor(batch.token_ids),
-            positions=tensor(positions),
-            query_starts=tensor(query_starts),
-            window_slots=window_slots,
-            window_read_slots=tensor(window_read_slots),
-            entries=entries,
+        changes = self._take_changes(num_tokens)
+        plan = self._steps.fill(batch, bucket_of(num_tokens) if in_rings and fill_up else num_tokens, in_rings, changes)
+        write_block_tables(self.page_tables, self._steps.changes)
+        self._plan_slots(self._steps.tokens, plan)
+        return plan
+
+    def draft_plan(self, batch: Batch) -> StepPlan:
+        """Return the plan of a step of layers that keep a window and nothing else (draft stages).
+
+        Raises:
+            ValueError: a sequence has more tokens than there is room for.
+        """
+        # A window alone has room for one token more: a token reads window - 1 rows before it.
+        in_rings = self._in_rings(batch, self._size.ring_tokens + 1)
+        plan = self._drafts.fill(batch, len(batch.token_ids), in_rings, [])
+        self._plan_slots(self._drafts.tokens, plan)
+        return plan
+
+    def _plan_slots(self, tokens: torch.Tensor, plan: StepPlan) -> None:
+        plan_slots(tokens, plan.window, tuple(plan.tables.values()), plan.slots, in_rings=plan.in_rings)
+
+    def _take_changes(self, room: int) -> list[Change]:
+        """Return the changes of the block tables that fit this step's block, and make the others now."""
+        changes, self._changes = self._changes, []
+        if len(changes) > room:  # a long sequence was admitted
+            early = torch.tensor(changes[room:], dtype=torch.int32)
+            write_block_tables(self.page_tables, early.to(self._device))
+        return changes[:room]
+
+    def _in_rings(self, batch: Batch, most: int) -> bool:
+        longest = int(batch.counts.max()) if len(batch.counts) else 0
+        room = self._size.step_tokens
+        if longest > most and len(batch.token_ids) > room:
+            raise ValueError(
+                f"plan: at most {most} tokens of one sequence a step, or {room} tokens of all; got {longest} of one "
+                f"and {len(batch.token_ids)} of all. Split the step."
+            )
+        return longest <= most
+
+
+class _Steps:
+    """The block in which the host describes a step, and the tensors of its plan; a step uses the front of each.
+
+    Attributes:
+        tokens: [4, T] int32 of the step filled last, where the caches are; see ops.plan_slots.
+        changes: [T, 3] int32, its changes of the block tables.
+    """
+
+    def __init__(
+        self, max_tokens: int, window: RowTables, tables: dict[LayerKind, EntryTables], device: torch.device
+    ) -> None:
+        self._device = device
+        self._window, self._tables = window, tables
+        self._host = torch.empty(7 * max_tokens, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._block = self._host if device.type == "cpu" else torch.empty_like(self._host, device=device)
+        self._numbers = np.arange(max_tokens, dtype=np.int32)
+        self._slots = StepSlots.empty(max_tokens, len(tables), device)
+        self._views: dict[tuple[int, bool], _View] = {}  # of decode steps, by bucket
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None
+        self.tokens = self.changes = torch.empty(0)
+
+    def fill(self, batch: Batch, size: int, in_rings: bool, changes: list[Change]) -> StepPlan:
+        """Describe a step of `size` tokens, nobody's after those of the batch, and send it to the device."""
+        if self._sent is not None:
+            self._sent.synchronize()  # the block may still be on its way with the step before
+        view = self._views.get((size, in_rings))
+        if view is None:
+            view = self._view(size, in_rings)
+            if in_rings:
+                self._views[size, in_rings] = view
+        num_tokens = len(batch.token_ids)
+        token_ids, positions, rings, first_idx = view.host_tokens
+        token_ids[:num_tokens] = batch.token_ids
+        if num_tokens == len(batch.counts):  # one token each
+            positions[:num_tokens] = batch.starts
+            rings[:num_tokens] = batch.rings
+            first_idx[:] = self._numbers[:size]
+        else:
+            first = (batch.counts.cumsum() - batch.counts).repeat(batch.counts)
+            positions[:num_tokens] = self._numbers[:num_tokens] - first + batch.starts.repeat(batch.counts)
+            rings[:num_tokens] = batch.rings.repeat(batch.counts)
+            first_idx[:num_tokens] = first
+            first_idx[num_tokens:] = self._numbers[num_tokens:size]
+        view.host_tokens[:3, num_tokens:] = NOBODY
+        view.host_changes[len(changes) :] = NOBODY
+        if changes:
+            view.host_changes[: len(changes)] = changes
+        if self._sent is not None:
+            view.block.copy_(view.host_block, non_blocking=True)
+            self._sent.record()
+        self.tokens, self.changes = view.tokens, view.changes
+        saves = _saves(batch, self._device)
+        return view.plan if saves is None else dataclasses.replace(view.plan, saves=saves)
+
+    def _view(self, size: int, in_rings: bool) -> _View:
+        host, block = self._host[: 7 * size], self._block[: 7 * size]
+        return _View(
+            host_block=host,
+            host_tokens=host[: 4 * size].view(4, size).numpy(),
+            host_changes=host[4 * size :].view(size, 3).numpy(),
+            block=block,
+            tokens=block[: 4 * size].view(4, size),
+            changes=block[4 * size :].view(size, 3),
+            plan=StepPlan(self._slots.first(size), self._window, self._tables, in_rings),
         )
 
-    def _refuse_long_chunks(self, counts: IntArray, with_entries: bool) -> None:
-        # A window alone has room for one token more: a token reads window - 1 rows before it.
-        most = self._size.max_chunk if with_entries else self._size.max_chunk + 1
-        if len(counts) and int(counts.max()) > most:
-            raise ValueError(
-                f"plan: at most {most} tokens of one sequence a step; got {int(counts.max())}. Split the step."
-            )
 
-    def _refuse_missing_pages(self, batch: Batch) -> None:
-        last_page = (batch.starts + batch.counts - 1) // self._size.tokens_per_page
-        tables = batch.block_tables
-        if int(last_page.max()) >= tables.shape[1] or int(tables[self._count[: len(tables)], last_page].min()) < 0:
-            raise ValueError(
-                f"plan: a sequence lacks pages: block tables have {tables.shape[1]} pages of "
-                f"{self._size.tokens_per_page} tokens, and positions go up to "
-                f"{int((batch.starts + batch.counts).max()) - 1}. Extend it first."
-            )
+@dataclasses.dataclass(frozen=True, eq=False)
+class _View:
+    """The front of a `_Steps`, for steps of one number of tokens."""
 
-    def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor if self._on_cpu else tensor.to(self._device, non_blocking=True)
+    host_block: torch.Tensor
+    host_tokens: npt.NDArray[np.int32]
+    host_changes: npt.NDArray[np.int32]
+    block: torch.Tensor
+    tokens: torch.Tensor
+    changes: torch.Tensor
+    plan: StepPlan
 
 
-Completed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""(row_slots, entry_pos, entry_slots) of an EntryPlan."""
-
-
-class _EntryPlanner:
-    """What concerns the entries of one kind of layer."""
-
-    def __init__(self, kind: LayerKind, ratio: int, size: CacheSize, device: torch.device) -> None:
-        overlap = kind is LayerKind.CSA
-        self.kind = kind
-        self.ratio = ratio
-        self.capacity = state_capacity(ratio, overlap, size.max_chunk)
-        self.reads_all = kind is LayerKind.HCA
-        self._device = device
-        self._rows_per_page = size.tokens_per_page // ratio
-        self._page_rows = np.arange(self._rows_per_page)
-        self._block_back = np.arange(-num_rows_pooled(ratio, overlap), 0)
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        self.nothing: Completed = (none.view(0, 1).expand(0, len(self._block_back)), none, none)
-
-    def completed(self, batch: Batch, positions: IntArray, sequence_idx: IntArray, at: IntArray) -> Completed:
-        """Return what the tokens `at`, each the last of a block, complete."""
-        sequences = sequence_idx[at]
-        entry_idx = positions[at] // self.ratio
-        reads = positions[at, None] + 1 + self._block_back  # [W, rows of a block]
-        row_slots = reads % self.capacity + (batch.rings[sequences] * self.capacity)[:, None]
-        row_slots[reads < 0] = -1
-        pages = batch.block_tables[sequences, entry_idx // self._rows_per_page].astype(np.int64)
-        entry_slots = pages * self._rows_per_page + entry_idx % self._rows_per_page
-        found = (row_slots, entry_idx * self.ratio, entry_slots)
-        return tuple(torch.from_numpy(one).to(self._device) for one in found)  # type: ignore[return-value]
-
-    def all_slots(self, batch: Batch, visible: IntArray, sequence_idx: IntArray) -> IntArray:
-        """Return the slots [T, J] of all entries a token may use."""
-        most = int(visible.max()) if len(visible) else 0
-        num_pages = -(-most // self._rows_per_page)
-        pages = batch.block_tables[:, :num_pages, None].astype(np.int64)
-        slots = (pages * self._rows_per_page + self._page_rows).reshape(len(pages), -1)[:, :most]
-        slots = slots[sequence_idx]
-        slots[np.arange(most) >= visible[:, None]] = -1
-        return slots
+def _saves(batch: Batch, device: torch.device) -> torch.Tensor | None:
+    """Return the page boundaries of a step as ops.save_rows takes them."""
+    if not batch.saves:
+        return None
+    first = batch.counts.cumsum() - batch.counts
+    at = {int(ring): idx for idx, ring in enumerate(batch.rings)}
+    rows = [
+        (save.ring, save.length, int(batch.starts[at[save.ring]]), int(first[at[save.ring]]), save.snapshot_idx)
+        for save in batch.saves
+    ]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
