@@ -40,7 +40,8 @@ from megamoe.models.deepseek_v4.cache import Cache
 from megamoe.models.deepseek_v4.config import ModelConfig, parse_config
 from megamoe.models.deepseek_v4.inventory import inventory
 from megamoe.models.deepseek_v4.model import Model
-from megamoe.models.deepseek_v4.weights import LinearWeight, ModelWeights
+from megamoe.models.deepseek_v4.stacked import LinearWeight
+from megamoe.models.deepseek_v4.weights import ModelWeights
 from megamoe.models.recipe import Recipe, get_recipe
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -189,11 +190,15 @@ OUTPUTS: dict[str, Callable[..., Any]] = {
     "nvfp4_experts": _experts,
     "nvfp4_weight_only_experts": _experts,
     "clamped_swiglu": lambda gate, *rest: _like(gate),
+    "plan_slots": lambda *rest: None,
+    "write_block_tables": lambda *rest: None,
     "write_cache": lambda *rest: None,
-    "compress_kv": lambda pool, row_slots, norm, pos, table, ratio, overlap, eps, dtype: _empty(
-        row_slots.shape[0], norm.shape[0], dtype=dtype
+    "compress_kv": lambda *rest: None,
+    "write_index_keys": lambda *rest: None,
+    "index_topk": lambda q, weights, keys, tables, requests, visible, top_k: _empty(
+        q.shape[0], top_k, dtype=torch.int32
     ),
-    "index_topk": lambda q, weights, keys, tables, starts, visible, top_k: _empty(q.shape[0], top_k, dtype=torch.int64),
+    "copy_cache": lambda *rest: None,
     "sparse_attention": lambda q, *rest: _like(q),
 }
 """Operation → its result from the arguments that its door passes on."""
