@@ -44,6 +44,8 @@ def engine_acceptance(
     start = time.process_time()
     while engine.has_work():
         for output in engine.step():
+            if output.error is not None:
+                raise output.error
             steps += 1
             tokens += len(output.token_ids)
     return engine.stats().acceptance_rate, tokens / steps, (time.process_time() - start) / tokens

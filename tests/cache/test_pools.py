@@ -8,6 +8,8 @@ import pytest
 from megamoe.cache.pools import (
     CacheSize,
     LayerCacheSpec,
+    RowPools,
+    StepArea,
     allocate_layer,
     capacity_report,
     fit_tokens_per_page,
@@ -20,7 +22,7 @@ HCA = LayerCacheSpec(512, RowFormat.FP8_ROPE_BF16, 128, ratio=128)
 CSA = LayerCacheSpec(
     512, RowFormat.FP8_ROPE_BF16, 128, ratio=4, overlap=True, index_width=128, index_format=RowFormat.INDEX_FP4
 )
-SIZE = CacheSize(num_sequences=2, num_pages=5, tokens_per_page=256, max_chunk=32)
+SIZE = CacheSize(num_sequences=2, num_pages=5, tokens_per_page=256, ring_tokens=32)
 
 # --- known answers ---
 
@@ -60,8 +62,8 @@ def test_fit_tokens_per_page():
 
 
 def test_for_one_sequence():
-    assert CacheSize.for_one_sequence(513, tokens_per_page=256, max_chunk=7) == CacheSize(1, 3, 256, 7)
-    assert CacheSize.for_one_sequence(0, tokens_per_page=256, max_chunk=7).num_pages == 0
+    assert CacheSize.for_one_sequence(513, tokens_per_page=256, ring_tokens=7) == CacheSize(1, 3, 256, 7)
+    assert CacheSize.for_one_sequence(0, tokens_per_page=256, ring_tokens=7).num_pages == 0
 
 
 # --- properties ---
@@ -86,14 +88,14 @@ def test_the_report_is_what_is_allocated(spec):
 
 
 def test_per_token_and_per_sequence_bytes_stay_apart():
-    """More pages change the bytes per sequence by nothing, and a larger chunk the bytes per token by nothing."""
+    """More pages change the bytes per sequence by nothing, and longer rings the bytes per token by nothing."""
     base = capacity_report([CSA, HCA], SIZE)
     more_pages = capacity_report([CSA, HCA], CacheSize(2, 50, 256, 32))
-    larger_chunk = capacity_report([CSA, HCA], CacheSize(2, 5, 256, 64))
+    longer_rings = capacity_report([CSA, HCA], CacheSize(2, 5, 256, 64))
     assert more_pages.bytes_per_sequence == base.bytes_per_sequence
     assert more_pages.total_bytes == base.total_bytes + 45 * base.bytes_per_page
-    assert larger_chunk.bytes_per_token == base.bytes_per_token
-    assert larger_chunk.bytes_per_sequence > base.bytes_per_sequence
+    assert longer_rings.bytes_per_token == base.bytes_per_token
+    assert longer_rings.bytes_per_sequence > base.bytes_per_sequence
     assert base.sequence_bytes(0) == base.bytes_per_sequence
     assert base.sequence_bytes(257) == base.bytes_per_sequence + 2 * base.bytes_per_page
 
@@ -109,6 +111,42 @@ def test_small_widths_and_ratio_1():
     pools = allocate_layer(spec, CacheSize(1, 1, 1, 1))
     assert pools.entries is not None and pools.entries.num_slots == 1
     assert pools.window.num_slots == 2
+
+
+def flash_specs() -> list[LayerCacheSpec]:
+    """The layers of V4-Flash: two with a window alone, then CSA and HCA in turn."""
+    return [SWA, SWA, *([CSA, HCA] * 21)[:41]]
+
+
+def test_rings_of_flash_are_as_long_as_decoding_needs():
+    """64 sequences with one draft each and steps of 4,096 tokens: once 85 GB of rings."""
+    report = capacity_report(flash_specs(), CacheSize(64, 0, 256, 2, 4096))
+    assert 64 * report.bytes_per_sequence <= 1.2e9 and report.step_area_bytes <= 100e6
+    longer = capacity_report(flash_specs(), CacheSize(64, 0, 256, 2, 8192))
+    assert longer.bytes_per_sequence == report.bytes_per_sequence, "rings do not grow with the step"
+    assert longer.step_area_bytes == 2 * report.step_area_bytes
+
+
+def test_all_layers_share_one_step_area():
+    size = CacheSize(2, 4, 256, 1, 40)
+    area = StepArea([CSA, HCA, SWA, CSA], size)
+    first, hca, swa, second = (allocate_layer(spec, size, area=area).step for spec in (CSA, HCA, SWA, CSA))
+    assert first.window is second.window is hca.window is swa.window and first.state is second.state
+    assert hca.state is not first.state, "raw rows of another width"
+    assert (swa.state, hca.index_state) == (None, None)
+    assert all(pool.num_blocks == 1 and pool.rows_per_block == 40 for pool in (first.window, hca.state))
+    pools = {id(pool): pool for one in (first, hca) for pool in (one.window, one.state, one.index_state) if pool}
+    bytes_of_all = sum(pool.num_blocks * pool.block_stride_bytes for pool in pools.values())
+    assert capacity_report([CSA, HCA, SWA], size).step_area_bytes == bytes_of_all
+    assert allocate_layer(CSA, CacheSize(2, 4, 256, 1)).step == RowPools()
+
+
+def test_snapshots_hold_what_continues_a_sequence():
+    saved = allocate_layer(CSA, SIZE, num_snapshots=3).saved
+    assert (saved.window.num_blocks, saved.window.rows_per_block) == (3, 127)
+    assert (saved.state.rows_per_block, saved.index_state.rows_per_block) == (4, 4)
+    assert allocate_layer(HCA, SIZE, num_snapshots=3).saved.state is None
+    assert allocate_layer(CSA, SIZE).saved == RowPools()
 
 
 # --- refusals ---
@@ -128,7 +166,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="CacheSize"):
         CacheSize(0, 1, 1, 1)
     with pytest.raises(ValueError, match="max_tokens must be >= 0"):
-        CacheSize.for_one_sequence(-1, tokens_per_page=1, max_chunk=1)
+        CacheSize.for_one_sequence(-1, tokens_per_page=1, ring_tokens=1)
     with pytest.raises(ValueError, match="must be >= 1"):
         fit_tokens_per_page([0])
     with pytest.raises(ValueError, match="FP8_ROPE_BF16: width"):

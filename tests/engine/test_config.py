@@ -23,7 +23,7 @@ def test_pages_follow_from_memory() -> None:
     assert plan.max_sequence_tokens == 80
     assert plan.size.num_pages == 3 * 2 * 10, "more pages than three full batches are of no use"
     one = plan.capacity
-    tight = one.size.num_sequences * one.bytes_per_sequence + 10 * one.bytes_per_page
+    tight = one.step_area_bytes + one.size.num_sequences * one.bytes_per_sequence + 10 * one.bytes_per_page
     small = resolve(EngineConfig(max_sequences=2, memory_bytes=tight, num_snapshots=0), model)
     assert (small.size.num_pages, small.num_snapshots) == (10, 0)
     assert small.capacity.total_bytes == tight
@@ -31,7 +31,8 @@ def test_pages_follow_from_memory() -> None:
 
 @pytest.mark.parametrize("memory_bytes", [8_000, 20_000, 10**6])
 def test_what_is_planned_fits(memory_bytes: int) -> None:
-    plan = resolve(EngineConfig(max_sequences=2, prefill_chunk=4, memory_bytes=memory_bytes), FakeModel(NOWHERE))
+    config = EngineConfig(max_sequences=2, max_step_tokens=64, prefill_chunk=4, memory_bytes=memory_bytes)
+    plan = resolve(config, FakeModel(NOWHERE))
     assert plan.capacity.total_bytes <= memory_bytes and plan.size.num_pages >= 1
 
 

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
 from megamoe.engine.outputs import QueueFull, RequestOutput
+from megamoe.engine.request import NewRequest
 from megamoe.engine.sampling_params import SamplingParams
 
 from ..fakes import BOS, EOS, FakeConfig, FakeModel, FakeSharedCache, next_after
@@ -458,7 +459,7 @@ def test_a_full_queue() -> None:
     engine = make_engine(max_sequences=1, max_waiting=2)
     for name in "abc":
         engine.add(name, [BOS], SamplingParams(max_tokens=3, ignore_eos=True))
-    with pytest.raises(QueueFull, match="3 requests wait, the most that may") as caught:
+    with pytest.raises(QueueFull, match="3 requests wait, and with 1 more it would be more than may") as caught:
         engine.add("d", [BOS], SamplingParams())
     assert caught.value.retry_after_s >= 1
     engine.step()
@@ -468,3 +469,25 @@ def test_a_full_queue() -> None:
     engine.abort("b")
     engine.add("d", [BOS], SamplingParams(max_tokens=1))
     assert sorted(collect(engine)) == ["a", "c", "d"]
+
+
+def test_requests_are_taken_together_or_not_at_all() -> None:
+    engine = make_engine(max_sequences=2, max_waiting=3)
+
+    def group(names: str, prompt: tuple[int, ...] = (BOS,)) -> list[NewRequest]:
+        return [NewRequest(name, prompt, SamplingParams(max_tokens=2, ignore_eos=True)) for name in names]
+
+    for requests, message in (
+        ([*group("ab"), *group("c", (64,))], "token ids must be 0 to 63; got 64"),
+        (group("aba"), "'a' is not finished"),
+        (group("abcdef"), "6 sequences must be taken together; the engine has room for 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.add_all(requests)
+        assert not engine.has_work()
+    engine.add_all(group("abc"))
+    with pytest.raises(QueueFull, match="3 requests wait, and with 3 more") as caught:
+        engine.add_all(group("def"))
+    assert caught.value.retry_after_s == 3.0, "three have to end first"
+    engine.add_all(group("de"))
+    assert sorted(collect(engine)) == ["a", "b", "c", "d", "e"]

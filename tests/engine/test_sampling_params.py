@@ -52,6 +52,15 @@ def test_edges_are_allowed(good: dict[str, Any]) -> None:
     assert {name: getattr(params, name) for name in good} == good
 
 
+def test_as_many_ids_as_allowed_and_one_more() -> None:
+    params = SamplingParams(stop_token_ids=tuple(range(1024)), logit_bias=dict.fromkeys(range(4096), 1.0))
+    assert len(params.stop_token_ids) == 1024 and len(params.logit_bias) == 4096
+    with pytest.raises(ValueError, match="stop_token_ids must have at most 1024 ids; got 1025"):
+        SamplingParams(stop_token_ids=tuple(range(1025)))
+    with pytest.raises(ValueError, match="logit_bias must have at most 4096 entries; got 4097"):
+        SamplingParams(logit_bias=dict.fromkeys(range(4097), 0.0))
+
+
 def test_lists_become_tuples_so_that_params_are_frozen() -> None:
     ids = [3, 4]
     params = SamplingParams(stop_token_ids=ids)  # type: ignore[arg-type]

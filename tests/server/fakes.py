@@ -20,6 +20,7 @@ import uvicorn
 
 from megamoe.engine.logits_filter import LogitsFilter
 from megamoe.engine.outputs import EngineStats, QueueFull, RequestOutput, TokenLogprobs
+from megamoe.engine.request import NewRequest
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.models.deepseek_v4.chat import CONTROL_TOKENS
 from megamoe.server.app import State, build_app
@@ -69,6 +70,7 @@ class FakeEngine:
         hold: while set, steps make nothing.
         aborted: ids in the order they were aborted.
         broken: raise in the next step.
+        failing: ids that end with an error in their next step.
     """
 
     def __init__(self, script: Script, *, max_sequences: int = 4, max_waiting: int = 8, vocab_size: int = 400) -> None:
@@ -77,6 +79,7 @@ class FakeEngine:
         self.delay_s = 0.0
         self.hold = threading.Event()
         self.broken = False
+        self.failing: set[str] = set()
         self.aborted: list[str] = []
         self.steps = 0
         self.params: list[SamplingParams] = []
@@ -85,22 +88,17 @@ class FakeEngine:
         self._requests: dict[str, _Request] = {}
         self._counts = dict.fromkeys(("generated_tokens", "finished", "prompt_tokens", "aborted"), 0)
 
-    def add(
-        self,
-        request_id: str,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        logits_filter: LogitsFilter | None = None,
-    ) -> None:
-        if not prompt_ids or max(prompt_ids) >= self._vocab_size:
+    def add_all(self, requests: Sequence[NewRequest]) -> None:
+        if any(not one.prompt_ids or max(one.prompt_ids) >= self._vocab_size for one in requests):
             raise ValueError("prompt: bad ids")
-        if len(self._requests) >= self._max_sequences + self._max_waiting:
+        if len(self._requests) + len(requests) > self._max_sequences + self._max_waiting:
             raise QueueFull("engine: the queue is full", 7.2)
-        self.params.append(params)
-        self.prompts.append(list(prompt_ids))
-        script = [*self.script(list(prompt_ids), params), *([] if params.ignore_eos else [EOS])]
-        self._requests[request_id] = _Request(list(prompt_ids), params, script, logits_filter)
+        for one in requests:
+            prompt = list(one.prompt_ids)
+            self.params.append(one.params)
+            self.prompts.append(prompt)
+            script = [*self.script(prompt, one.params), *([] if one.params.ignore_eos else [EOS])]
+            self._requests[one.request_id] = _Request(prompt, one.params, script, one.logits_filter)
 
     def abort(self, request_id: str) -> bool:
         if self._requests.pop(request_id, None) is None:
@@ -134,6 +132,11 @@ class FakeEngine:
         self.steps += 1
         outputs = []
         for request_id in list(self._requests)[: self._max_sequences]:
+            if request_id in self.failing:
+                num_prompt = len(self._requests.pop(request_id).prompt)
+                error = RuntimeError(f"the engine failed at {request_id}")
+                outputs.append(RequestOutput(request_id, (), None, "error", num_prompt, 0, error))
+                continue
             outputs.append(self._advance(request_id, self._requests[request_id]))
         return outputs
 

@@ -227,6 +227,19 @@ def test_refusals(client: httpx2.Client, fields: dict[str, Any], param: str | No
     assert message in error["message"] and error["param"] == param and error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("logit_bias", {str(idx): 0 for idx in range(4097)}, "at most 4096"),
+        ("stop_token_ids", [5] * 1025, "at most 1024"),
+    ],
+    ids=["logit_bias", "stop_token_ids"],
+)
+def test_more_ids_than_allowed(client: httpx2.Client, field: str, value: Any, message: str) -> None:
+    error = refusal(client, **{field: value})
+    assert message in error["message"] and error["param"] == field
+
+
 def test_context_is_checked_against_what_is_asked(server: RunningServer, client: httpx2.Client) -> None:
     ids = [10] * 2988
     assert complete(client, prompt=ids, max_tokens=13)["usage"]["completion_tokens"] == 13

@@ -71,8 +71,21 @@ def test_choices_that_do_not_all_fit_are_all_refused(server: RunningServer, clie
     server.engine.hold.set()
     answer = client.post("/v1/completions", json={**COMPLETION, "n": 16})
     assert answer.status_code == 429
-    server.wait_until(lambda: not server.engine.has_work())
-    assert len(server.engine.aborted) == 12
+    assert not server.engine.has_work() and server.engine.prompts == [], "none was taken"
+
+
+def test_a_burst_of_many_choices_is_served_as_far_as_it_fits(v4_directory: pathlib.Path) -> None:
+    """24 requests of 16 sequences each come at once, and there is room for 64: four are served whole."""
+    engine = FakeEngine(echo_of_prompt, max_sequences=16, max_waiting=48)
+    with a_server(v4_directory, engine=engine) as server, concurrent.futures.ThreadPoolExecutor(24) as pool:
+        engine.hold.set()
+        body = {**COMPLETION, "n": 16}
+        posts = [pool.submit(httpx2.post, f"{server.url}/v1/completions", json=body) for _ in range(24)]
+        server.wait_until(lambda: sum(post.done() for post in posts) == 20)
+        engine.hold.clear()
+        answers = [post.result() for post in posts]
+        assert sorted(answer.status_code for answer in answers) == [200] * 4 + [429] * 20
+        assert all(len(answer.json()["choices"]) == 16 for answer in answers if answer.status_code == 200)
 
 
 def test_more_open_requests_than_allowed(v4_directory: pathlib.Path) -> None:
@@ -314,6 +327,25 @@ def test_a_broken_engine_is_told_to_everybody(v4_directory: pathlib.Path, monkey
         assert client.post("/v1/completions", json=COMPLETION).status_code == 503
         assert metric(client, "megamoe_engine_up") == 0
     assert [str(error) for error in errors] == ["the engine broke"], "the traceback is shown once"
+
+
+def test_an_error_at_one_request_is_told_to_it_alone(v4_directory: pathlib.Path) -> None:
+    with a_server(v4_directory) as server, httpx2.Client(base_url=server.url) as client:
+        expected = client.post("/v1/completions", json=COMPLETION).json()["choices"]  # r1, after the warm-up
+        server.engine.delay_s = 0.01
+        server.engine.failing = {"r2", "r4", *(f"r{idx}" for idx in range(6, 14))}
+        for is_stream in (False, True):
+            answer = client.post("/v1/completions", json={**COMPLETION, "stream": is_stream})
+            error = json.loads(answer.text.removeprefix("data: "))["error"]
+            assert answer.status_code == (200 if is_stream else 500)
+            assert error["type"] == "server_error" and error["code"] == "internal_error"
+            assert client.post("/v1/completions", json=COMPLETION).json()["choices"] == expected
+        assert client.get("/health").status_code == 200
+        for _ in range(8):
+            assert client.post("/v1/completions", json=COMPLETION).status_code == 500
+        assert client.get("/health").json()["error"]["code"] == "engine_failing", "nothing works: not the requests"
+        assert client.post("/v1/completions", json=COMPLETION).json()["choices"] == expected
+        assert client.get("/health").status_code == 200
 
 
 def test_a_step_that_does_not_end_is_unhealthy(

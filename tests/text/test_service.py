@@ -13,7 +13,7 @@ import pytest
 
 from megamoe.engine.outputs import QueueFull
 from megamoe.engine.sampling_params import SamplingParams
-from megamoe.text.service import Request, RequestStream, RequestTimeout, Service, ServiceStopped
+from megamoe.text.service import Request, RequestFailed, RequestStream, RequestTimeout, Service, ServiceStopped
 from megamoe.text.stop import TextStream
 from megamoe.text.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ def test_a_text(run: Any) -> None:
 def test_only_the_thread_calls_the_engine(run: Any) -> None:
     async def test(setup: Setup) -> None:
         callers = set()
-        for name in ("add", "abort", "step", "stats", "has_work"):
+        for name in ("add_all", "abort", "step", "stats", "has_work"):
             method = getattr(setup.engine, name)
 
             def noted(*args: Any, method: Any = method, **kwargs: Any) -> Any:
@@ -161,6 +161,25 @@ def test_refusals_of_the_engine(run: Any) -> None:
     run(test)
 
 
+def test_requests_that_belong_together_are_taken_together(run: Any) -> None:
+    """Room for 12 and groups of 8: whoever is first is served whole, whoever is not is refused whole."""
+
+    async def test(setup: Setup) -> None:
+        setup.engine.hold.set()
+        groups = [setup.service.submit_all([setup.request() for _ in range(8)]) for _ in range(3)]
+        taken, *refused = await asyncio.gather(*groups, return_exceptions=True)
+        assert not isinstance(taken, BaseException) and [type(one) for one in refused] == [QueueFull, QueueFull]
+        assert setup.service.num_open == 8 and setup.engine.aborted == [] and len(setup.engine.prompts) == 8
+        bad = Request([9999], SamplingParams(), TextStream(setup.tokenizer))
+        with pytest.raises(ValueError, match="bad ids"):
+            await setup.service.submit_all([setup.request(), bad])
+        assert setup.service.num_open == 8
+        setup.engine.hold.clear()
+        assert await asyncio.gather(*map(setup.text, taken)) == [setup.expected()] * 8
+
+    run(test)
+
+
 def test_a_timeout_counts_from_the_submission(run: Any) -> None:
     async def test(setup: Setup) -> None:
         setup.engine.hold.set()
@@ -194,23 +213,57 @@ def test_a_stop_string_across_steps_and_inside_one(run: Any) -> None:
     run(test)
 
 
-def test_a_reader_that_fails_hurts_only_itself(run: Any) -> None:
+@pytest.mark.parametrize("place", ["feed", "finish"])
+@pytest.mark.parametrize("error", [ValueError, KeyError, RecursionError, AssertionError])
+def test_a_reader_that_fails_hurts_only_itself(
+    run: Any, error: type[Exception], place: str, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken(TextStream):
-        def feed(self, token_ids: Any) -> str:
-            raise ValueError("cannot be read")
+        """Fails in one place."""
+
+    def fail(*_: Any) -> str:
+        raise error("cannot be read")
+
+    setattr(Broken, place, fail)
 
     async def test(setup: Setup) -> None:
         good = await setup.service.submit(setup.request())
         bad = await setup.service.submit(
             Request(setup.tokenizer.encode("x"), SamplingParams(max_tokens=9), Broken(setup.tokenizer))
         )
-        with pytest.raises(ValueError, match="cannot be read"):
-            await anext(bad)
+        with pytest.raises(RequestFailed, match="its log says why"):
+            _ = [piece async for piece in bad]
         assert await setup.text(good) == setup.expected()
         await setup.service.stats()
-        assert setup.engine.aborted == ["r1"]
+        assert setup.engine.aborted == (["r1"] if place == "feed" else [])
+        assert not setup.service.failed.is_set()
 
     run(test)
+    assert "request r1 ended by an error" in caplog.text and "cannot be read" in caplog.text, "with its traceback"
+
+
+def test_an_engine_that_fails_at_one_request_serves_the_others(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(setup: Setup) -> None:
+        right = setup.engine.add_all
+
+        def add_all(requests: Any) -> None:
+            if requests[0].request_id == "r0":
+                raise TypeError("not what it expects")
+            right(requests)
+
+        setup.engine.add_all = add_all  # type: ignore[method-assign]
+        setup.engine.failing = {"r1"}
+        with pytest.raises(RequestFailed):
+            await setup.service.submit(setup.request())
+        bad, good = await setup.service.submit(setup.request()), await setup.service.submit(setup.request())
+        with pytest.raises(RequestFailed):
+            await setup.text(bad)
+        assert setup.service.failures_in_a_row == 2
+        assert await setup.text(good) == setup.expected()
+        assert setup.service.failures_in_a_row == 0 and not setup.service.failed.is_set()
+
+    run(test)
+    assert "not what it expects" in caplog.text and "the engine failed at r1" in caplog.text
 
 
 def test_draining_lets_requests_finish(run: Any) -> None:

@@ -10,10 +10,10 @@ their share of the row work. Steps with a chunk of a prompt are not filled up: t
     9 to 16          steps of 2               1 token in 9     11 %
     17 to 32         steps of 4               3 in 17          18 %
     33 to 64         steps of 8               7 in 33          21 %
-    65 to 128, ...   steps of an eighth of    15 in 65         23 %
+    65 to 128, ...   steps of an eighth of    15 in 65         23 %, below 25 % for any number
                      the power of two above
 
-Over 1 to 64 tokens the mean is 7 %, with 20 shapes; powers of two alone would need 7 shapes and fill up by 36 %.
+Over 1 to 64 tokens the mean is 6 %, with 20 shapes; powers of two alone would need 7 shapes and fill up by 34 %.
 """
 
 from __future__ import annotations

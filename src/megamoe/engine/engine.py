@@ -15,6 +15,7 @@ The engine is not thread-safe: one thread calls it. Nothing runs between calls.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -23,13 +24,14 @@ import torch
 
 from megamoe.cache.batch import Batch, Commit, Save
 from megamoe.cache.pages import PageAllocator
-from megamoe.cache.prefix import PrefixCache
+from megamoe.cache.prefix import PrefixCache, PrefixMatch
 from megamoe.engine.config import EngineConfig, EnginePlan, resolve
+from megamoe.engine.containment import Contained
 from megamoe.engine.drafter import Drafter
 from megamoe.engine.logits_filter import LogitsFilter
 from megamoe.engine.model import BatchModel
 from megamoe.engine.outputs import EngineStats, FinishReason, QueueFull, RequestOutput, TokenLogprobs
-from megamoe.engine.request import Request
+from megamoe.engine.request import NewRequest, Request
 from megamoe.engine.sampler import NO_TOKEN, Sampled, choose_drafts, sample_rows
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.engine.scheduler import Chunk, Scheduler, Step
@@ -82,41 +84,52 @@ class Engine:
         *,
         logits_filter: LogitsFilter | None = None,
     ) -> None:
-        """Queue a request.
+        """Queue a request; arguments are those of `NewRequest`, errors those of `add_all`."""
+        self.add_all([NewRequest(request_id, prompt_ids, params, logits_filter)])
 
-        Args:
-            request_id: a name that no unfinished request has.
-            prompt_ids: at least one id; begins with the model's BOS id if it has one.
-            params: sampling and when to stop.
-            logits_filter: restricts the tokens.
+    def add_all(self, requests: Sequence[NewRequest]) -> None:
+        """Queue requests that belong together: all of them or, with an error, none.
 
         Raises:
-            ValueError: the id is taken, the prompt is empty, too long or holds an id outside the vocabulary, a
-                parameter names such an id, or the request could never fit the pages.
+            ValueError: an id is taken, a prompt is empty, too long or holds an id outside the vocabulary, a parameter
+                names such an id, a request could never fit the pages, or so many could never wait together.
             QueueFull: too many requests wait; nothing was changed.
         """
-        if request_id in self._requests:
-            raise ValueError(f"request: {request_id!r} is not finished; use another id, or abort it first.")
-        self._check(prompt_ids, params)
-        if len(self._scheduler.waiting) >= self.config.max_waiting + self._free_rings():
-            retry_after_s = min(max(1.0, self._finish_interval_s), 60.0)
+        names = [one.request_id for one in requests]
+        taken = next((name for name in names if name in self._requests or names.count(name) > 1), None)
+        if taken is not None:
+            raise ValueError(f"request: {taken!r} is not finished; use another id, or abort it first.")
+        for one in requests:
+            self._check(one.prompt_ids, one.params)
+        most = self.config.max_waiting + self.config.max_sequences
+        if len(requests) > most:
+            raise ValueError(
+                f"request: {len(requests)} sequences must be taken together; the engine has room for {most}. Ask for "
+                "fewer, or raise max_waiting."
+            )
+        if len(self._scheduler.waiting) + len(requests) > self.config.max_waiting + self._free_rings():
+            retry_after_s = min(max(1.0, self._finish_interval_s * len(requests)), 60.0)
             raise QueueFull(
-                f"engine: {len(self._scheduler.waiting)} requests wait, the most that may; try again in about "
-                f"{retry_after_s:.0f} s.",
+                f"engine: {len(self._scheduler.waiting)} requests wait, and with {len(requests)} more it would be more "
+                f"than may; try again in about {retry_after_s:.0f} s.",
                 retry_after_s,
             )
-        own_stops = () if params.ignore_eos else self.model.config.eos_token_ids
+        for one in requests:
+            self._add(one)
+
+    def _add(self, new: NewRequest) -> None:
+        prompt_ids, params = new.prompt_ids, new.params
         request = Request(
-            request_id,
+            new.request_id,
             self._next_number,
             prompt_ids,
             params,
             max_length=min(len(prompt_ids) + params.max_tokens, self.plan.max_sequence_tokens + 1),
-            stop_ids=frozenset((*own_stops, *params.stop_token_ids)),
-            logits_filter=logits_filter,
+            stop_ids=self._stop_ids(params),
+            logits_filter=new.logits_filter,
         )
         self._next_number += 1
-        self._requests[request_id] = request
+        self._requests[new.request_id] = request
         if params.max_tokens == 0:
             self._empty.append(request)
         else:
@@ -183,40 +196,110 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
-        """Run one step and return what is new, in order of arrival; requests without a new token are not named."""
+        """Run one step and return what is new, in order of arrival; requests without a new token are not named.
+
+        An error while something is done for one request ends that request (`RequestOutput.error`). One in a call that
+        is made for all of them is traced to whom it belongs by making the call again for each alone.
+        """
         outputs = [self._finish_empty(request) for request in self._empty]
         self._empty.clear()
         step = self._scheduler.next_step()
-        self._prepare(step)
-        if not step.chunks:
+        if step.failed is not None:
+            outputs.append(self._fail(*step.failed))
+        outputs += self._prepare(step)
+        chunks = [chunk for chunk in step.chunks if chunk.request.ring is not None]  # without who has just failed
+        if not chunks:
             return outputs
-        saves = {} if self._prefix is None else self._reserve(self._prefix, step.chunks)
-        batch, row_starts = self._batch(step.chunks, tuple(saves.values()))
-        hidden = self.model.run(self._cache.plan(batch), self._cache)
-        sampling, sampled = self._sample(step.chunks, row_starts, hidden)
-        committed = []  # per chunk: how many of its tokens are certain
-        finished: list[Request] = []
-        row = 0
-        for chunk, samples in zip(step.chunks, sampling, strict=True):
-            if not samples:
-                committed.append(chunk.num_tokens)
-                chunk.request.num_computed += chunk.num_tokens
-                continue
-            output, num_accepted = self._take(chunk, sampled, row)
-            row += 1 + chunk.num_drafts
-            committed.append(chunk.num_tokens + num_accepted)
-            chunk.request.num_computed += committed[-1]
-            outputs.append(output)
-            if output.finish_reason is not None:
-                finished.append(chunk.request)
-        if self._prefix is not None:
-            saves |= self._keep_drafted(self._prefix, step.chunks, row_starts)
-        if self._drafter is not None:
-            self._draft(self._drafter, step.chunks, row_starts, committed, sampling, hidden, tuple(saves.values()))
-        for request in finished:
-            self._finish(request)
+        parts, failed = self._run(chunks)
+        outputs += failed
+        for part in parts:
+            outputs += self._conclude(part)
         self._counts["steps"] += 1
         return outputs
+
+    def _run(self, chunks: list[Chunk]) -> tuple[list[_Part], list[RequestOutput]]:
+        """Run the model and sample: all chunks at once, or after an error each alone, without those that fail then.
+
+        Entries and pages have to be undone nowhere: the same rows are written again at the same positions. A ring is:
+        layers that were done before the error have overwritten what a long chunk reads behind its first token.
+        """
+        with Contained() as fault:
+            return [self._compute(chunks)], []
+        assert fault.error is not None
+        if self._prefix is not None:
+            self._prefix.clear()  # pages may be kept whose snapshots were not taken
+        if len(chunks) == 1:
+            return [], [self._fail(chunks[0].request, fault.error)]
+        parts: list[_Part] = []
+        outputs: list[RequestOutput] = []
+        for chunk in chunks:
+            with Contained() as lost:
+                self._rebuild(chunk)
+            if lost.error is not None:
+                outputs.append(self._fail(chunk.request, lost.error))
+                continue
+            alone, failed = self._run([chunk])
+            parts += alone
+            outputs += failed
+        return parts, outputs
+
+    def _rebuild(self, chunk: Chunk) -> None:
+        """Compute a sequence anew up to a chunk that was longer than its rings and broke off."""
+        if chunk.num_tokens + chunk.num_drafts <= self.plan.size.ring_tokens:
+            return
+        for start in range(0, chunk.start, self.config.prefill_chunk):
+            count = min(self.config.prefill_chunk, chunk.start - start)
+            batch, _ = self._batch([Chunk(chunk.request, start, count, 0)], ())
+            self.model.run(self._cache.plan(batch), self._cache)
+
+    def _compute(self, chunks: list[Chunk]) -> _Part:
+        saves = {} if self._prefix is None else self._reserve(self._prefix, chunks)
+        batch, row_starts = self._batch(chunks, tuple(saves.values()))
+        hidden = self.model.run(self._cache.plan(batch), self._cache)
+        sampling, sampled = self._sample(chunks, row_starts, hidden)
+        ran = [_Ran(*one) for one in zip(chunks, row_starts, sampling, strict=True)]
+        return _Part(ran, hidden, sampled, saves)
+
+    def _conclude(self, part: _Part) -> list[RequestOutput]:
+        """Take in what a part brought: tokens, guesses, pages to keep; return what is new."""
+        outputs: dict[Request, RequestOutput] = {}
+        row = 0
+        for one in part.ran:
+            chunk, request = one.chunk, one.chunk.request
+            num_accepted = 0
+            if one.samples:
+                with Contained() as fault:
+                    outputs[request], num_accepted = self._take(chunk, part.sampled, row)
+                row += 1 + chunk.num_drafts
+                if fault.error is not None:
+                    outputs[request] = self._fail(request, fault.error)
+                    continue
+            one.committed = chunk.num_tokens + num_accepted
+            self._counts["prompt_tokens"] += max(0, min(chunk.num_tokens, request.num_prompt - chunk.start))
+            request.num_computed += one.committed
+        ran = [one for one in part.ran if one.chunk.request.ring is not None]
+        if self._prefix is not None:
+            for one in ran:
+                with Contained() as fault:
+                    self._keep_drafted(self._prefix, one, part.saves)
+                if fault.error is not None:
+                    outputs[one.chunk.request] = self._fail(one.chunk.request, fault.error)
+        ran = [one for one in ran if one.chunk.request.ring is not None]
+        if self._drafter is not None and ran:
+            outputs |= self._draft_for(self._drafter, ran, part)
+        if self._prefix is not None and any(output.error is not None for output in outputs.values()):
+            self._prefix.clear()  # a page may be kept whose snapshot is not whole
+        for request, output in outputs.items():
+            if output.finish_reason is not None and output.error is None:
+                self._finish(request)
+        return list(outputs.values())
+
+    def _fail(self, request: Request, error: Exception) -> RequestOutput:
+        """End a request with an error; ring and pages are free at once."""
+        self._scheduler.remove(request)
+        del self._requests[request.request_id]
+        self._counts["failed"] += 1
+        return RequestOutput(request.request_id, (), None, "error", request.num_prompt, request.num_cached, error)
 
     def _check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse a request that can never run."""
@@ -237,6 +320,11 @@ class Engine:
             for token_id in ids:
                 if token_id >= vocab_size:
                     raise ValueError(f"sampling: {name} must name ids 0 to {vocab_size - 1}; got {token_id}.")
+        if params.min_tokens and len(self._stop_ids(params)) >= vocab_size:
+            raise ValueError(
+                f"sampling: min_tokens {params.min_tokens} leaves no token to choose: every id of the vocabulary ends "
+                "the sequence. Name fewer stop_token_ids, or leave min_tokens out."
+            )
         num_tokens = min(len(prompt_ids) + max(params.max_tokens - 1, 0), longest)
         per_page = self._pages.tokens_per_page
         if -(-num_tokens // per_page) > self._pages.num_pages:
@@ -244,6 +332,10 @@ class Engine:
                 f"request: {num_tokens} tokens need {-(-num_tokens // per_page)} pages of {per_page}; the engine has "
                 f"{self._pages.num_pages}. Lower max_tokens, or give the engine more memory."
             )
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        own = () if params.ignore_eos else self.model.config.eos_token_ids
+        return frozenset((*own, *params.stop_token_ids))
 
     def _free_rings(self) -> int:
         return self.config.max_sequences - len(self._scheduler.running)
@@ -253,26 +345,37 @@ class Engine:
         self._counts["finished"] += 1
         return RequestOutput(request.request_id, (), None, "length", request.num_prompt, 0)
 
-    def _prepare(self, step: Step) -> None:
-        """Bring rings and tables in line with what the scheduler decided."""
+    def _prepare(self, step: Step) -> list[RequestOutput]:
+        """Bring rings and tables in line with what the scheduler decided; return who failed."""
+        failed = []
         for request, match in step.admitted:
-            assert request.ring is not None
-            self._cache.set_pages(request.ring, self._pages.block_table(request.number))
-            if request.num_generated == 0:
-                self._counts["prefix_query_tokens"] += request.num_prompt
-                self._counts["prefix_hit_tokens"] += request.num_computed
-            if match is not None:
-                self._cache.restore(match.snapshot_idx, request.ring, match.num_tokens)
-                if self._drafter is not None:
-                    self._drafter.restore(match.snapshot_idx, request.ring, match.num_tokens)
-            elif self._drafter is not None:
-                self._drafter.start(request.ring)
+            if request.ring is None:
+                continue
+            with Contained() as fault:
+                self._welcome(request, match)
+            if fault.error is not None:
+                failed.append(self._fail(request, fault.error))
         for request in step.grown:
             if request.ring is not None:
                 pages = self._pages.block_table(request.number)
-                first = (request.num_computed + self._pages.tokens_per_page - 1) // self._pages.tokens_per_page
+                first = -(-request.num_computed // self._pages.tokens_per_page)  # the pages before are known
                 self._cache.set_pages(request.ring, pages[first:], first)
         self._counts["preemptions"] += len(step.preempted)
+        return failed
+
+    def _welcome(self, request: Request, match: PrefixMatch | None) -> None:
+        """Fill the ring that a request was given."""
+        assert request.ring is not None
+        self._cache.set_pages(request.ring, self._pages.block_table(request.number))
+        if request.num_generated == 0:
+            self._counts["prefix_query_tokens"] += request.num_prompt
+            self._counts["prefix_hit_tokens"] += request.num_computed
+        if match is not None:
+            self._cache.restore(match.snapshot_idx, request.ring, match.num_tokens)
+            if self._drafter is not None:
+                self._drafter.restore(match.snapshot_idx, request.ring, match.num_tokens)
+        elif self._drafter is not None:
+            self._drafter.start(request.ring)
 
     def _batch(self, chunks: list[Chunk], saves: tuple[Save, ...]) -> tuple[Batch, list[int]]:
         """Return the batch of a step, and the row of each chunk's first token in it."""
@@ -288,9 +391,6 @@ class Engine:
             starts.append(start)
             counts.append(count)
             rings.append(request.ring)
-            if start >= request.num_prompt:
-                continue
-            self._counts["prompt_tokens"] += min(chunk.num_tokens, request.num_prompt - start)
         batch = Batch(np.array(token_ids), np.array(starts), np.array(counts), np.array(rings), saves)
         return batch, row_starts
 
@@ -357,43 +457,48 @@ class Engine:
         )
         return output, num_accepted
 
-    def _draft(
-        self,
-        drafter: Drafter,
-        chunks: list[Chunk],
-        row_starts: list[int],
-        committed: list[int],
-        sampling: list[bool],
-        hidden: object,
-        saves: tuple[Save, ...],
-    ) -> None:
+    def _draft_for(self, drafter: Drafter, ran: list[_Ran], part: _Part) -> dict[Request, RequestOutput]:
+        """Draft for all, or after an error for each alone; return who fails then."""
+        with Contained() as fault:
+            self._draft(drafter, ran, part)
+        if fault.error is None:
+            return {}
+        if len(ran) == 1:
+            return {ran[0].chunk.request: self._fail(ran[0].chunk.request, fault.error)}
+        failed: dict[Request, RequestOutput] = {}
+        for one in ran:
+            failed |= self._draft_for(drafter, [one], part)
+        return failed
+
+    def _draft(self, drafter: Drafter, ran: list[_Ran], part: _Part) -> None:
         """Show the drafter what is certain and take its guesses."""
         num_drafts = self.config.speculative_tokens
         rows: list[int] = []
         next_ids: list[int] = []
         first_ids, wants, drafting = [], [], []
-        for chunk, row, count, samples in zip(chunks, row_starts, committed, sampling, strict=True):
-            request, start = chunk.request, chunk.start
-            rows += range(row, row + count)
+        for one in ran:
+            request, start, count = one.chunk.request, one.chunk.start, one.committed
+            rows += range(one.row, one.row + count)
             # A sequence that has just ended without a token has none after its last; it needs no guesses either.
             following = request.ids[start + 1 : start + 1 + count]
             next_ids += following + [0] * (count - len(following))
             first_ids.append(request.ids[start])
-            wanted = samples and request.can_draft and request.max_length - len(request.ids) >= 2
+            wanted = one.samples and request.can_draft and request.max_length - len(request.ids) >= 2
             wants.append(wanted)
             if wanted:
                 drafting.append(request)
+        rings = [one.chunk.request.ring for one in ran]
         commit = Commit(
             rows=np.array(rows),
-            rings=np.array([chunk.request.ring for chunk in chunks]),
-            starts=np.array([chunk.start for chunk in chunks]),
-            counts=np.array(committed),
+            rings=np.array(rings),
+            starts=np.array([one.chunk.start for one in ran]),
+            counts=np.array([one.committed for one in ran]),
             first_ids=np.array(first_ids),
             next_ids=np.array(next_ids),
             wants_drafts=np.array(wants),
-            saves=saves,
+            saves=tuple(save for save in part.saves.values() if save.ring in rings),
         )
-        drafts = drafter.observe(hidden, commit, num_drafts, choose_drafts)
+        drafts = drafter.observe(part.hidden, commit, num_drafts, choose_drafts)
         for request, guesses in zip(drafting, drafts.tolist(), strict=True):
             request.drafts = guesses[: request.max_length - len(request.ids) - 1]
 
@@ -409,15 +514,14 @@ class Engine:
             row += chunk.num_tokens + chunk.num_drafts
         return saves
 
-    def _keep_drafted(self, prefix: PrefixCache, chunks: list[Chunk], row_starts: list[int]) -> dict[int, Save]:
+    def _keep_drafted(self, prefix: PrefixCache, one: _Ran, saves: dict[int, Save]) -> None:
         """Keep the pages that accepted drafts filled; their rows are in the rings."""
-        saves: dict[int, Save] = {}
-        for chunk, row in zip(chunks, row_starts, strict=True):
-            known = chunk.start + chunk.num_tokens
-            self._reserve_pages(prefix, chunk, known, chunk.request.num_computed, row, saves)
-        for one in saves.values():
-            self._cache.save(one.ring, one.length, one.snapshot_idx)
-        return saves
+        new: dict[int, Save] = {}
+        known = one.chunk.start + one.chunk.num_tokens
+        self._reserve_pages(prefix, one.chunk, known, one.chunk.request.num_computed, one.row, new)
+        for save in new.values():
+            self._cache.save(save.ring, save.length, save.snapshot_idx)
+        saves |= new
 
     def _reserve_pages(
         self, prefix: PrefixCache, chunk: Chunk, start: int, end: int, row: int, saves: dict[int, Save]
@@ -462,4 +566,39 @@ _COUNTERS = (
     "generated_tokens",
     "finished",
     "aborted",
+    "failed",
 )
+
+
+@dataclasses.dataclass(slots=True)
+class _Ran:
+    """What one sequence did in a step.
+
+    Attributes:
+        chunk: what it was to do.
+        row: of its first token among those of its part.
+        samples: whether a token was drawn after it.
+        committed: how many of its tokens are certain, right drafts included.
+    """
+
+    chunk: Chunk
+    row: int
+    samples: bool
+    committed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Part:
+    """What one run of the model brought: all of a step, or one sequence after an error.
+
+    Attributes:
+        ran: its sequences.
+        hidden: what the model returned.
+        sampled: tokens.
+        saves: page boundaries at which rows are kept, by snapshot.
+    """
+
+    ran: list[_Ran]
+    hidden: object
+    sampled: Sampled
+    saves: dict[int, Save]

@@ -89,6 +89,8 @@ def config_for(model: BatchModel, prompts: Sequence[Sequence[int]], params: Samp
 def _run(engine: Engine) -> Iterator[GeneratedToken]:
     while engine.has_work():
         for output in engine.step():
+            if output.error is not None:
+                raise output.error
             for token_id in output.token_ids[:-1]:
                 yield GeneratedToken(token_id, None, int(output.request_id))
             if output.token_ids:

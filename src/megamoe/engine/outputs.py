@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,10 +34,11 @@ class RequestOutput:
             allows nothing more.
         logprobs: one per new token, or None where none were asked for.
         finish_reason: None while it goes on; "stop" (the last token is an end-of-sequence or stop id), "length"
-            (max_tokens or the longest sequence is reached) or "abort" (never from `Engine.step`: an aborted request
-            has no output).
+            (max_tokens or the longest sequence is reached), "error" (see `error`) or "abort" (never from `Engine.step`:
+            an aborted request has no output).
         prompt_tokens: tokens of the prompt.
         cached_tokens: how many of them came from another request's pages instead of being computed.
+        error: what ended the request with "error"; it has no tokens in this step then.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class RequestOutput:
     finish_reason: FinishReason | None
     prompt_tokens: int
     cached_tokens: int
+    error: Exception | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class EngineStats:
         generated_tokens: tokens handed out.
         finished: requests that ended with "stop" or "length".
         aborted: requests that were aborted.
+        failed: requests that an error ended.
     """
 
     waiting: int
@@ -85,6 +88,7 @@ class EngineStats:
     generated_tokens: int
     finished: int
     aborted: int
+    failed: int
 
     @property
     def acceptance_rate(self) -> float:

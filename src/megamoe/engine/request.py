@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Sequence
 
@@ -13,6 +14,23 @@ from megamoe.engine.sampling_params import SamplingParams
 
 Settings = tuple[float, float, float, int]
 """(temperature, top_p, min_p, top_k)"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NewRequest:
+    """What `Engine.add_all` takes.
+
+    Attributes:
+        request_id: a name that no unfinished request has.
+        prompt_ids: at least one id; begins with the model's BOS id if it has one.
+        params: sampling and when to stop.
+        logits_filter: restricts the tokens, or None.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    logits_filter: LogitsFilter | None = None
 
 
 class Request:

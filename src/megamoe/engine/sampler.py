@@ -22,7 +22,7 @@ from megamoe.ops.penalize import penalize
 from megamoe.ops.sample import sample
 from megamoe.ops.token_logprobs import token_logprobs
 
-NO_TOKEN = -1  # a filter allows nothing: the request ends
+NO_TOKEN = -1  # nothing is allowed: the request ends
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Sampled:
     """One token per row.
 
     Attributes:
-        token_ids: per row; NO_TOKEN where a filter allows none.
+        token_ids: per row; NO_TOKEN where nothing may be chosen.
         logprobs: per row; None where not asked for.
     """
 
@@ -55,7 +55,11 @@ def sample_rows(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequen
     edited, dead_rows = logits, []
     if needs_edits:
         edited = logits.clone()
-        dead_rows = _edit(edited, requests, ahead)
+        _edit(edited, requests, ahead)
+        # A row with nothing left is drawn from as the model made it, and its token dropped: no other row notices.
+        is_dead = edited.amax(dim=-1) == -torch.inf
+        edited[is_dead] = logits[is_dead]
+        dead_rows = is_dead.nonzero()[:, 0].tolist()
     ids = _draw(edited, requests, ahead)
     token_ids: list[int] = ids.tolist()
     logprobs = _logprobs(logits, ids, requests) if wants_logprobs else None
@@ -100,9 +104,8 @@ def _settings(rows: tuple[Settings, ...], device: torch.device) -> dict[str, tor
     return settings
 
 
-def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> list[int]:
-    """Apply biases, bans and penalties in place; return the rows in which nothing is allowed."""
-    dead = []
+def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> None:
+    """Apply biases, bans and penalties in place."""
     for row, (request, offset) in enumerate(zip(requests, ahead, strict=True)):
         params = request.params
         if params.logit_bias:
@@ -111,18 +114,14 @@ def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int
         allowed = None if request.logits_filter is None else request.logits_filter.allowed()
         if allowed is not None:
             allowed = allowed[: logits.shape[1]].to(logits.device)
-            if not bool(allowed.any()):
-                dead.append(row)  # the row is still drawn from, unrestricted, and its token dropped
-            else:
-                logits[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
-                logits[row, len(allowed) :] = -torch.inf
+            logits[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
+            logits[row, len(allowed) :] = -torch.inf
         if len(request.ids) + offset < request.min_length and request.stop_ids:
             kept = logits[row].clone()
             kept[torch.tensor(sorted(request.stop_ids), device=logits.device)] = -torch.inf
             if allowed is None or bool((kept > -torch.inf).any()):  # where a filter allows the end alone, it ends
                 logits[row] = kept
     _penalize(logits, requests)
-    return dead
 
 
 def _penalize(logits: torch.Tensor, requests: Sequence[Request]) -> None:

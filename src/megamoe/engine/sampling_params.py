@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 MAX_INT = 2**63 - 1  # what an int64 tensor holds
 MAX_LOGPROBS = 20  # most alternatives per token, as in OpenAI's API
+MAX_STOP_TOKEN_IDS = 1024  # what every token of a request is compared with
+MAX_LOGIT_BIASES = 4096  # what every step of a request copies to the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +30,9 @@ class SamplingParams:
             multiplied; 1e-3 to 1e3, 1 for none.
         presence_penalty: subtracted from the logits of tokens that occur in the output; -2 to 2.
         frequency_penalty: subtracted once per occurrence in the output; -2 to 2.
-        logit_bias: added to the logits of these tokens; -1e6 to 1e6.
+        logit_bias: added to the logits of these tokens, at most 4,096; -1e6 to 1e6.
         seed: seeds this request's own random numbers, 0 to 2**63 - 1; None draws a fresh seed. Unused when greedy.
-        stop_token_ids: ids that end the sequence besides the model's own end-of-sequence ids.
+        stop_token_ids: ids that end the sequence besides the model's own end-of-sequence ids; at most 1,024.
         ignore_eos: the model's own end-of-sequence ids do not end it.
         logprobs: None for no log-probabilities, else how many alternatives to report per token, 0 to 20.
     """
@@ -98,6 +100,8 @@ def _ids(name: str, values: Iterable[int]) -> tuple[int, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"sampling: {name} must be a sequence of ids; got {values!r}.")
     ids = tuple(values)
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise ValueError(f"sampling: {name} must have at most {MAX_STOP_TOKEN_IDS} ids; got {len(ids)}.")
     for token_id in ids:
         _check_int(name, token_id)
     return ids
@@ -106,6 +110,8 @@ def _ids(name: str, values: Iterable[int]) -> tuple[int, ...]:
 def _biases(values: Mapping[int, float]) -> dict[int, float]:
     if not isinstance(values, Mapping):
         raise TypeError(f"sampling: logit_bias must map token ids to numbers; got {values!r}.")
+    if len(values) > MAX_LOGIT_BIASES:
+        raise ValueError(f"sampling: logit_bias must have at most {MAX_LOGIT_BIASES} entries; got {len(values)}.")
     for token_id, bias in values.items():
         _check_int("logit_bias", token_id)
         _check_number("logit_bias", bias, lambda value: -1e6 <= value <= 1e6, "-1e6 to 1e6")

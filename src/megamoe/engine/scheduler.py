@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 
 from megamoe.cache.pages import OutOfPagesError, PageAllocator
 from megamoe.cache.prefix import PrefixCache, PrefixMatch
+from megamoe.engine.containment import Contained
 from megamoe.engine.request import Request
 
 
@@ -57,12 +59,15 @@ class Step:
         admitted: sequences that got a ring, each with the prefix it continues from, or None.
         grown: sequences that got one page or more.
         preempted: sequences that gave back ring and pages.
+        failed: the request whose turn it was when an error ended the planning, with the error; what was decided before
+            stands, and whoever had no turn yet has one in the next step.
     """
 
     chunks: list[Chunk]
     admitted: list[tuple[Request, PrefixMatch | None]]
     grown: list[Request]
     preempted: list[Request]
+    failed: tuple[Request, Exception] | None = None
 
 
 class Scheduler:
@@ -98,6 +103,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._prefill_chunk = prefill_chunk
         self._free_rings = list(range(max_sequences - 1, -1, -1))
+        self._turn: Request | None = None  # whom the planning is at, to whom an error in it belongs
 
     def add(self, request: Request) -> None:
         """Let a request wait; its number is higher than that of all before."""
@@ -113,9 +119,20 @@ class Scheduler:
     def next_step(self) -> Step:
         """Decide on a step. Its sequences are expected to have run when the next one is asked for."""
         step = Step([], [], [], [])
+        self._turn = None
+        with Contained() as fault:
+            self._plan(step)
+        if fault.error is not None:
+            if self._turn is None:
+                raise fault.error
+            step.failed = self._turn, fault.error
+        return step
+
+    def _plan(self, step: Step) -> None:
         budget = self._max_step_tokens
         prefilling = []
         for request in list(self.running):
+            self._turn = request
             if request.ring is None:  # preempted for an older one in this very step
                 continue
             if len(request.ids) - request.num_computed > 1:
@@ -125,11 +142,11 @@ class Scheduler:
                 step.chunks.append(Chunk(request, request.num_computed, 1, num_drafts))
                 budget -= 1 + num_drafts
         for request in prefilling:
+            self._turn = request
             if request.ring is not None:
                 budget -= self._chunk(request, budget, step)
         while budget > 0 and self.waiting and self._free_rings and not step.preempted and self._admit(step):
             budget -= self._chunk(step.admitted[-1][0], budget, step)
-        return step
 
     def _chunk(self, request: Request, budget: int, step: Step) -> int:
         """Give a sequence the next part of its prompt; return how many tokens."""
@@ -169,19 +186,19 @@ class Scheduler:
 
     def _admit(self, step: Step) -> bool:
         """Give the first waiting request a ring and pages; False if there are not enough pages."""
-        request = self.waiting[0]
+        request = self._turn = self.waiting[0]
         match = self._prefix.match(request.ids) if self._prefix is not None else None
         shared = match.pages if match is not None else ()
-        for page in shared:  # or the search for pages below could give up the very ones that were found
-            self._pages.retain(page)
-        # One page for every running sequence stays free: they grow, and would preempt the new one at once.
         num_pages = -(-len(request.ids) // self._pages.tokens_per_page)
-        needed = num_pages - len(shared) + len(self.running)
-        fits = needed <= self._pages.num_free_pages or (self._prefix is not None and self._prefix.evict(needed))
-        if fits:
-            self._pages.alloc(request.number, num_pages * self._pages.tokens_per_page, shared=shared)
-        for page in shared:
-            self._pages.release(page)
+        with contextlib.ExitStack() as held:
+            for page in shared:  # or the search for pages below could give up the very ones that were found
+                self._pages.retain(page)
+                held.callback(self._pages.release, page)
+            # One page for every running sequence stays free: they grow, and would preempt the new one at once.
+            needed = num_pages - len(shared) + len(self.running)
+            fits = needed <= self._pages.num_free_pages or (self._prefix is not None and self._prefix.evict(needed))
+            if fits:
+                self._pages.alloc(request.number, num_pages * self._pages.tokens_per_page, shared=shared)
         if not fits:
             return False
         self.waiting.popleft()

@@ -111,7 +111,9 @@ def _run(
     for index, ids in enumerate(prompts):
         engine.add(f"warm-up {index}", ids, rest if index and rest is not None else first)
     while engine.has_work():
-        engine.step()
+        for output in engine.step():
+            if output.error is not None:  # not a request's trouble yet: the engine cannot be got ready
+                raise output.error
 
 
 def _prompts(model: BatchModel) -> Callable[[int], list[int]]:

@@ -42,6 +42,7 @@ from megamoe.text.service import Service, ServiceStopped
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STALLED_S = 120.0  # a step that takes longer than this is taken for stuck
+FAILURES = 8  # so many failed requests with none that ended well between: it is not the requests
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": protocol.ErrorAnswer, "description": description}
     for status, description in {
@@ -280,11 +281,14 @@ def _add_operations(app: FastAPI, state: State) -> None:
 
     @app.get("/health", responses=unavailable, tags=["Operation"], summary="Is the process alive?")
     async def health() -> protocol.HealthAnswer:
-        """Say ok unless the engine failed or is stuck; restart the process then."""
+        """Say ok unless the engine failed, is stuck or fails at everything; restart the process then."""
         if state.service.failed.is_set():
             raise ApiError(503, "The engine failed; the server's log says why.", code="engine_failed")
         if state.service.step_s > STALLED_S:
             raise ApiError(503, f"The engine's step takes more than {STALLED_S:g} s.", code="engine_stalled")
+        if state.service.failures_in_a_row >= FAILURES:
+            message = f"The last {state.service.failures_in_a_row} requests failed; the server's log says why."
+            raise ApiError(503, message, code="engine_failing")
         return protocol.HealthAnswer(status="ok")
 
     @app.get("/ready", responses=unavailable, tags=["Operation"], summary="Should requests be sent here?")

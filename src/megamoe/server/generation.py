@@ -12,10 +12,19 @@ from typing import Generic, TypeVar
 from megamoe.engine.outputs import QueueFull
 from megamoe.server.errors import ApiError
 from megamoe.server.metrics import Metrics
-from megamoe.text.service import FilterFailed, Piece, Request, RequestStream, RequestTimeout, Service, ServiceStopped
+from megamoe.text.service import (
+    FilterFailed,
+    Piece,
+    Request,
+    RequestFailed,
+    RequestStream,
+    RequestTimeout,
+    Service,
+    ServiceStopped,
+)
 
 T = TypeVar("T")
-ServiceError = (ValueError, QueueFull, RequestTimeout, ServiceStopped, FilterFailed)
+ServiceError = (ValueError, QueueFull, RequestTimeout, ServiceStopped, FilterFailed, RequestFailed)
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -27,6 +36,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(408, str(error), code="request_timeout", headers={"x-should-retry": "false"})
     if isinstance(error, ServiceStopped):
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "5"})
+    if isinstance(error, RequestFailed):
+        return ApiError(500, str(error), code="internal_error", headers={"x-should-retry": "false"})
     if isinstance(error, FilterFailed):
         return ApiError(400, f"The answer's grammar is too complex: {error}", code="grammar_failed")
     return ApiError(400, str(error), code="invalid_value")
@@ -59,8 +70,7 @@ class Generation(Generic[T]):
             ApiError: the engine refuses one of them.
         """
         try:
-            for request in self._requests:
-                self._streams.append(await self._service.submit(request))
+            self._streams = await self._service.submit_all(self._requests)
         except ServiceError as error:
             raise as_api_error(error) from error
 

@@ -109,6 +109,7 @@ class _EngineCollector(Collector):
             "megamoe_generated_tokens": ("Tokens generated.", stats.generated_tokens),
             "megamoe_sequences_finished": ("Sequences that ended by themselves.", stats.finished),
             "megamoe_sequences_aborted": ("Sequences that were given up.", stats.aborted),
+            "megamoe_sequences_failed": ("Sequences that an error ended.", stats.failed),
         }
         for name, (help_, value) in gauges.items():
             yield GaugeMetricFamily(name, help_, value=value)

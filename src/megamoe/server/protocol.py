@@ -19,6 +19,8 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from megamoe.engine.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 
@@ -79,13 +81,13 @@ class Sampling(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10, description="Extension: 1 is none.")
     logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")], float] | None = Field(
-        None, description="Token id to a number from -100 to 100."
+        None, max_length=MAX_LOGIT_BIASES, description="Token id to a number from -100 to 100."
     )
     seed: Int | None = Field(None, description="Choice i of n draws with seed + i, modulo 2**63.")
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="Ends the answer before the first of these; matched in the model's raw text."
     )
-    stop_token_ids: list[TokenId] | None = Field(None, description="Extension.")
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS, description="Extension.")
     ignore_eos: bool | None = Field(None, description="Extension: go on until a limit or another stop.")
     min_tokens: Int | None = Field(None, ge=0, le=2**31 - 1, description="Extension: no end before this many tokens.")
     n: Int | None = Field(None, ge=1, le=128, description="Choices per prompt.")

@@ -28,7 +28,7 @@ from megamoe.server.app import State, build_app
 from megamoe.server.settings import ServerSettings
 from megamoe.text.chat_format import ChatConfig, ChatFormat
 from megamoe.text.prompts import PromptEncoder
-from megamoe.text.service import Request, Service, ServiceStopped
+from megamoe.text.service import Request, RequestFailed, Service, ServiceStopped
 from megamoe.text.stop import TextStream
 from megamoe.text.tokenizer import Tokenizer
 
@@ -155,6 +155,9 @@ async def _get_ready(state: State, listener: socket.socket, say: Callable[[str],
     try:
         seconds = await warm_up(state)
     except ServiceStopped:  # told to stop before it was ready
+        return
+    except RequestFailed:
+        state.service.failed.set()  # what cannot answer the first prompt is no server
         return
     gc.collect()
     gc.freeze()  # weights, code and caches live as long as the process: the collector need not walk them in a step

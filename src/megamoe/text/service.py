@@ -13,8 +13,9 @@ out to the event loop, once per step for all requests.
         print(piece.read)
     await service.stop()
 
-An error inside the engine is a defect of ours: it ends the thread with its traceback, every open stream raises
-`ServiceStopped`, and `failed` is set.
+An error while something is done for one request is a defect of ours that ends this request: its traceback goes to the
+log, and its stream raises `RequestFailed`. One that cannot be traced to a request ends the thread with its traceback,
+every open stream raises `ServiceStopped`, and `failed` is set.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ import asyncio
 import dataclasses
 import functools
 import itertools
+import logging
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
+from megamoe.engine.containment import Contained
 from megamoe.engine.engine import Engine
 from megamoe.engine.outputs import EngineStats, QueueFull, RequestOutput, TokenLogprobs
+from megamoe.engine.request import NewRequest
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.text.grammar import GrammarFilter
 
+LOG = logging.getLogger("megamoe")
 FinishReason: TypeAlias = Literal["stop", "length"]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -49,6 +54,10 @@ class RequestTimeout(Exception):
 
 class FilterFailed(Exception):
     """The grammar of a request could not go on; the request was ended."""
+
+
+class RequestFailed(Exception):
+    """A defect of ours ended this request, and no other; the log has the traceback."""
 
 
 class Reader(Protocol[T_co]):
@@ -185,8 +194,8 @@ class RequestStream(Generic[T]):
 
 @dataclasses.dataclass(frozen=True)
 class _Submit:
-    stream: RequestStream[Any]
-    request: Request[Any]
+    streams: Sequence[RequestStream[Any]]
+    requests: Sequence[Request[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,10 +231,12 @@ class Service:
 
     Attributes:
         failed: set when the engine raised an error; the service is then over.
+        failures_in_a_row: requests that an error ended since the last one that ended well.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.failed = asyncio.Event()
+        self.failures_in_a_row = 0
         self._engine = engine
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._running: dict[str, _Running] = {}
@@ -261,29 +272,39 @@ class Service:
         return 0.0 if started is None else time.monotonic() - started
 
     async def submit(self, request: Request[T]) -> RequestStream[T]:
-        """Queue a request and return its stream once the engine has taken it.
+        """Queue a request and return its stream once the engine has taken it; errors are those of `submit_all`."""
+        return (await self.submit_all([request]))[0]
+
+    async def submit_all(self, requests: Sequence[Request[T]]) -> list[RequestStream[T]]:
+        """Queue requests that belong together and return their streams once the engine has taken all of them.
+
+        They are one command: whoever else submits meanwhile comes before all of them or after all of them, and the
+        engine takes all of them or none.
 
         Raises:
-            ValueError: the engine refuses the request.
+            ValueError: the engine refuses one of them.
             QueueFull: too many requests wait.
-            RequestTimeout: it was not even taken in time.
+            RequestTimeout: they were not even taken in time.
+            RequestFailed: the engine failed at taking them.
             ServiceStopped: the service has stopped or stops.
         """
         if not self._is_accepting:
             raise ServiceStopped("The server is shutting down.")
-        stream = RequestStream(f"r{next(self._ids)}", request, self._cancel)
-        self._streams.add(stream)
-        if request.timeout_s is not None:
-            stream._timer = stream._loop.call_later(request.timeout_s, stream._time_out, request.timeout_s)
-        self._commands.put(_Submit(stream, request))
+        streams = [RequestStream(f"r{next(self._ids)}", request, self._cancel) for request in requests]
+        self._streams.update(streams)
+        for stream, request in zip(streams, requests, strict=True):
+            if request.timeout_s is not None:
+                stream._timer = stream._loop.call_later(request.timeout_s, stream._time_out, request.timeout_s)
+        self._commands.put(_Submit(streams, requests))
         is_wanted = False
         try:
-            await stream._accepted
+            await asyncio.gather(*[stream._accepted for stream in streams])
             is_wanted = True
         finally:
-            if not is_wanted:  # whoever waited has gone, perhaps in the moment it was accepted; or it was refused
-                stream.cancel()
-        return stream
+            if not is_wanted:  # whoever waited has gone, perhaps in the moment they were accepted; or they were refused
+                for stream in streams:
+                    stream.cancel()
+        return streams
 
     async def stats(self) -> EngineStats:
         """Return the engine's numbers, between two steps.
@@ -341,9 +362,11 @@ class Service:
     def _give(self, stream: RequestStream[Any], piece: Piece[Any], cached_tokens: int) -> None:
         stream._give(piece, cached_tokens)
         if piece.finish_reason is not None:
+            self.failures_in_a_row = 0
             self._streams.discard(stream)
 
     def _fail(self, stream: RequestStream[Any], error: Exception) -> None:
+        self.failures_in_a_row += isinstance(error, RequestFailed)
         stream._fail(error)
         self._streams.discard(stream)
 
@@ -379,7 +402,7 @@ class Service:
                 return True
             match command:
                 case _Submit():
-                    self._add(command.stream, command.request)
+                    self._add(command.streams, command.requests)
                 case _Cancel():
                     self._running.pop(command.request_id, None)
                     self._engine.abort(command.request_id)
@@ -390,14 +413,20 @@ class Service:
                     return False
             self._hand_over()
 
-    def _add(self, stream: RequestStream[Any], request: Request[Any]) -> None:
-        try:
-            self._engine.add(stream.request_id, request.prompt_ids, request.params, logits_filter=request.logits_filter)
-        except (ValueError, QueueFull) as error:
-            self._deliveries.append(functools.partial(self._fail, stream, error))
-            return
-        self._running[stream.request_id] = _Running(stream, request)
-        self._deliveries.append(stream._accept)
+    def _add(self, streams: Sequence[RequestStream[Any]], requests: Sequence[Request[Any]]) -> None:
+        pairs = list(zip(streams, requests, strict=True))
+        with Contained() as fault:
+            self._engine.add_all(
+                [NewRequest(stream.request_id, one.prompt_ids, one.params, one.logits_filter) for stream, one in pairs]
+            )
+        for stream, request in pairs:
+            if fault.error is not None:
+                refused = isinstance(fault.error, ValueError | QueueFull)
+                error = fault.error if refused else _defect(stream.request_id, fault.error)
+                self._deliveries.append(functools.partial(self._fail, stream, error))
+            else:
+                self._running[stream.request_id] = _Running(stream, request)
+                self._deliveries.append(stream._accept)
 
     def _step(self) -> None:
         self._step_started = time.monotonic()
@@ -411,34 +440,19 @@ class Service:
     def _take(self, running: _Running, output: RequestOutput) -> None:
         """Turn one step's tokens into a piece; end the request at a stop string, whatever the engine made after it."""
         request, stream = running.request, running.stream
-        reader = request.reader
-        ids = output.token_ids
-        is_stop_id = output.finish_reason == "stop" and any(i in request.params.stop_token_ids for i in ids[-1:])
-        finish_reason: FinishReason | None = None
-        rest = None
-        try:
-            read = reader.feed(ids[:-1] if is_stop_id else ids)  # an id that was asked for as a stop is no text
-            num_tokens = len(ids)
-            if reader.matched_stop is not None:
-                finish_reason = "stop"
-                num_tokens -= (len(ids) - is_stop_id) - (reader.num_tokens - running.num_read)
-            elif output.finish_reason == "stop" or output.finish_reason == "length":
-                finish_reason = output.finish_reason
-            if finish_reason is not None:
-                rest = reader.finish()
-        except ValueError as error:
-            self._end(running, output, error)
-            return
-        running.num_read = reader.num_tokens
+        piece: Piece[Any] | None = None
+        if output.error is None:
+            with Contained() as fault:
+                piece = _read(running, output)
+        error = output.error or fault.error
         if request.logits_filter is not None and request.logits_filter.error is not None:
             self._end(running, output, FilterFailed(request.logits_filter.error))
-        elif output.finish_reason == "abort":
-            self._end(running, output, ServiceStopped("The engine gave up this request."))
+        elif piece is None:
+            assert error is not None
+            self._end(running, output, _defect(stream.request_id, error))
         else:
-            logprobs = None if output.logprobs is None else output.logprobs[:num_tokens]
-            piece = Piece(read, rest, ids[:num_tokens], logprobs, finish_reason)
             self._deliveries.append(functools.partial(self._give, stream, piece, output.cached_tokens))
-            if finish_reason is not None:
+            if piece.finish_reason is not None:
                 self._end(running, output, None)
 
     def _end(self, running: _Running, output: RequestOutput, error: Exception | None) -> None:
@@ -455,6 +469,32 @@ class Service:
             assert self._loop is not None
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._deliver, deliveries)
+
+
+def _read(running: _Running, output: RequestOutput) -> Piece[Any]:
+    """Let the request's reader read one step's tokens."""
+    request, reader, ids = running.request, running.request.reader, output.token_ids
+    is_stop_id = output.finish_reason == "stop" and any(i in request.params.stop_token_ids for i in ids[-1:])
+    finish_reason: FinishReason | None = None
+    read = reader.feed(ids[:-1] if is_stop_id else ids)  # an id that was asked for as a stop is no text
+    num_tokens = len(ids)
+    if reader.matched_stop is not None:
+        finish_reason = "stop"
+        num_tokens -= (len(ids) - is_stop_id) - (reader.num_tokens - running.num_read)
+    elif output.finish_reason == "stop" or output.finish_reason == "length":
+        finish_reason = output.finish_reason
+    rest = None if finish_reason is None else reader.finish()
+    running.num_read = reader.num_tokens
+    logprobs = None if output.logprobs is None else output.logprobs[:num_tokens]
+    return Piece(read, rest, ids[:num_tokens], logprobs, finish_reason)
+
+
+def _defect(request_id: str, error: Exception) -> RequestFailed:
+    """Log what ended a request, and return what its stream is told."""
+    LOG.error("request %s ended by an error; the others go on", request_id, exc_info=error)
+    failed = RequestFailed("The server failed at this request; its log says why.")
+    failed.__cause__ = error
+    return failed
 
 
 def _set(answer: asyncio.Future[EngineStats], stats: EngineStats) -> None:

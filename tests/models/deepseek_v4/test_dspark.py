@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import megamoe
-from megamoe.cache.batch import Batch, Commit
+from megamoe.cache.batch import Batch, Commit, Save
 from megamoe.cache.pools import CacheSize
 from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
@@ -53,10 +53,16 @@ def load(master: Tensors, directory: pathlib.Path, config: dict[str, Any] = DSPA
     return megamoe.load(save(directory, master, config), "exact")
 
 
-def shared(model: Model, *, rings: int = 3, max_chunk: int = 24, snapshots: int = 2) -> SharedCache:
+def shared(
+    model: Model, *, rings: int = 3, step_tokens: int = 64, snapshots: int = 2, ring_tokens: int = 2
+) -> SharedCache:
+    """Return a cache in which ring r has pages 2 r and 2 r + 1."""
     pages = model.tokens_per_page
-    size = CacheSize(num_sequences=rings, num_pages=2 * rings, tokens_per_page=pages, max_chunk=max_chunk)
-    return model.new_shared_cache(size, snapshots, with_drafts=True)
+    size = CacheSize(rings, 2 * rings, pages, ring_tokens, step_tokens)
+    cache = model.new_shared_cache(size, snapshots, max_tokens=2 * pages, with_drafts=True)
+    for ring in range(rings):
+        cache.set_pages(ring, [2 * ring, 2 * ring + 1])
+    return cache
 
 
 def batch_of(ids: list[list[int]], starts: list[int], rings: list[int]) -> Batch:
@@ -65,11 +71,16 @@ def batch_of(ids: list[list[int]], starts: list[int], rings: list[int]) -> Batch
         np.array(starts),
         np.array([len(sequence) for sequence in ids]),
         np.array(rings),
-        np.array([[2 * ring, 2 * ring + 1] for ring in rings], dtype=np.int32),
     )
 
 
-def commit_of(batch: Batch, next_ids: list[int], wants: list[bool], rows: list[int] | None = None) -> Commit:
+def commit_of(
+    batch: Batch,
+    next_ids: list[int],
+    wants: list[bool],
+    rows: list[int] | None = None,
+    saves: tuple[Save, ...] = (),
+) -> Commit:
     return Commit(
         rows=np.arange(len(batch.token_ids)) if rows is None else np.array(rows),
         rings=batch.rings,
@@ -78,6 +89,7 @@ def commit_of(batch: Batch, next_ids: list[int], wants: list[bool], rows: list[i
         first_ids=batch.token_ids[np.concatenate(([0], batch.counts.cumsum()[:-1]))],
         next_ids=np.array(next_ids),
         wants_drafts=np.array(wants),
+        saves=saves,
     )
 
 
@@ -98,16 +110,20 @@ def feed(
     start: int = 0,
     num_tokens: int = BLOCK,
     choose: Callable[[torch.Tensor, int], torch.Tensor] = greedy,
+    saves: tuple[Save, ...] = (),
 ) -> torch.Tensor:
-    """Run ids of one sequence in chunks, and draft after the last: [1, BLOCK]."""
+    """Run ids of one sequence in chunks, and draft after the last: [1, BLOCK]. `saves` are of the last chunk."""
     drafts, at = torch.empty(0), 0
     for count in chunks or (len(ids),):
         batch = batch_of([ids[at : at + count]], [start + at], [ring])
+        here = saves if at + count == len(ids) else ()
+        batch = dataclasses.replace(batch, saves=here)
         hidden = model.run(cache.plan(batch), cache)
         assert isinstance(hidden, Tapped)
         at += count
         following = [*ids[at - count + 1 : at], ids[at] if at < len(ids) else newest]
-        drafts = drafter.observe(hidden, commit_of(batch, following, [at == len(ids)]), num_tokens, choose)
+        commit = commit_of(batch, following, [at == len(ids)], saves=here)
+        drafts = drafter.observe(hidden, commit, num_tokens, choose)
     assert at == len(ids)
     return drafts
 
@@ -275,7 +291,7 @@ def taps_of(model: Model, ids: list[int]) -> np.ndarray:
 def difference(model: Model, master: Tensors, length: int) -> float:
     """Return the largest difference of any logit of a block; the drafts are followed in both alike."""
     ids, newest = random_ids(length, length), 7
-    cache = shared(model, max_chunk=64)
+    cache = shared(model)
     drafted, logits, _ = Second(master).draft(taps_of(model, ids), newest)
     seen: list[torch.Tensor] = []
 
@@ -308,10 +324,8 @@ def run_with(change: Callable[[list[Any]], None]) -> Callable[..., torch.Tensor]
 
 
 def causal(arguments: list[Any]) -> None:
-    together = arguments[4].clone()
-    row = torch.arange(len(together)) % BLOCK
-    together[torch.arange(BLOCK) > row[:, None]] = -1
-    arguments[4] = together
+    row = torch.arange(len(arguments[2].num_visible), dtype=torch.int32) % BLOCK
+    arguments[2] = dataclasses.replace(arguments[2], num_visible=row + 1)
 
 
 def a_position_late(arguments: list[Any]) -> None:
@@ -320,10 +334,7 @@ def a_position_late(arguments: list[Any]) -> None:
 
 def sliding_window(arguments: list[Any]) -> None:
     """Let every row of the block see a window that ends at itself, as ordinary tokens do."""
-    slots = arguments[2].window_read_slots.clone()
-    for row in range(len(slots)):
-        slots[row, : row % BLOCK + 1] = -1
-    arguments[2] = dataclasses.replace(arguments[2], window_read_slots=slots)
+    arguments[2] = dataclasses.replace(arguments[2], window_ends=arguments[2].positions)
 
 
 @pytest.mark.parametrize("change", [causal, a_position_late, sliding_window])
@@ -410,7 +421,7 @@ def storages(cache: SharedCache) -> list[torch.Tensor]:
 @pytest.mark.parametrize("chunks", [(1,) * 40, (24, 16), (7, 1, 1, 20, 11)])
 def test_chunked_prefill_fills_the_same_rows_and_drafts_the_same(model: Model, chunks: tuple[int, ...]) -> None:
     ids = random_ids(40, 2)
-    whole, parts = shared(model, max_chunk=40), shared(model, max_chunk=40)
+    whole, parts = shared(model), shared(model)
     expected = feed(model, whole, model.new_drafter(whole, BLOCK), ids, 3)
     drafts = feed(model, parts, model.new_drafter(parts, BLOCK), ids, 3, chunks=chunks)
     assert torch.equal(drafts, expected)
@@ -483,21 +494,19 @@ def test_every_row_of_a_block_sees_all_of_it(model: Model) -> None:
 def test_a_snapshot_continues_a_sequence(model: Model) -> None:
     page = model.tokens_per_page
     ids = random_ids(page + 3, 9)
-    cache = shared(model, max_chunk=64)
+    cache = shared(model)
     drafter = model.new_drafter(cache, BLOCK)
     chunks = (64,) * (page // 64)
-    feed(model, cache, drafter, ids[:page], ids[page], chunks=chunks)
-    cache.save(0, page, 1)
-    drafter.save(Tapped(torch.empty(0), torch.empty(0)), 0, 0, page, 1)
+    feed(model, cache, drafter, ids[:page], ids[page], chunks=chunks, saves=(Save(0, page, 1, 63),))
     whole = feed(model, cache, drafter, ids[page:], 5, start=page)
     feed(model, cache, drafter, random_ids(30, 10), 1, ring=2)  # somebody else was there before
     cache.restore(1, 2, page)
     drafter.restore(1, 2, page)
-    cache_pages = batch_of([ids[page:]], [page], [2])
-    cache_pages.block_tables[:] = [[0, 1]]  # the first sequence's pages
+    cache.set_pages(2, [0, 1])  # the first sequence's pages
+    batch = batch_of([ids[page:]], [page], [2])
     with torch.inference_mode():
-        hidden = model.run(cache.plan(cache_pages), cache)
-        commit = commit_of(cache_pages, [*ids[page + 1 :], 5], [True])
+        hidden = model.run(cache.plan(batch), cache)
+        commit = commit_of(batch, [*ids[page + 1 :], 5], [True])
         assert torch.equal(drafter.observe(hidden, commit, BLOCK, greedy), whole)
 
 
@@ -530,7 +539,7 @@ def test_quantized_recipes(recipe: str) -> None:
     """FP8 rows, FP8 and NVFP4 weights: any chunking drafts alike, and drafts change nothing."""
     model = quantized(recipe)
     ids = [one + 3 for one in random_ids(30, 14)]
-    whole, parts = shared(model, max_chunk=32), shared(model, max_chunk=32)
+    whole, parts = shared(model), shared(model)
     expected = feed(model, whole, model.new_drafter(whole, 4), ids, 3, num_tokens=4)
     drafts = feed(model, parts, model.new_drafter(parts, 4), ids, 3, chunks=(11, 1, 1, 17), num_tokens=4)
     assert torch.equal(drafts, expected) and all(map(torch.equal, storages(parts), storages(whole)))
@@ -629,8 +638,9 @@ def test_a_longer_draft_than_a_block_is_refused(model: Model) -> None:
 
 
 def test_nothing_is_tapped_without_drafts(model: Model) -> None:
-    size = CacheSize(num_sequences=1, num_pages=1, tokens_per_page=model.tokens_per_page, max_chunk=8)
-    cache = model.new_shared_cache(size, 0, with_drafts=False)
+    size = CacheSize(1, 1, model.tokens_per_page, 8)
+    cache = model.new_shared_cache(size, 0, max_tokens=8, with_drafts=False)
+    cache.set_pages(0, [0])
     batch = batch_of([[1, 2]], [0], [0])
     with torch.inference_mode():
         assert isinstance(model.run(cache.plan(batch), cache), torch.Tensor)

@@ -1,130 +1,313 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a batch is, sequence by sequence, what cache.ring and cache.compressor_state say of its positions."""
+"""The plan of a batch is, sequence by sequence, what its positions say; and it stays where it is."""
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 import random
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megamoe.cache.batch import Batch
-from megamoe.cache.compressor_state import block_row_slots, completed_entries, num_visible_entries, state_capacity
+import megamoe
+from megamoe.cache.batch import Batch, Save
+from megamoe.cache.buckets import bucket_of, buckets_up_to
 from megamoe.cache.pools import CacheSize
-from megamoe.cache.ring import paged_slots, ring_slots, window_read_slots
+from megamoe.engine.config import EngineConfig
+from megamoe.engine.engine import Engine
+from megamoe.engine.sampling_params import SamplingParams
 from megamoe.models.deepseek_v4.config import LayerKind
+from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.planner import Planner
+from megamoe.ops.dispatch import watch
 
-WINDOW, CHUNK, PAGE = 6, 9, 24
+from . import checkpoints
+
+WINDOW, RING_TOKENS, PAGE = 6, 3, 24
 RATIOS = {LayerKind.CSA: 4, LayerKind.HCA: 8}
-SIZE = CacheSize(num_sequences=5, num_pages=40, tokens_per_page=PAGE, max_chunk=CHUNK)
+POOLED = {LayerKind.CSA: 8, LayerKind.HCA: 8}
+SIZE = CacheSize(num_sequences=5, num_pages=40, tokens_per_page=PAGE, ring_tokens=RING_TOKENS, step_tokens=80)
 CPU = torch.device("cpu")
 
 
-def planner() -> Planner:
-    return Planner(WINDOW, RATIOS, SIZE, CPU)
+def planner(max_tokens: int = 200) -> Planner:
+    return Planner(WINDOW, RATIOS, SIZE, max_tokens, CPU)
 
 
-def make_batch(rows: list[tuple[int, int, int]], seed: int = 0) -> Batch:
-    """Return a batch of (start, count, ring), with pages in random order."""
+def give_pages(one: Planner, rows: list[tuple[int, int, int]], seed: int = 0) -> dict[int, list[int]]:
+    """Give every (start, count, ring) its pages, in random order; return them by ring."""
     rng = random.Random(seed)
-    pages = list(range(SIZE.num_pages))
-    rng.shuffle(pages)
-    needed = [-(-(start + count) // PAGE) for start, count, _ in rows]
-    tables = np.full((len(rows), max(needed, default=0)), -1, dtype=np.int32)
-    for row, num_pages in enumerate(needed):
-        tables[row, :num_pages] = [pages.pop() for _ in range(num_pages)]
+    free = list(range(SIZE.num_pages))
+    rng.shuffle(free)
+    pages = {ring: [free.pop() for _ in range(-(-(start + count) // PAGE))] for start, count, ring in rows}
+    for ring, of_ring in pages.items():
+        one.set_pages(ring, of_ring)
+    return pages
+
+
+def make_batch(rows: list[tuple[int, int, int]], saves: tuple[Save, ...] = ()) -> Batch:
     starts, counts, rings = (np.array([row[idx] for row in rows], dtype=np.int64) for idx in range(3))
-    return Batch(np.arange(counts.sum()) + 100, starts, counts, rings, tables)
+    return Batch(np.arange(counts.sum()) + 100, starts, counts, rings, saves)
 
 
-def expected(batch: Batch) -> dict[str, object]:
-    """Return every field of the plan, worked out one sequence at a time."""
-    found: dict[str, list[torch.Tensor]] = {}
-    widths = [
-        int((start + count) // RATIOS[LayerKind.HCA]) for start, count in zip(batch.starts, batch.counts, strict=True)
-    ]
-    for row, (start, count, ring) in enumerate(
-        zip(*map(np.ndarray.tolist, (batch.starts, batch.counts, batch.rings)), strict=True)
-    ):
-        positions = torch.arange(start, start + count)
-        parts = {
-            "positions": positions,
-            "window_slots": ring_slots(positions, WINDOW + CHUNK, ring_idx=ring),
-            "window_read_slots": window_read_slots(positions, WINDOW, WINDOW + CHUNK, ring_idx=ring),
-        }
-        table = torch.from_numpy(batch.block_tables[row])
-        for kind, ratio in RATIOS.items():
-            overlap = kind is LayerKind.CSA
-            capacity = state_capacity(ratio, overlap, CHUNK)
-            done = completed_entries(start, count, ratio)
-            entries = torch.arange(done.start, done.stop)
-            visible = num_visible_entries(positions, ratio)
-            parts |= {
-                f"{kind}.state_slots": ring_slots(positions, capacity, ring_idx=ring),
-                f"{kind}.row_slots": block_row_slots(entries, ratio, overlap, capacity, ring_idx=ring),
-                f"{kind}.entry_pos": entries * ratio,
-                f"{kind}.entry_slots": paged_slots(entries, table, PAGE // ratio),
-                f"{kind}.num_visible": visible,
-            }
-            if kind is LayerKind.HCA:
-                columns = torch.arange(max(widths))
-                idx = torch.where(columns < visible[:, None], columns, -1)
-                parts[f"{kind}.visible_slots"] = paged_slots(idx, table, PAGE // ratio)
-        for name, part in parts.items():
-            found.setdefault(name, []).append(part)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+def expected(
+    rows: list[tuple[int, int, int]], pages: dict[int, list[int]], size: int, in_rings: bool
+) -> dict[str, list[int]]:
+    """Return every field of the plan, worked out one token at a time."""
+    found: dict[str, list[int]] = {}
+
+    def add(**values: int) -> None:
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+
+    def ring_slot(position: int, ring: int, capacity: int) -> int:
+        return ring * capacity + position % capacity
+
+    token = 0
+    for start, count, ring in rows:
+        first = token
+        for position in range(start, start + count):
+            left = start + count - 1 - position  # tokens of the sequence after this one in the step
+            add(token_ids=100 + token, positions=position, requests=ring, first_idx=first)
+            for name, capacity in [("window", WINDOW + RING_TOKENS)] + [
+                (f"{kind}.state", POOLED[kind] + RING_TOKENS) for kind in RATIOS
+            ]:
+                slot = ring_slot(position, ring, capacity)
+                add(**{f"{name}_slots": slot if in_rings else token})
+                add(**{f"{name}_kept": -1 if in_rings or left >= capacity else slot})
+            for kind, ratio in RATIOS.items():
+                entry, rest = divmod(position + 1, ratio)
+                rows_per_page = PAGE // ratio
+                done = (
+                    pages[ring][(entry - 1) // rows_per_page] * rows_per_page + (entry - 1) % rows_per_page
+                    if not rest
+                    else -1
+                )
+                add(**{f"{kind}.entry_slots": done, f"{kind}.num_visible": entry})
+            token += 1
+    while token < size:
+        add(**{name: token if name == "first_idx" else 0 if "visible" in name else -1 for name in found})
+        token += 1
+    return found
 
 
-def flat(plan) -> dict[str, torch.Tensor]:
-    fields = {name: getattr(plan, name) for name in ("positions", "window_slots", "window_read_slots")}
-    for kind, entry in plan.entries.items():
-        for name in ("state_slots", "row_slots", "entry_pos", "entry_slots", "num_visible", "visible_slots"):
-            if getattr(entry, name) is not None:
-                fields[f"{kind}.{name}"] = getattr(entry, name)
+def flat(plan: StepPlan) -> dict[str, torch.Tensor]:
+    """Return every tensor of the plan's tokens, by name."""
+    fields = {
+        one.name: getattr(plan.slots, one.name) for one in dataclasses.fields(plan.slots) if one.name != "entries"
+    }
+    for kind in plan.tables:
+        slots = plan.entry_slots(kind)
+        fields |= {f"{kind}.{one.name}": getattr(slots, one.name) for one in dataclasses.fields(slots)}
     return fields
 
 
 @pytest.mark.parametrize("trial", range(60))
 def test_a_plan_is_its_sequences_one_by_one(trial: int, seed: int) -> None:
     rng = random.Random(seed)
+    longest = rng.choice([1, RING_TOKENS, 16])
     rings = rng.sample(range(5), rng.randint(1, 5))
-    longest = rng.choice([1, 1, CHUNK])
     rows = [(rng.randrange(rng.choice([3, 40, 150])), rng.randint(1, longest), ring) for ring in rings]
-    batch = make_batch(rows, seed)
-    plan, want = planner().plan(batch), expected(batch)
-    got = flat(plan)
-    assert set(got) == set(want)
+    one, batch = planner(), make_batch(rows)
+    pages = give_pages(one, rows, seed)
+    num_tokens, in_rings = len(batch.token_ids), max(count for _, count, _ in rows) <= RING_TOKENS
+    plan = one.plan(batch)
+    size = bucket_of(num_tokens) if in_rings else num_tokens
+    want, got = expected(rows, pages, size, in_rings), flat(plan)
+    assert plan.in_rings is in_rings and set(got) == set(want)
     for name, values in want.items():
-        assert got[name].dtype == values.dtype and torch.equal(got[name], values), name
-    assert plan.token_ids.tolist() == batch.token_ids.tolist()
-    assert plan.query_starts.tolist() == [0, *batch.counts.cumsum().tolist()] and plan.query_starts.dtype is torch.int32
-    for entry in plan.entries.values():
-        assert torch.equal(entry.block_tables, torch.from_numpy(batch.block_tables))
-    draft = planner().plan(batch, with_entries=False)
-    assert draft.entries == {} and torch.equal(draft.window_read_slots, want["window_read_slots"])
+        assert got[name].tolist() == values, name
+    if in_rings:
+        assert len(one.plan(batch, fill_up=False).positions) == num_tokens
+    draft = one.draft_plan(batch)
+    assert draft.tables == {} and len(draft.positions) == num_tokens
+    assert draft.in_rings is (max(count for _, count, _ in rows) <= RING_TOKENS + 1)
+    assert draft.slots.window_slots.tolist() == want["window_slots"][:num_tokens] or draft.in_rings is not in_rings
+
+
+def test_pages_reach_the_tables_with_the_step(seed: int) -> None:
+    """Growing, shrinking, and an admission with more pages than the step's block has room for."""
+    rng, one = random.Random(seed), planner(max_tokens=PAGE * 30)
+    want = np.full((5, 30), -1)
+    for _ in range(40):
+        ring, known = rng.randrange(5), 0
+        known = int((want[ring] >= 0).sum())
+        first = rng.randint(0, known)
+        pages = [rng.randrange(40) for _ in range(rng.randint(0 if first else 1, 30 - first))]
+        one.set_pages(ring, pages, first)
+        want[ring, first : first + len(pages)], want[ring, first + len(pages) :] = pages, -1
+        if want[ring, 0] >= 0:
+            one.plan(make_batch([(0, 1, ring)]))
+            assert one.page_tables.tolist() == want.tolist()
 
 
 def test_an_empty_plan() -> None:
     none = np.empty(0, dtype=np.int64)
-    plan = planner().plan(Batch(none, np.array([5]), np.array([0]), np.array([0]), np.empty((1, 0), dtype=np.int32)))
-    assert plan.query_starts.tolist() == [0, 0] and plan.window_read_slots.shape == (0, WINDOW)
-    assert plan.entries[LayerKind.CSA].row_slots.shape == (0, 8)
-    assert plan.entries[LayerKind.HCA].visible_slots.shape == (0, 0)
+    plan = planner().plan(Batch(none, none, none, none))
+    assert all(len(values) == 0 for values in flat(plan).values()) and plan.saves is None
+
+
+def test_saves_say_where_the_step_has_the_rows() -> None:
+    one, rows = planner(), [(3, 2, 4), (20, 10, 1)]
+    give_pages(one, rows)
+    saves = (Save(ring=1, length=24, snapshot_idx=7, row=5),)
+    assert one.plan(make_batch(rows, saves)).saves.tolist() == [[1, 24, 20, 2, 7]]
+    assert one.plan(make_batch(rows)).saves is None
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="at most 9 tokens of one sequence a step; got 10"):
-        planner().plan(make_batch([(0, 2, 0), (0, 10, 1)]))
-    assert planner().plan(make_batch([(0, 10, 1)]), with_entries=False).positions.shape == (10,)
-    with pytest.raises(ValueError, match="at most 10 tokens"):
-        planner().plan(make_batch([(0, 11, 1)]), with_entries=False)
-    short = make_batch([(PAGE - 1, 1, 0), (PAGE - 1, 1, 1)])
-    short.starts[1] += 1
-    with pytest.raises(ValueError, match="block tables have 1 pages of 24 tokens, and positions go up to 24"):
-        planner().plan(short)
-    short = make_batch([(PAGE, 1, 0), (3, 1, 1)])
-    short.starts[1] = PAGE
-    with pytest.raises(ValueError, match="lacks pages"):
-        planner().plan(short)
+    rows = [(0, 80, 1), (0, 1, 0)]
+    one = planner()
+    give_pages(one, rows)
+    with pytest.raises(ValueError, match="at most 3 tokens of one sequence a step, or 80 tokens of all; got 80 of one"):
+        one.plan(make_batch(rows))
+    assert not one.plan(make_batch(rows[:1])).in_rings
+    assert one.draft_plan(make_batch([(0, 4, 1)])).in_rings and not one.draft_plan(make_batch([(0, 5, 1)])).in_rings
+    give_pages(one, [(PAGE - 1, 1, 0), (PAGE - 1, 1, 1)])
+    with pytest.raises(
+        ValueError, match="a sequence lacks pages: it has 1 pages of 24 tokens, and positions go up to 24"
+    ):
+        one.plan(make_batch([(PAGE - 1, 1, 0), (PAGE, 1, 1)]))
+    with pytest.raises(ValueError, match="without a gap; got pages 3 to 3 for one that has 1"):
+        one.set_pages(0, [5], 3)
+    with pytest.raises(ValueError, match="pages 0 to at most 8 without a gap; got pages 0 to 9"):
+        one.set_pages(0, range(10))
+
+
+# -- buckets -----------------------------------------------------------------------------------------------------------
+
+
+def test_buckets() -> None:
+    assert buckets_up_to(64) == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64]
+    costs = [bucket_of(num_tokens) / num_tokens - 1 for num_tokens in range(1, 257)]
+    assert min(costs) == 0.0 and max(costs) < 0.25 and sum(costs[:64]) / 64 < 0.07
+    assert bucket_of(0) == 0 and all(bucket_of(bucket_of(n)) == bucket_of(n) for n in range(300))
+    with pytest.raises(ValueError, match="must be >= 0; got -1"):
+        bucket_of(-1)
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Yield every tensor in a plan."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name))
+    elif isinstance(value, tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(one)
+
+
+class Replay:
+    """Stands for captured graphs: the plans of a bucket must have one set of shapes, strides and addresses.
+
+    It answers with random streams, so that hundreds of steps take seconds.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+        self.seen: dict[int, set[tuple[Any, ...]]] = {}
+        self.positions: set[int] = set()
+        self.num_steps = 0
+        generator = torch.Generator().manual_seed(0)
+
+        def forward(plan: StepPlan, *rest: Any) -> torch.Tensor:
+            if plan.in_rings:
+                self.num_steps += 1
+                kept = dataclasses.replace(plan, saves=None)  # copies after the step
+                shapes = tuple((one.shape, one.stride(), one.data_ptr()) for one in tensors_of(kept))
+                self.seen.setdefault(len(plan.positions), set()).add(shapes)
+                self.positions |= set(plan.positions.tolist())
+            shape = (len(plan.positions), model.config.hc_mult, model.config.hidden_size)
+            return torch.randn(shape, generator=generator)
+
+        monkeypatch.setattr(model, "forward", forward)
+
+
+def test_600_decode_steps_have_one_set_of_addresses_a_bucket(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over page boundaries, admissions, ends and preemptions; drafts would change the number of tokens as well."""
+    directory = checkpoints.save(tmp_path, checkpoints.make_master(3), checkpoints.CONFIG)
+    model = megamoe.load(directory, "exact")
+    replay = Replay(monkeypatch, model)
+    engine = Engine(model, EngineConfig(max_sequences=11, prefill_chunk=8, max_step_tokens=32, num_pages=60))
+    rng, added = random.Random(1), 0
+    while replay.num_steps < 600:
+        if rng.random() < 0.1 and len(engine._requests) < 14:
+            ids = [rng.randrange(40) for _ in range(rng.choice([1, 5, 250]))]
+            engine.add(str(added), ids, SamplingParams(max_tokens=rng.choice([3, 40, 120]), ignore_eos=True))
+            added += 1
+        engine.step()
+    assert len(replay.seen) >= 8 and max(replay.positions) > model.tokens_per_page > 0
+    assert -1 in replay.positions, "no step was filled up"
+    assert {size: len(found) for size, found in replay.seen.items()} == dict.fromkeys(replay.seen, 1)
+
+
+def test_a_plan_that_moves_is_noticed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = checkpoints.save(tmp_path, checkpoints.make_master(3), checkpoints.CONFIG)
+    model = megamoe.load(directory, "exact")
+    right = Planner.plan
+
+    def moving(self: Planner, batch: Batch, *, fill_up: bool = True) -> StepPlan:
+        plan = right(self, batch, fill_up=fill_up)
+        return dataclasses.replace(plan, slots=dataclasses.replace(plan.slots, positions=plan.positions.clone()))
+
+    monkeypatch.setattr(Planner, "plan", moving)
+    replay, kept = Replay(monkeypatch, model), []
+    engine = Engine(model, EngineConfig(max_sequences=1))
+    engine.add("one", [1], SamplingParams(max_tokens=9, ignore_eos=True))
+    while engine.has_work():
+        engine.step()
+        kept.append(torch.empty(1, dtype=torch.int64))  # so that an address is not used again by accident
+    assert len(replay.seen[1]) > 1
+
+
+# -- what a step costs the host ----------------------------------------------------------------------------------------
+
+
+def host_cost(one: Planner, batches: list[Batch]) -> tuple[float, int]:
+    """Return (seconds, bytes sent to the device) of the cheapest plan; operations are left out."""
+
+    def nothing(op: str, run: Any, reference: Any) -> Any:
+        return lambda *arguments: None
+
+    seconds = []
+    with watch(nothing):
+        for batch in batches:
+            start = time.perf_counter()
+            one.plan(batch)
+            seconds.append(time.perf_counter() - start)
+    return min(seconds), 4 * (one._steps.tokens.numel() + one._steps.changes.numel())
+
+
+MILLION = 2**20
+
+
+def at_a_million(num_sequences: int, step_tokens: int) -> Planner:
+    """Return a planner without pools, whose sequences all have the pages of a million tokens."""
+    size = CacheSize(num_sequences, num_sequences * 4096, 256, 2, step_tokens)
+    one = Planner(128, {LayerKind.CSA: 4, LayerKind.HCA: 128}, size, MILLION, CPU)
+    for ring in range(num_sequences):
+        one.set_pages(ring, range(ring * 4096, (ring + 1) * 4096))
+    return one
+
+
+def test_a_decode_step_of_64_sequences_at_a_million_tokens_costs_the_host_little() -> None:
+    """Once 2.6 ms and 6 MB."""
+    one, rings = at_a_million(64, 4096), np.arange(64)
+    batches = [Batch(rings, rings + MILLION - 100 - step, np.ones(64, dtype=np.int64), rings) for step in range(30)]
+    seconds, num_bytes = host_cost(one, batches)
+    assert num_bytes <= 16 * 1024 and seconds <= 150e-6, f"{seconds * 1e6:.0f} us, {num_bytes} bytes"
+
+
+def test_a_chunk_of_4096_tokens_near_a_million_costs_the_host_little() -> None:
+    """Once 503 ms and 260 MB."""
+    one, ids = at_a_million(2, 4096), np.arange(4096)
+    batch = Batch(ids, np.array([MILLION - 4096]), np.array([4096]), np.array([1]))
+    seconds, num_bytes = host_cost(one, [batch] * 20)
+    assert num_bytes <= 256 * 1024 and seconds <= 2e-3, f"{seconds * 1e6:.0f} us, {num_bytes} bytes"

@@ -67,8 +67,8 @@ class MtpDrafter:
             hidden, in_order = torch.cat((hidden, self._last_streams)), False
         streams = hidden if in_order else hidden[torch.from_numpy(rows).to(hidden.device)]
         starts, counts = commit.starts - behind, commit.counts + behind
-        self._lengths[commit.rings] = commit.starts + commit.counts
         streams = self._run(streams, next_ids, starts, counts, commit.rings, self._keep_streams(hidden, commit))
+        self._lengths[commit.rings] = commit.starts + commit.counts
         wants = commit.wants_drafts.nonzero()[0]
         drafts: list[torch.Tensor] = []
         if not len(wants):
