@@ -114,9 +114,21 @@ def sizes(op: str, arguments: tuple[Any, ...]) -> tuple[dict[str, int], int]:
         case "rope":
             middle = {"H": shape[1]} if len(shape) == 3 else {}
             return {**middle, "C": shape[-1], "R": arguments[2].rope_dim}, shape[0]
-        case "hyper_connection_pre" | "hyper_connection_pre_norm" | "hyper_connection_head":
+        case "hyper_connection_pre" | "hyper_connection_pre_norm" | "hyper_connection_head" | "add_to_streams":
             return {"X": shape[1], "D": shape[2]}, shape[0]
-        case "hyper_connection_post":
+        case "hyper_connection_head_norm":
+            return {"X": shape[1], "D": shape[2]}, shape[0] if arguments[5] is None else arguments[5].shape[0]
+        case "embed_streams":
+            return {"V": shape[0], "X": arguments[2], "D": shape[1]}, arguments[1].shape[0]
+        case "write_latent":
+            latent = {} if first is None else {"Q": shape[1]}
+            width = arguments[1].shape[1]
+            return {**latent, "C": width, "R": arguments[7].rope_dim}, arguments[1].shape[0]
+        case "rotate_queries":
+            return {"H": shape[1], "C": shape[2], "R": arguments[2].rope_dim}, shape[0]
+        case "round_index_query":
+            return {"Hi": shape[1], "K": shape[2], "R": arguments[3].rope_dim}, shape[0]
+        case "hyper_connection_post" | "hyper_connection_post_pre_norm":
             return {"X": arguments[1].shape[1], "D": shape[-1]}, shape[0]
         case "clamped_swiglu":
             return {"F": shape[-1]}, shape[0]

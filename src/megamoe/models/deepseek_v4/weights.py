@@ -92,7 +92,7 @@ class AttentionWeights:
         indexer: in CSA layers.
         wq_a_wkv: wq_a over wkv, or None where their formats do not stack.
         wq_b_both: wq_b over the indexer's wq_b in CSA layers, or None likewise.
-        compressed: in CSA and HCA layers all that gives fp32 of the layer input: the wkv of the compressor over its wgate,
+        compressed: in CSA and HCA layers, all that gives fp32 of the layer's input: wkv over wgate of the compressor,
             the same of the index compressor, weights_proj.
     """
 
