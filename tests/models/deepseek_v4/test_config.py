@@ -240,7 +240,7 @@ def test_shapes_of_one_operation_come_once_each():
     assert all(isinstance(call, OpCall) for call in shapes)
     assert len({tuple(call.dims.items()) for call in shapes}) == len(shapes)
     assert str(op_shapes("nvfp4_linear")[0]) == "tiny attn.wq_a N=128 K=256"
-    with pytest.raises(ValueError, match=r"no model calls 'attention'; called are clamped_swiglu, "):
+    with pytest.raises(ValueError, match=r"no model calls 'attention'; called are add_to_streams, "):
         op_shapes("attention")
     with pytest.raises(ValueError, match=r"unknown model 'small'; allowed are tiny, flash, pro"):
         op_calls("small")

@@ -31,7 +31,6 @@ from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
 from megamoe.models.deepseek_v4.weights import DSparkWeights
 from megamoe.models.recipe import get_recipe
 from megamoe.ops.rms_norm import rms_norm
-from megamoe.ops.streams import mean_of_streams
 
 from . import checkpoints
 from .checkpoints import DSPARK, HEAD_DIM, HEADS, STREAMS, VOCAB, Tensors, make_dspark_master, make_master, save
