@@ -7,7 +7,8 @@
 
 The model is built of tensors without memory (torch's meta device), so that sizes of any model cost nothing and a host
 read is an error. Every operation call is recorded by `ops.watch` and answered with an empty result. Every other tensor
-operation that would be a launch, that is neither a view nor an allocation, is glue.
+operation that would be a launch, that is neither a view nor an allocation, is glue. What fills the plan
+on the host, and the one copy that takes it to the device, are not recorded.
 
 Nodes are what a call becomes in a CUDA graph. Where kernels exist the number is that of their host halves, read from
 kernels/; where none exists yet it is a plan, marked as such in NODES.
@@ -48,15 +49,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_checkpoint import CONFIGS  # noqa: E402
 
 META = torch.device("meta")
-ALLOCATIONS = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "detach",
-    "alias",
-    "lift_fresh",
+NO_LAUNCH = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),  # allocations
+    *("detach", "alias", "lift_fresh", "_unsafe_view"),  # views that do not say so
 }
 
 
@@ -262,7 +257,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note what would be a launch, and run it."""
         name = func.overloadpacket.__name__
-        if not self._depth and not func.is_view and name not in ALLOCATIONS:
+        if not self._depth and not func.is_view and name not in NO_LAUNCH:
             self.events.append(Event(self._place, self._layer, name, True, 1))
         return func(*args, **(kwargs or {}))
 
@@ -314,6 +309,8 @@ def record_step(config: ModelConfig, recipe: Recipe, *, num_tokens: int = 1, pla
         ops.watch(recorder.observe),
         torch.no_grad(),
     ):  # inference mode hides what composite operations do
+        cache.plan(ids)  # a sequence that has just got its pages writes more of its block table than one that goes on
+        recorder.events.clear()
         plan = cache.plan(ids)
         with recorder:
             model.head(model.forward(plan, cache.layers))
