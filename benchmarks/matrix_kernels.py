@@ -157,19 +157,22 @@ def layers(bandwidth: float) -> list[dict[str, object]]:
     gate = (torch.randn(num_experts, width, device="cuda") * width**-0.5).bfloat16()
     for num_tokens in (1, 8, 64):
         xs = [torch.randn(num_tokens, width, device="cuda", dtype=torch.bfloat16) for _ in range(num_calls)]
-        chosen = [int(route_experts(x, gate, top_k=num_slots, routed_scaling=1.5)[1].unique().numel()) for x in xs]
+        routing = {"token_ids": torch.arange(num_tokens, device="cuda"), "top_k": num_slots, "routed_scaling": 1.5}
+        chosen = [int(route_experts(x, gate, **routing)[1].unique().numel()) for x in xs]
         num_bytes = 3 * (sum(chosen) // num_calls + 1) * width * inner_size * 9 // 16
         for door, times in (
             (nvfp4_weight_only_experts, nvfp4_weight_only_linear),
             (nvfp4_experts, lambda x, w: nvfp4_linear(quantize_nvfp4(x) if isinstance(x, torch.Tensor) else x, w)),
         ):
 
-            def fused(x: torch.Tensor, v: tuple[NvFp4Tensor, ...], door=door) -> torch.Tensor:  # type: ignore[no-untyped-def]
-                route = route_experts(x, gate, top_k=num_slots, routed_scaling=1.5)
+            def fused(x: torch.Tensor, v: tuple[NvFp4Tensor, ...], door=door, routing=routing) -> torch.Tensor:  # type: ignore[no-untyped-def]
+                route = route_experts(x, gate, **routing)
                 return door(x, *route, *weights, shared_weights=v, swiglu_limit=10.0)
 
-            def unfused(x: torch.Tensor, v: tuple[NvFp4Tensor, ...], door=door, times=times) -> torch.Tensor:  # type: ignore[no-untyped-def]
-                route = route_experts(x, gate, top_k=num_slots, routed_scaling=1.5)
+            def unfused(
+                x: torch.Tensor, v: tuple[NvFp4Tensor, ...], door=door, times=times, routing=routing
+            ) -> torch.Tensor:  # type: ignore[no-untyped-def]
+                route = route_experts(x, gate, **routing)
                 source = quantize_nvfp4(x) if door is nvfp4_experts else x
                 hidden = clamped_swiglu(times(source, v[0]), times(source, v[1]), limit=10.0)
                 return door(x, *route, *weights, shared_output=times(hidden, v[2]), swiglu_limit=10.0)

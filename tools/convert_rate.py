@@ -95,7 +95,7 @@ def make_checkpoint(folder: pathlib.Path, gigabytes: float, shard_gigabytes: flo
             }
         else:
             name = f"{entry.name}.weight" if entry.role is Role.LINEAR else entry.name
-            made = {name: torch.zeros(entry.shape, dtype=torch.bfloat16)}
+            made = {name: torch.ones(entry.shape, dtype=torch.bfloat16)}  # zeros would be refused as damage
         if size > shard_gigabytes * 1e9:
             shards.append({})
             size = 0

@@ -5,7 +5,8 @@
 
 Full-size models (flash, pro) become sparse files: names, dtypes, shapes, byte ranges, shards, index and config.json
 are those of the release, scalar scales hold plausible values, and everything else is a hole that reads as zeros (an
-all-zero block under a scale of zero, which every format allows). A few megabytes on disk stand for up to 900 GB.
+all-zero block under a scale of zero). A few megabytes on disk stand for up to 900 GB. Their headers' metadata says
+"megamoe_fake", so that zeros are not taken for damage.
 
 The model "small" has the same structure with every byte filled in: random codes, scales as a quantizer would choose
 them. It loads and runs, and all its numbers are noise.
@@ -39,6 +40,7 @@ from typing import Any
 from megamoe.checkpoint.headers import INDEX_NAME, ITEM_BYTES
 from megamoe.models.deepseek_v4.config import ModelConfig, parse_config
 from megamoe.models.deepseek_v4.inventory import DSparkDraft, Entry, Role, inventory
+from megamoe.models.deepseek_v4.samples import FAKE
 
 LAYOUTS = (
     "preview",
@@ -451,7 +453,7 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
 def _write_shard(path: pathlib.Path, tensors: list[FakeTensor], *, config: dict[str, Any], is_filled: bool) -> None:
     """Write one file: by falling element size, then name, as the format's own library does."""
     order = sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} if is_filled else {"format": "pt", FAKE: "sparse"}}
     offset = 0
     for tensor in order:
         end = offset + tensor.num_bytes

@@ -23,6 +23,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -63,7 +64,8 @@ class _Shapes(loading._Loader):
 
     def __init__(self, config: ModelConfig, recipe: Recipe, *, plain: bool) -> None:
         dtype = torch.float32 if recipe.dequantize_weights else None
-        super().__init__(cast(Any, None), config, dtype, META)
+        no_claims = types.SimpleNamespace(formats={}, unused=())
+        super().__init__(cast(Any, None), cast(Any, no_claims), config, dtype, META)
         self._is_plain = plain or dtype is not None
         self._sizes = {entry.name: entry.shape for entry in inventory(config)}
 

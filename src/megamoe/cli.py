@@ -37,6 +37,11 @@ def cli() -> None:
     """Run DeepSeek-V4 in NVFP4."""
 
 
+_accept = click.option(
+    "--accept", multiple=True, metavar="RULE", help="Go on though the checkpoint breaks this rule; repeat for several."
+)
+
+
 @cli.command()
 @click.option("--prompt", required=True, metavar="TEXT", help="Text to continue; - reads standard input as it is.")
 @click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR", help="Bundled model or checkpoint.")
@@ -47,6 +52,7 @@ def cli() -> None:
 @click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="exact, w4a16 or w4a4.")
 @click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu or cuda[:N].")
 @click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernel pack, on a GPU.")
+@_accept
 @click.option("--explain", is_flag=True, help="First print which kernels were loaded, on standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def generate(
@@ -59,6 +65,7 @@ def generate(
     recipe: str,
     device: str,
     pack: pathlib.Path | None,
+    accept: tuple[str, ...],
     explain: bool,
     as_json: bool,
 ) -> int:
@@ -67,7 +74,7 @@ def generate(
     text = _read_standard_input() if prompt == "-" else prompt
     from megamoe.text.llm import LLM
 
-    llm = LLM(model, recipe=recipe, device=device, pack=pack)
+    llm = LLM(model, recipe=recipe, device=device, pack=pack, accept=accept)
     if explain:
         print(llm.explain(), file=sys.stderr)
     for note in llm.model.notes:
@@ -124,6 +131,7 @@ class Bytes(click.ParamType[int]):
 @click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="exact, w4a16 or w4a4.")
 @click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu or cuda[:N].")
 @click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernel pack, on a GPU.")
+@_accept
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option(
@@ -180,7 +188,7 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         prefix_cache=not options["no_prefix_cache"],
         speculative_tokens=options["speculative_tokens"],
     )
-    loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"])
+    loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"], accept=options["accept"])
     engine = Engine(loaded, config)
     warm_up(engine)
     settings = ServerSettings(
@@ -267,6 +275,7 @@ def _is_loopback(host: str) -> bool:
     show_default=True,
     help="Prove equality by codes and scales, or by every dequantized value as well (slower).",
 )
+@_accept
 @click.option("--dry-run", is_flag=True, help="Check everything, list blocks that cannot be exact, write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(
@@ -280,6 +289,7 @@ def convert(
     calibration: pathlib.Path | None,
     jobs: int,
     proof: str,
+    accept: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -297,6 +307,7 @@ def convert(
         calibration=calibration,
         jobs=jobs,
         proof=proof,
+        accept=accept,
         dry_run=dry_run,
         as_json=as_json,
         version=megamoe.__version__,
@@ -393,7 +404,7 @@ def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path, recipes: tup
     """
     from megamoe.kernels.compile import CompileError
     from megamoe.kernels.pack import build_pack
-    from megamoe.kernels.plan import module_for, requests_for
+    from megamoe.kernels.plan import module_for, only_few_tokens, requests_for
 
     start = time.perf_counter()
     calls = [call for model in models for call in _calls_of(model, recipes)]
@@ -410,6 +421,9 @@ def compile_(models: tuple[str, ...], arch: str, out: pathlib.Path, recipes: tup
     print(f"{len(pack.objects)} kernels for {pack.target} in {out}: {num_bytes} bytes, {seconds:.1f} s")
     if without:
         print(f"without a kernel for {pack.target}: {', '.join(without)}")
+    few = [f"{op} ({number})" for op, number in only_few_tokens({op for op, _ in calls}, arch)]
+    if few:
+        print(f"for few tokens only on {pack.target}: {', '.join(few)}")
     return 0
 
 

@@ -7,6 +7,7 @@ import pathlib
 import random
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies
@@ -425,7 +426,9 @@ def test_drafts_accepted_unseen_are_noticed(solo, monkeypatch: pytest.MonkeyPatc
 
 def test_numbers_drawn_in_order_of_steps_are_noticed(solo, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = iter(range(10**9))
-    monkeypatch.setattr("megamoe.engine.sampler.uniform", lambda stream, index: next(drawn) % 97 / 97)
+    monkeypatch.setattr(
+        "megamoe.engine.sampler.uniforms", lambda seeds, _: np.array([next(drawn) % 97 / 97 for _ in seeds], np.float32)
+    )
     assert faulty_run(0, solo)
 
 

@@ -135,7 +135,7 @@ def test_a_filter_that_only_allows_the_end_wins_over_min_tokens() -> None:
 def test_logprobs_are_the_models_own() -> None:
     """Whatever bias, penalty or temperature chose the token, its probability is that of the plain softmax."""
     want = LOGITS.double().log_softmax(0)
-    params = SamplingParams(logprobs=2, logit_bias={5: 9.0}, temperature=2.0, seed=1, repetition_penalty=3.0)
+    params = SamplingParams(logprobs=2, logit_bias={5: 90.0}, temperature=2.0, seed=1, repetition_penalty=3.0)
     found = sample_rows(LOGITS[None], [request(params, prompt=(3,))], [0])
     assert found.token_ids == [5] and found.logprobs is not None and found.logprobs[0] is not None
     one = found.logprobs[0]

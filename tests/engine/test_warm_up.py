@@ -138,13 +138,20 @@ def sizes(op: str, arguments: tuple[Any, ...]) -> tuple[dict[str, int], int]:
             return {"width": shape[-1]}, shape[0]
         case "copy_cache":
             return {"width": first.width}, arguments[1].shape[0]
+        case "save_rows":
+            return {"width": first.width}, arguments[3].shape[0]
         case "compress_kv":
-            found = {"ratio": arguments[5], "coff": 1 + arguments[6], "D": arguments[2].shape[0]}
-            return found, arguments[3].shape[0]
+            return {"ratio": arguments[13], "coff": 1 + arguments[14], "D": arguments[2].shape[0]}, shape[0]
+        case "write_index_keys":
+            return {"ratio": arguments[13], "D": arguments[2].shape[0]}, shape[0]
         case "index_topk":
             return {"Hi": shape[1], "K": shape[2], "top_k": arguments[6]}, shape[0]
         case "sparse_attention":  # J, how many entries there are to choose from, grows with the sequence
-            return {"H": shape[1], "C": shape[2], "W": arguments[2].shape[1]}, shape[0]
+            return {"H": shape[1], "C": shape[2], "W": arguments[7]}, shape[0]
+        case "plan_slots":  # integers of a step, whatever the model
+            return {}, shape[1]
+        case "write_block_tables":
+            return {}, arguments[1].shape[0]
         case "sample" | "token_logprobs" | "penalize":
             return {"V": shape[-1]}, shape[0]
     raise AssertionError(f"{op}: tell this test how its arguments name its dimensions: {arguments}")

@@ -87,6 +87,39 @@ def test_kv_row_by_hand():
     assert torch.equal(decoded, x)
 
 
+def test_latent_rows_saturate_at_what_fp16_holds():
+    """57344 = 448 * 2^7 in both parts; one step more would need the scale 2^8, or be a bf16 number beyond fp16."""
+    for value in (57344.0, 57345.0, 65505.0, 1e30, float(torch.finfo(torch.float32).max)):
+        for sign in (1.0, -1.0):
+            x = torch.zeros(1, 512)
+            x[0, 3], x[0, 64], x[0, 500], x[0, 501] = sign * value, 1.0, sign * value, 2.0
+            data, scales = encode_rows(x, RowFormat.FP8_ROPE_BF16)
+            assert scales.tolist() == [[134, 119, 105, 105, 105, 105, 105, 0]]
+            decoded = decode_rows(data, scales, RowFormat.FP8_ROPE_BF16, 512)
+            assert decoded[0, [3, 64, 500, 501]].tolist() == [sign * 57344.0, 1.0, sign * 57344.0, 2.0]
+            assert torch.equal(decoded.half().float(), decoded)
+    for value in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="x must be finite"):
+            encode_rows(torch.full((1, 512), value), RowFormat.FP8_ROPE_BF16)
+
+
+def test_every_value_of_a_latent_row_is_an_fp16_number():
+    """All codes with all scales: exact from 2^-15 to 2^7, within 2^-25 below that, too large from 2^8 on."""
+    codes = torch.tensor([byte for byte in range(256) if byte & 0x7F != 0x7F], dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).double()
+    for exponent in range(-22, 9):  # encode_rows makes -22 .. 7
+        exact = values * 2.0**exponent
+        error = (exact.to(torch.float16).double() - exact).abs()
+        if exponent > 7:
+            assert bool(error.isinf().any())
+        else:
+            assert float(error.max()) == 0.0 if exponent >= -15 else float(error.max()) <= 2.0**-25
+    rotary = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).double()
+    rotary = rotary[rotary.abs() <= 57344.0]
+    error = (rotary.to(torch.float16).double() - rotary).abs()
+    assert float(error[rotary.abs() >= 2.0**-17].max()) == 0.0 and float(error.max()) <= 2.0**-25
+
+
 def test_index_fp8_row_by_hand():
     x = torch.zeros(1, 128)
     x[0, 5], x[0, 6] = -1792.0, 4.0  # scale 4, codes -448 and 1

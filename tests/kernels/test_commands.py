@@ -44,6 +44,22 @@ def test_compile_builds_what_the_models_need(
     assert capsys.readouterr().out.startswith(f"{len(compiler.compiled)} kernels for sm90a in {out}: ")
 
 
+@pytest.mark.parametrize("arch", ["sm90a", "sm100a", "sm103a"])
+def test_compile_says_what_takes_few_tokens_only(
+    arch: str, tmp_path: pathlib.Path, compiler: FakeCompiler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compile", "--model", "tiny", "--arch", arch, "--out", str(tmp_path / "pack")]) == 0
+    printed = capsys.readouterr().out
+    if arch == "sm90a":
+        assert "few tokens" not in printed and "linear.weight_tiles_sm90" in {one.module for one in compiler.compiled}
+    else:
+        few = printed.partition(f"for few tokens only on {arch}: ")[2].splitlines()[0]
+        assert few.startswith("fp8_linear (64 (N ≤ 4,095), 32), nvfp4_experts (4 E / A, at least 12), ")
+        assert "route_experts" not in few and "linear" in printed.partition("without a kernel for")[2].splitlines()[0]
+        assert {one.module for one in compiler.compiled} >= {"linear.linear_stream", "experts.expert_stream"}
+        assert not any(one.module.endswith("_sm90") for one in compiler.compiled)
+
+
 def packed(out: pathlib.Path, *arguments: str) -> set[Request]:
     assert main(["compile", "--arch", "sm90a", "--out", str(out), *arguments]) == 0
     return set(open_pack(out, version=megamoe.__version__).objects)

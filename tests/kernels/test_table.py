@@ -12,16 +12,16 @@ import torch
 
 from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.kernels import ARCHITECTURES, KERNELS, WEIGHT_LAYOUTS, support_table
+from megamoe.kernels import ARCHITECTURES, BORDERS, KERNELS, WEIGHT_LAYOUTS, support_table
 from megamoe.kernels.compile import PACKAGE, TARGETS, Request, imported
-from megamoe.kernels.plan import module_for, requests_for
+from megamoe.kernels.plan import bound_to, module_for, requests_for
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls, op_shapes
-from megamoe.verify.inputs import INPUTS
+from megamoe.verify.inputs import INPUTS, MAX_EXPERTS
 from megamoe.verify.tolerance import TOLERANCES
 
 MODULES = sorted({module for table in KERNELS.values() for module in table.values()})
 ROOMS = sorted({module.removeprefix(PACKAGE).partition(".")[0] for module in MODULES})
-BOUND = re.compile(rf"_({'|'.join(ARCHITECTURES)})$")
+BOUND = re.compile(rf"_({'|'.join(ARCHITECTURES)})(?=$|_config$|_device$)")
 
 
 def test_every_entry_has_a_file_and_every_file_an_entry(repository: pathlib.Path) -> None:
@@ -89,6 +89,46 @@ def test_the_order_of_weights_that_kernels_take_is_in_one_table(op: str) -> None
         for arch in KERNELS[op]:
             wanted = WEIGHT_LAYOUTS.get(op, {}).get(arch, CodeLayout.ROW_MAJOR)
             assert not given or given == {wanted}, f"{op} on {arch}"
+
+
+@pytest.mark.parametrize("op", sorted(KERNELS))
+def test_the_table_says_up_to_how_many_tokens_are_few(op: str) -> None:
+    """The border in words is what the host half computes, at every N, or for some experts."""
+    border = INPUTS[op][0].order_until
+    assert (op in BORDERS) == (border is not None)
+    if border is None:
+        return
+    if op.endswith("_experts") and op != "route_experts":
+        assert BORDERS[op].few == "4 E / A, at least 12"
+        for experts, slots in ((8, 2), (8, 6), (64, 6), (256, 6), (384, 6)):
+            assert border({"E": experts, "A": slots}) == max(12, 4 * min(MAX_EXPERTS, experts) // slots)
+        return
+    steps: list[tuple[int, int]] = []  # up to which N, how many tokens
+    for num_rows in range(1, 20000):
+        number = border({"N": num_rows})
+        steps = [*steps[:-1], (num_rows, number)] if steps and steps[-1][1] == number else [*steps, (num_rows, number)]
+    words = [f"{number} (N ≤ {num_rows:,})" for num_rows, number in steps[:-1]]
+    assert BORDERS[op].few == ", ".join([*words, f"{steps[-1][1]:,}"])
+
+
+@pytest.mark.parametrize("op", sorted(BORDERS))
+def test_a_path_for_more_tokens_is_where_its_kernels_are(op: str) -> None:
+    """What a host half launches for many tokens and is bound to an architecture says where there is that path."""
+    for arch, module in KERNELS[op].items():
+        configs = list(importlib.import_module(module).configs(op_shapes(op)[0].dims))
+        bound = {bound_to(Request.of(one).module) for one in configs} - {None}
+        assert (arch in BORDERS[op].more) == (bound <= {arch})
+    assert set(BORDERS[op].more) <= set(KERNELS[op])
+
+
+def test_objects_are_built_for_the_architecture_they_are_bound_to() -> None:
+    calls = [(call.op, call.dims) for model in MODELS for call in op_calls(model)]
+    modules = {target: {one.module for one in requests_for(calls, target)} for target in TARGETS}
+    only = {one for one in modules["sm90a"] if bound_to(one)}
+    assert only == {"linear.weight_tiles_sm90", "experts.expert_tiles_sm90", "fp8.fp8_tiles_sm90"}
+    assert modules["sm100a"] == modules["sm103a"] == modules["sm90a"] - only
+    assert bound_to("linear.weight_tiles_sm90") == "sm90" and bound_to("a.b_sm100") == "sm100"
+    assert bound_to("a.sm90_b") is None
 
 
 def test_weight_layouts_name_operations_that_models_call() -> None:

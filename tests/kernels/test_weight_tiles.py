@@ -19,6 +19,7 @@ from megamoe.kernels.linear import (
 )
 from megamoe.kernels.linear.weight_tiles_sm90 import BF16_TILES, NVFP4_TILES, best_tile, tile_keys
 from megamoe.kernels.linear.weight_tiles_sm90_config import GROUP_ROWS, RESERVED_BYTES, Config, place
+from megamoe.kernels.parts import launch
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE
 from megamoe.kernels.parts.weight_stream_limits import is_possible
 from megamoe.kernels.rows import expand_nvfp4
@@ -123,6 +124,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         monkeypatch.setattr(module, "kernel", lambda config, _: lambda *arguments: recorded.append((config, arguments)))
     for module in (weight_tiles_sm90, grouped_stream):
         monkeypatch.setattr(module, "num_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(launch, "architecture_of", lambda _: "sm90")
     return recorded
 
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import struct
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import megamoe
+from megamoe.checkpoint import CheckpointError
+from megamoe.cli import main
 from megamoe.models.recipe import RECIPES
 
 from ..fake_files import Files, Raw, fake
@@ -73,14 +77,15 @@ def test_compressed_tensors_gives_the_numbers_of_nvidias_layout(tmp_path, layout
     assert torch.equal(logits(files.write(tmp_path / "theirs"), recipe), ours)
 
 
-def test_a_reciprocal_taken_for_a_scale_would_be_seen(tmp_path):
+def test_a_reciprocal_taken_for_a_scale_is_refused(tmp_path):
     files = Files.read(fake.write_fake(tmp_path / "source", "small", "nvidia"))
-    ours = logits(files.write(tmp_path / "ours"), "w4a16")
     spelled_by_compressed_tensors(files)
     for name in files.tensors:
         if name.endswith(".weight_global_scale"):
             files.put_float(name, 1 / struct.unpack("<f", files.tensors[name].content)[0])
-    assert not torch.allclose(megamoe.load(files.write(tmp_path / "wrong")).logits(TOKENS), ours, rtol=0.1)
+    with pytest.raises(CheckpointError, match="It looks like the reciprocal") as caught:
+        megamoe.load(files.write(tmp_path / "wrong"))
+    assert caught.value.rules == ("tensor-scale-reciprocal",)
 
 
 @pytest.mark.parametrize("recipe", ["exact", "w4a16"])
@@ -101,3 +106,56 @@ def test_a_dspark_release_gives_the_numbers_of_its_backbone(tmp_path):
 def test_module_names_of_transformers_give_the_same_numbers(tmp_path):
     saved, modules = (logits(fake.write_fake(tmp_path / one, "small", one), "exact") for one in ("resave", "bf16"))
     assert torch.equal(saved, modules)
+
+
+# Values that mean something else, and going on all the same.
+
+
+def cast_scales(files: Files) -> None:
+    """E8M0 bytes of one expert cast as numbers (vllm#43416)."""
+    raw = files.tensors["layers.2.ffn.experts.1.w2.scale"]
+    raw.content = bytes(127 + max(byte, 1).bit_length() - 1 for byte in raw.content)
+
+
+def turn_over(suffix: str, value: float) -> Callable[[Files], None]:
+    """Store reciprocals under a name of scales that multiply."""
+
+    def inject(files: Files) -> None:
+        for name in [name for name in files.tensors if name.endswith(suffix)]:
+            files.put_float(name, value)
+
+    return inject
+
+
+UNLESS_ACCEPTED = [
+    ("preview", cast_scales, "scale-cast"),
+    ("nvidia", turn_over(".weight_scale_2", 4096.0), "tensor-scale-reciprocal"),
+    ("nvidia", turn_over(".input_scale", 100.0), "input-scale-reciprocal"),
+]
+
+
+@pytest.mark.parametrize(("layout", "inject", "rule"), UNLESS_ACCEPTED, ids=[row[2] for row in UNLESS_ACCEPTED])
+def test_scales_that_mean_something_else_are_refused_unless_accepted(tmp_path, capsys, layout, inject, rule):
+    files = Files.read(fake.write_fake(tmp_path / "source", "small", layout))
+    inject(files)
+    directory, out = files.write(tmp_path / "wrong"), tmp_path / "out"
+    with pytest.raises(CheckpointError, match=f"To go on all the same: --accept {rule}") as caught:
+        megamoe.load(directory)
+    assert caught.value.rules == (rule,)
+    convert = ["convert", str(directory), str(out), "--attention", "nvfp4"]
+    assert main(convert) == 2 and not out.exists()
+    assert f"--accept {rule}" in capsys.readouterr().err
+    model = megamoe.load(directory, accept=[rule])
+    assert any(note.startswith(f"{rule}: ") for note in model.notes)
+    assert main([*convert, "--accept", rule]) == 0
+    assert f"note: {rule}: " in capsys.readouterr().err
+    job = json.loads((out / "convert-manifest.jsonl").read_text().splitlines()[0])
+    assert job["options"]["accept"] == [rule]
+
+
+def test_only_some_rules_can_be_accepted(tmp_path):
+    for name in ("tensor-missing", "nonsense"):
+        with pytest.raises(
+            ValueError, match=f"accept: '{name}' is no rule that can be accepted; these can: scale-cast"
+        ):
+            megamoe.load("tiny", accept=[name])

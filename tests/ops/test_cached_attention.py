@@ -41,6 +41,7 @@ class Recipe:
     index_width: int
     row_format: RowFormat
     index_format: RowFormat
+    operand_dtype: torch.dtype = torch.float32
 
     def round_query(self, q: torch.Tensor):
         if self.index_format is RowFormat.INDEX_FP4:
@@ -54,7 +55,7 @@ class Recipe:
 
 
 FP32 = Recipe("fp32", 16, 16, RowFormat.FP32, RowFormat.FP32)
-FP4 = Recipe("fp8 rows, fp4 keys", 128, 128, RowFormat.FP8_ROPE_BF16, RowFormat.INDEX_FP4)
+FP4 = Recipe("fp8 rows, fp4 keys", 128, 128, RowFormat.FP8_ROPE_BF16, RowFormat.INDEX_FP4, torch.float16)
 FP8 = Recipe("bf16 rows, fp8 keys", 32, 128, RowFormat.BF16, RowFormat.INDEX_FP8)
 RECIPES = pytest.mark.parametrize("recipe", [FP32, FP4, FP8], ids=lambda recipe: recipe.name)
 
@@ -156,6 +157,7 @@ class Layer:
             entry_slots(chosen, table, starts, pools.entries.rows_per_block),
             self.sink,
             scale=self.recipe.width**-0.5,
+            operand_dtype=self.recipe.operand_dtype,
         )
 
     def compress(self, raw, here, state, norm, ring):

@@ -41,6 +41,7 @@ from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
 from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
 from megamoe.ops.penalize import penalize
+from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots, plan_slots
 from megamoe.ops.quantize import quantize_fp8_rows, quantize_mxfp4, quantize_nvfp4
 from megamoe.ops.read_cache import read_cache
 from megamoe.ops.rms_norm import rms_norm
@@ -48,10 +49,13 @@ from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
 from megamoe.ops.rope import rope, rope_table
 from megamoe.ops.route_experts import route_experts
 from megamoe.ops.sample import sample
+from megamoe.ops.save_rows import save_rows
 from megamoe.ops.sparse_attention import sparse_attention
 from megamoe.ops.swiglu import clamped_swiglu
 from megamoe.ops.token_logprobs import token_logprobs
+from megamoe.ops.write_block_tables import write_block_tables
 from megamoe.ops.write_cache import write_cache
+from megamoe.ops.write_index_keys import write_index_keys
 
 from ..host_reads import HostReads, count_host_reads
 
@@ -104,28 +108,49 @@ def _nvfp4_experts(door: Callable[..., Any]) -> list[Case]:
 
 
 def _route_experts() -> list[Case]:
-    given = {"top_k": 2, "routed_scaling": 2.5}
-    x, gate, ids = torch.randn(T, WIDTH), torch.randn(NUM_EXPERTS, WIDTH), torch.arange(T)
+    given = {"token_ids": torch.tensor([0, 1, -1]), "top_k": 2, "routed_scaling": 2.5}
+    x, gate = torch.randn(T, WIDTH), torch.randn(NUM_EXPERTS, WIDTH)
     table = torch.arange(10).reshape(5, 2) % NUM_EXPERTS
     return [
         bound(route_experts, x, gate, bias=torch.randn(NUM_EXPERTS), **given),
-        bound(route_experts, x, gate, expert_table=table, token_ids=ids, **given),
+        bound(route_experts, x, gate, expert_table=table, **given),
     ]
 
 
-def _compress_kv() -> list[Case]:
-    table = rope_table(16, 1e4)
-    pool = _pool(RowFormat.FP32, 4 * 32)
-    positions = torch.tensor([0, 4])
-    norm = torch.ones(32)
-    return [bound(compress_kv, pool, _slots(2, 8), norm, positions, table, ratio=4, overlap=True)]
+def _int32(*numbers: Any) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def _step() -> dict[str, torch.Tensor]:
+    """A token of each of two requests, and nobody's."""
+    return {
+        "positions": torch.tensor([4, 7, -1]),
+        "requests": _int32(1, 0, -1),
+        "first_idx": _int32(0, 1, 2),
+    }
+
+
+def _compressor(door: Callable[..., Any], slots: str, **more: Any) -> list[Case]:
+    state = _pool(RowFormat.FP32, 4 * 32)
+    given = {
+        **_step(),
+        "state_tables": _int32([0], [1]),
+        "state_slots": torch.tensor([12, 7, -1]),
+        slots: torch.tensor([-1, 3, -1]),
+        "table": rope_table(16, 1e4),
+        "ratio": 4,
+        **more,
+    }
+    raw, ape, norm = torch.randn(T, 4 * 32), torch.randn(4, 2 * 32), torch.ones(32)
+    steps = (None, _pool(RowFormat.FP32, 4 * 32))
+    return [bound(door, raw, ape, norm, state, step, _pool(width=32), **given) for step in steps]
 
 
 def _index_topk() -> list[Case]:
     tables = {
-        "block_tables": torch.tensor([[1, 0]], dtype=torch.int32),
-        "query_starts": torch.tensor([0, T], dtype=torch.int32),
-        "num_visible": torch.tensor([3, 9, 16], dtype=torch.int32),
+        "block_tables": _int32([1, 0], [0, 1]),
+        "requests": _step()["requests"],
+        "num_visible": _int32(3, 9, 0),
     }
     q = torch.randn(T, 2, 128)
     keys = _pool(RowFormat.INDEX_FP4, 128)
@@ -138,12 +163,31 @@ def _index_scores() -> list[Case]:
 
 
 def _sparse_attention() -> list[Case]:
+    given = {**_step(), "window_size": 4, "window_tables": _int32([0], [1]), "table": rope_table(16, 1e4), "scale": 0.1}
+    tables = {"entry_tables": _int32([1, 0], [0, 1]), "num_visible": _int32(2, 3, 0)}
+    chosen = _int32([0, -1], [1, 2], [-1, -1])
+    none = {"entry_tables": None, "num_visible": None}
     q, sink = torch.randn(T, 2, WIDTH), torch.randn(2)
-    given = {"sink": sink, "scale": 0.1}
+    ends = torch.tensor([3, 7, -1])
     return [
-        bound(sparse_attention, q, _pool(), _slots(T, 4), _pool(), _slots(T, 3), **given),
-        bound(sparse_attention, q, _pool(), _slots(T, 4), None, None, **given),
+        bound(sparse_attention, q, _pool(), _pool(), sink, step=None, entry_idx=None, **tables, **given),
+        bound(sparse_attention, q, _pool(), _pool(), sink, step=_pool(), entry_idx=chosen, **tables, **given),
+        bound(sparse_attention, q, _pool(), None, sink, step=None, entry_idx=None, window_ends=ends, **none, **given),
     ]
+
+
+def _plan_slots() -> list[Case]:
+    tokens = torch.stack((_int32(5, 6, -1), _int32(4, 7, -1), _int32(1, 0, -1), _int32(0, 1, 2)))
+    rings = RowTables(_int32([0], [1]), 8)
+    kinds = (EntryTables(4, rings, RowTables(_int32([1, 0], [0, 1]), 4)),)
+    out = StepSlots.empty(T, 1, torch.device("cpu"))
+    return [bound(plan_slots, tokens, rings, kinds, out, in_rings=in_rings) for in_rings in (True, False)]
+
+
+def _save_rows() -> list[Case]:
+    saves = _int32([0, 6, 4, 0, 1], [1, 3, 2, 2, 0], [-1, -1, -1, -1, -1])
+    target = CachePool.allocate(2, 3, RowFormat.BF16, WIDTH)
+    return [bound(save_rows, _pool(), step, target, saves, _int32([0], [1])) for step in (None, _pool())]
 
 
 def _sample() -> list[Case]:
@@ -174,7 +218,7 @@ def _x() -> torch.Tensor:
 
 CASES: dict[str, Callable[[], list[Case]]] = {
     "clamped_swiglu": lambda: [bound(clamped_swiglu, _x(), _x(), limit=7.0, row_weight=torch.ones(T))],
-    "compress_kv": _compress_kv,
+    "compress_kv": lambda: _compressor(compress_kv, "entry_slots", overlap=True),
     "copy_cache": lambda: [bound(copy_cache, _pool(), _slots(T), _pool(), _slots(T))],
     "experts": lambda: _experts(experts, torch.randn),
     "fp8_experts": lambda: _experts(fp8_experts, lambda *shape: fp8.quantize_blocks(torch.randn(shape))),
@@ -197,6 +241,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "nvfp4_weight_only_grouped_linear": lambda: _grouped(False, _quantized, nvfp4_weight_only_grouped_linear),
     "nvfp4_weight_only_linear": lambda: [bound(nvfp4_weight_only_linear, _x(), _quantized(16, WIDTH))],
     "penalize": _penalize,
+    "plan_slots": _plan_slots,
     "quantize_fp8_rows": lambda: [bound(quantize_fp8_rows, _x())],
     "quantize_mxfp4": lambda: [bound(quantize_mxfp4, _x())],
     "quantize_nvfp4": lambda: [
@@ -210,13 +255,15 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "rope": lambda: [bound(rope, _x(), torch.arange(T), rope_table(16, 1e4), inverse=True)],
     "route_experts": _route_experts,
     "sample": _sample,
+    "save_rows": _save_rows,
     "sparse_attention": _sparse_attention,
     "token_logprobs": lambda: [bound(token_logprobs, torch.randn(T, 9), torch.arange(T), num_top=2)],
+    "write_block_tables": lambda: [bound(write_block_tables, _int32([0, -1], [1, 2]), _int32([1, 0, 5], [-1, -1, -1]))],
     "write_cache": lambda: [bound(write_cache, _x(), _pool(), _slots(T))],
+    "write_index_keys": lambda: [
+        case for rotate in (False, True) for case in _compressor(write_index_keys, "key_slots", rotate=rotate)
+    ],
 }
-
-STILL_READ = {"compress_kv", "index_scores", "index_topk", "sparse_attention"}
-"""Doors that look at slots before they pick; their address form is about to change, and the looking with it."""
 
 
 def _functions() -> Iterator[ast.FunctionDef]:
@@ -251,7 +298,7 @@ def test_every_door_has_a_case_and_every_case_is_a_door() -> None:
     assert len(_doors()) > 30  # it does find them
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - STILL_READ))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_a_door_reads_nothing_back(name: str, seed: int) -> None:
     torch.manual_seed(seed)
     for case in CASES[name]():
@@ -320,7 +367,7 @@ def test_work_without_a_read_is_not(name: str, inference: bool) -> None:
         assert _count(WORK[name]).places == []
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - STILL_READ))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_a_read_in_a_door_is_caught(name: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """`int(t.max())` in the dimension check of a door; a reference that does the same is left alone."""
     torch.manual_seed(seed)
@@ -334,7 +381,8 @@ def test_a_read_in_a_door_is_caught(name: str, monkeypatch: pytest.MonkeyPatch, 
 
     holder = module if hasattr(module, "check") else sys.modules["megamoe.ops.expert_common"]
     monkeypatch.setattr(holder, "check", looks_at_values)
-    assert len(_count(case).places) == 1
+    places = _count(case).places  # some doors check in parts
+    assert places and all("looks_at_values" in place for place in places)
 
 
 def test_what_an_operation_runs_may_read() -> None:

@@ -111,5 +111,5 @@ def test_refusals() -> None:
         fp8_experts(*args, w1, w3, case.w2, swiglu_limit=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"fp8_experts: w2 must be \[E, D, F\]"):
         fp8_experts(*args, w1, w3, w1, swiglu_limit=None)
-    with pytest.raises(ValueError, match="fp8_experts: expert_ids must be 0 to 5, .*; got 6"):
-        fp8_experts(*args[:2], torch.full_like(case.expert_ids, 6), w1, w3, w2, swiglu_limit=None)
+    with pytest.raises(ValueError, match="fp8_experts: expert_ids must be an expert of w1 .*; got -2"):
+        fp8_experts(*args[:2], torch.full_like(case.expert_ids, -2), w1, w3, w2, swiglu_limit=None)

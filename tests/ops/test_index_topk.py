@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""index_scores, index_topk and entry_slots: which entries a token attends to."""
+"""index_scores and index_topk: which entries a token attends to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from megamoe.formats import fp8, mxfp4
 from megamoe.formats.cache_rows import CachePool, RowFormat
 from megamoe.ops.hadamard import hadamard
-from megamoe.ops.index_topk import entry_slots, index_scores, index_topk, request_of_token
+from megamoe.ops.index_topk import index_scores, index_topk
 from megamoe.ops.read_cache import read_cache
 from megamoe.ops.write_cache import write_cache
 
@@ -51,19 +51,21 @@ def keys_of(rows: torch.Tensor, row_format: RowFormat, page: int = 64) -> CacheP
     return pool
 
 
-def select(q, head_weights, keys, num_visible, top_k, table=None, starts=None):
+def select(q, head_weights, keys, num_visible, top_k, table=None, requests=None):
     """index_topk of one request in consecutive pages, unless told otherwise."""
     table = torch.arange(keys.num_blocks)[None] if table is None else table
-    starts = [0, head_weights.shape[0]] if starts is None else starts
-    return index_topk(
+    requests = [0] * head_weights.shape[0] if requests is None else requests
+    entry_idx = index_topk(
         q,
         head_weights,
         keys,
         block_tables=table.to(torch.int32),
-        query_starts=torch.tensor(starts, dtype=torch.int32),
+        requests=torch.as_tensor(requests, dtype=torch.int32),
         num_visible=torch.as_tensor(num_visible, dtype=torch.int32),
         top_k=top_k,
     )
+    assert entry_idx.dtype == torch.int32
+    return entry_idx
 
 
 # --- known answers ---
@@ -141,15 +143,11 @@ def test_scores_of_minus_infinity_are_still_visible():
     assert select(q, weights, keys, [3], 2).tolist() == [[0, 1]]
 
 
-def test_entry_slots_by_hand():
-    idx = torch.tensor([[0, 3, -1], [2, -1, 4], [-1, -1, 1]])
-    tables = torch.tensor([[7, 2, -1], [5, 0, 9]], dtype=torch.int32)
-    starts = torch.tensor([0, 1, 3], dtype=torch.int32)
-    assert entry_slots(idx, tables, starts, 2).tolist() == [[14, 5, -1], [0, -1, 18], [-1, -1, 11]]
-
-
-def test_request_of_token():
-    assert request_of_token(torch.tensor([0, 2, 2, 5], dtype=torch.int32), 5).tolist() == [0, 0, 2, 2, 2]
+def test_nobody_selects_nothing():
+    """Whatever its number of visible entries, and whether it is scored or not."""
+    keys, q = keys_of(torch.ones(200, 4), RowFormat.FP32), torch.ones(4, 1, 4)
+    selected = select(q, torch.ones(4, 1), keys, [200, 200, 2, 9999], 3, requests=[-1, 0, -1, -1])
+    assert selected.tolist() == [[-1] * 3, [0, 1, 2], [-1] * 3, [-1] * 3]
 
 
 # --- properties ---
@@ -212,13 +210,53 @@ def test_a_selection_does_not_depend_on_the_call(row_format, seed):
     tables = torch.stack((torch.arange(10), torch.arange(10) + 10))
     q, weights = rounded(torch.randn(40, 16, 128), row_format), torch.randn(40, 16)
     visible = torch.randint(0, 161, (40,))
-    whole = select(q, weights, keys, visible, 12, table=tables, starts=[0, 23, 40])
+    whole = select(q, weights, keys, visible, 12, table=tables, requests=[0] * 23 + [1] * 17)
     for t in range(40):
         own = slice(t, t + 1)
         alone = select(one_token(q, own), weights[own], keys, visible[own], 12, table=tables[0 if t < 23 else 1][None])
         assert torch.equal(alone[0], whole[t])
     assert bool((whole[:, 1:][whole[:, 1:] >= 0] > whole[:, :-1][whole[:, 1:] >= 0]).all())
     assert torch.equal((whole >= 0).sum(1), visible.clamp(max=12))
+    order = torch.randperm(40)  # tokens of requests need not stand together
+    requests = (order >= 23).to(torch.int32)
+    shuffled = select(one_token(q, order), weights[order], keys, visible[order], 12, table=tables, requests=requests)
+    assert torch.equal(shuffled, whole[order])
+
+
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_nobody_changes_nobodys_selection(row_format, seed):
+    """Tokens that are nobody's, between the others and after them, with other contents and any number of entries."""
+    torch.manual_seed(seed)
+    keys = keys_of(torch.randn(320, 128), row_format, page=16)
+    tables = torch.randperm(20).view(2, 10)
+    q, weights = torch.randn(20, 16, 128), torch.randn(20, 16)
+    requests, visible = torch.tensor([1] * 9 + [0] * 11), torch.randint(0, 161, (20,))
+    ours = torch.cat((torch.arange(4), torch.arange(6, 11), torch.arange(12, 18)))
+    nobody = [4, 5, 11, 18, 19]
+    expected = select(
+        rounded(q[ours], row_format), weights[ours], keys, visible[ours], 12, table=tables, requests=requests[ours]
+    )
+    requests[nobody] = -1
+    for content, number in ((0.0, 0), (1e4, 160), (-3.0, 10**6)):
+        q[nobody], weights[nobody], visible[nobody] = content, content, number
+        padded = select(rounded(q, row_format), weights, keys, visible, 12, table=tables, requests=requests)
+        assert torch.equal(padded[ours], expected) and bool((padded[nobody] == -1).all())
+
+
+@pytest.mark.parametrize("fault", ["requests ignored", "nobody is request 0"])
+def test_faults_in_requests_are_caught(fault, monkeypatch, seed):
+    right = MODULE.reference
+
+    def wrong(q, head_weights, keys, block_tables, requests, num_visible, top_k):
+        requests = requests.clamp(min=0) if fault == "nobody is request 0" else requests.clamp(max=0)
+        return right(q, head_weights, keys, block_tables, requests, num_visible, top_k)
+
+    monkeypatch.setattr(MODULE, "reference", wrong)
+    with pytest.raises((AssertionError, ValueError)):
+        if fault == "nobody is request 0":
+            test_nobody_selects_nothing()
+        else:
+            test_a_selection_does_not_depend_on_the_call(RowFormat.FP32, seed)
 
 
 def test_decode_equals_prefill_and_unequal_numerics_are_caught(seed):
@@ -301,12 +339,13 @@ def test_empty():
     assert index_scores(none, torch.empty(0, 2), keys, torch.arange(4)).shape == (0, 4)
     assert index_scores(torch.ones(3, 2, 4), torch.ones(3, 2), keys, torch.arange(0)).shape == (3, 0)
     assert select(none, torch.empty(0, 2), keys, [], 3).shape == (0, 3)
-    empty_request = select(torch.ones(1, 2, 4), torch.ones(1, 2), keys, [4], 2, torch.tensor([[9], [0]]), [0, 0, 1])
+    empty_request = select(torch.ones(1, 2, 4), torch.ones(1, 2), keys, [4], 2, torch.tensor([[9], [0]]), [1])
     assert empty_request.tolist() == [[0, 1]]
-    no_tables = torch.empty(1, 0, dtype=torch.int32)
-    starts = torch.tensor([0, 2], dtype=torch.int32)
-    assert entry_slots(torch.full((2, 3), -1), no_tables, starts, 4).tolist() == [[-1] * 3] * 2
-    assert entry_slots(torch.empty(2, 0, dtype=torch.int64), no_tables, starts, 4).shape == (2, 0)
+    assert select(torch.ones(2, 2, 4), torch.ones(2, 2), keys, [4, 0], 0).shape == (2, 0)
+    no_request = torch.empty(0, 1)
+    assert select(torch.ones(1, 2, 4), torch.ones(1, 2), keys, [4], 2, no_request, [-1]).tolist() == [[-1, -1]]
+    no_keys = CachePool.allocate(0, 4, RowFormat.FP32, 4)
+    assert select(torch.ones(1, 2, 4), torch.ones(1, 2), no_keys, [0], 2, torch.full((1, 3), -1)).tolist() == [[-1, -1]]
     assert select(torch.ones(2, 2, 4), torch.ones(2, 2), keys, [0, 0], 2, torch.empty(1, 0)).tolist() == [[-1, -1]] * 2
 
 
@@ -332,9 +371,13 @@ def test_empty():
             "request 0 sees entries on block -1",
         ),
         ({"block_tables": torch.tensor([[2, 1]], dtype=torch.int32)}, ValueError, "blocks are in 0 .. 1"),
-        ({"query_starts": torch.tensor([0, 1], dtype=torch.int32)}, ValueError, "rise from 0 to T = 2; got"),
-        ({"query_starts": torch.tensor([0, 1, 2], dtype=torch.int32)}, ValueError, r"B \+ 1 = 2 numbers"),
-        ({"query_starts": torch.tensor([1, 2], dtype=torch.int32)}, ValueError, "rise from 0"),
+        ({"requests": torch.tensor([0, 0])}, TypeError, "requests must be int32"),
+        ({"requests": torch.tensor([0], dtype=torch.int32)}, ValueError, "requests must be"),
+        (
+            {"requests": torch.tensor([0, 1], dtype=torch.int32)},
+            ValueError,
+            "requests must be -1 or in 0 .. 0, the rows of block_tables; got 1",
+        ),
         ({"top_k": -1}, ValueError, "top_k must be >= 0"),
     ],
 )
@@ -344,19 +387,13 @@ def test_topk_refusals(change, error, message):
         "head_weights": torch.zeros(2, 3),
         "keys": CachePool.allocate(2, 4, RowFormat.FP32, 4),
         "block_tables": torch.tensor([[0, 1]], dtype=torch.int32),
-        "query_starts": torch.tensor([0, 2], dtype=torch.int32),
+        "requests": torch.tensor([0, 0], dtype=torch.int32),
         "num_visible": torch.tensor([3, 8], dtype=torch.int32),
         "top_k": 2,
     }
     index_topk(**arguments)
     with pytest.raises(error, match=message):
         index_topk(**{**arguments, **change})
-
-
-def test_query_starts_must_not_fall():
-    keys = CachePool.allocate(2, 4, RowFormat.FP32, 4)
-    with pytest.raises(ValueError, match="rise from 0 to T = 2"):
-        select(torch.zeros(2, 3, 4), torch.zeros(2, 3), keys, [1, 1], 2, torch.zeros(3, 2), [0, 2, 1, 2])
 
 
 def test_scores_refusals():
@@ -368,20 +405,3 @@ def test_scores_refusals():
         index_scores(q[..., :2], weights, keys, torch.tensor([0]))
     with pytest.raises(TypeError, match="key_slots must be int64"):
         index_scores(q, weights, keys, torch.tensor([0], dtype=torch.int32))
-
-
-def test_entry_slots_refusals():
-    idx, starts = torch.tensor([[0, 5]]), torch.tensor([0, 1], dtype=torch.int32)
-    tables = torch.tensor([[0, 1, -1]], dtype=torch.int32)
-    assert entry_slots(idx, tables, starts, 4).tolist() == [[0, 5]]
-    for bad in (12, -2):
-        with pytest.raises(ValueError, match=f"entries must be -1 or in 0 .. 11 .*; got {bad}"):
-            entry_slots(torch.tensor([[bad]]), tables, starts, 4)
-    with pytest.raises(ValueError, match="negative in the block table"):
-        entry_slots(torch.tensor([[8]]), tables, starts, 4)
-    with pytest.raises(ValueError, match="rows_per_block must be >= 1"):
-        entry_slots(idx, tables, starts, 0)
-    with pytest.raises(ValueError, match="query_starts must be"):
-        entry_slots(idx, tables, torch.tensor([0, 2], dtype=torch.int32), 4)
-    with pytest.raises(TypeError, match="entry_idx must be int64"):
-        entry_slots(idx.int(), tables, starts, 4)

@@ -175,5 +175,5 @@ def test_refusals() -> None:
         nvfp4_experts(quantize_nvfp4(case.x), *args[1:], w1, w3, w2, swiglu_limit=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be finite"):
         nvfp4_experts(case.x * float("inf"), *args[1:], w1, w3, w2, swiglu_limit=None)
-    with pytest.raises(ValueError, match="nvfp4_experts: expert_ids must be 0 to 5, .*; got -1"):
-        nvfp4_experts(*args[:2], -torch.ones_like(case.expert_ids), w1, w3, w2, swiglu_limit=None)
+    with pytest.raises(ValueError, match="nvfp4_experts: expert_ids must be an expert of w1 .*; got -2"):
+        nvfp4_experts(*args[:2], torch.full_like(case.expert_ids, -2), w1, w3, w2, swiglu_limit=None)

@@ -154,6 +154,6 @@ def test_refusals() -> None:
         nvfp4_weight_only_experts(*args, case.w1, w3, w2, swiglu_limit=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"{OP}: w2 must be \[E, D, F\].*; got NvFp4Tensor \[6, 32, 64\]"):
         nvfp4_weight_only_experts(*args, w1, w3, w1, swiglu_limit=None)
-    with pytest.raises(ValueError, match=f"{OP}: expert_ids must be 0 to 5, .*; got 6"):
-        ids = torch.full_like(case.expert_ids, 6)
+    with pytest.raises(ValueError, match=f"{OP}: expert_ids must be an expert of w1 .*; got -2"):
+        ids = torch.full_like(case.expert_ids, -2)
         nvfp4_weight_only_experts(case.x, case.route_weights, ids, w1, w3, w2, swiglu_limit=None)

@@ -81,8 +81,8 @@ def test_rows_have_their_own_factors(seed: int) -> None:
 
 def test_refusals() -> None:
     for pair, message in (
-        ((1, 0, 0), "row_idx must be 0 to 0; got 1"),
-        ((0, -1, 0), "token_ids must be 0 to 1; got -1"),
+        ((1, 0, 0), "row_idx must be 0 to 0, or -1 for nobody; got 1"),
+        ((0, -2, 0), "token_ids must be 0 to 1, or -1 for nobody; got -2"),
     ):
         with pytest.raises(ValueError, match=message):
             run([[0.0, 0.0]], [pair])

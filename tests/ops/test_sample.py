@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megamoe.ops.sample import sample
+from megamoe.ops.sample import LOG2_E, masses, sample
 
 from .invariance import assert_row_invariant
 
@@ -73,6 +73,31 @@ def test_top_p_counts_the_mass_that_top_k_left() -> None:
     assert _draw(LOGITS, [0.9999], top_k=2, top_p=0.65) == [0]
 
 
+def test_masses_by_hand() -> None:
+    """At temperature log2 e an octave is a difference of 1: masses are powers of two, the last one is below 2^-40."""
+    below = torch.tensor([[0.0, -1.0, -2.0, -40.0, -40.5, -41.0, -1e30, -math.inf]])
+    temperature = torch.tensor([LOG2_E])
+    assert masses(below, temperature).tolist() == [[2**40, 2**39, 2**38, 1, 0, 0, 0, 0]]
+    quarter = int(2**40 * 0.84089642)  # 2^-0.25; the polynomial ends on a multiple of 2^-24
+    assert abs(int(masses(torch.tensor([[-0.25]]), temperature)) - quarter) <= 2**17
+
+
+def test_masses_at_the_ends_of_temperature() -> None:
+    below = torch.tensor([[0.0, -1e-38, -1.0, -math.inf]])
+    for temperature, want in ((1e-45, [2**40, 0, 0, 0]), (3e38, [2**40, 2**40, 2**40, 0])):
+        got = masses(below, torch.tensor([temperature]))[0]
+        assert got[[0, 2, 3]].tolist() == [want[0], want[2], want[3]]
+    assert _draw(torch.tensor([1.0, 3.0, 3.0]), [0.0, 0.4, 0.6, 0.9999], temperature=1e-45) == [1, 1, 2, 2]
+
+
+def test_masses_are_the_exponential() -> None:
+    below = -torch.cat((torch.linspace(0, 14, 100_001), torch.rand(1000) * 1e-4))
+    for temperature in (1.0, 0.37):
+        want = 2.0**40 * (below.double() * (1.0 / torch.tensor(temperature).double())).exp()
+        got = masses(below[None], torch.tensor([temperature]))[0].double()
+        assert bool(((got - want).abs() <= 3e-7 * (1 - below.double() / temperature) * want + 1.5).all())
+
+
 def test_min_p_is_relative_to_the_best() -> None:
     """Relative masses 1, 0.6 and 0.4; what is left is drawn from alone."""
 
@@ -129,6 +154,67 @@ def test_one_token() -> None:
 # --- properties ---
 
 
+def _by_digits(logits, temperature, top_k, top_p, min_p, uniform, generator):
+    """One row as a device may sample it: no sort, masses added in a random order, order found digit by digit."""
+    logits = logits + 0.0  # -0 is 0
+    bits = logits.view(torch.int32).long()
+    keys = torch.where(bits < 0, -bits - 2**31, bits).neg_() + 2**31  # ascending: falling logits
+    mass = masses((logits - logits.max())[None], temperature[None])[0]
+
+    def first_beyond(weights: torch.Tensor, target: int) -> int:
+        """Return the first token, by key and then index, at which the running weight exceeds target; -1 for none."""
+        inside = torch.ones_like(keys, dtype=torch.bool)
+        for shift in (24, 16, 8, 0):
+            shuffled = inside.nonzero()[:, 0]
+            shuffled = shuffled[torch.randperm(len(shuffled), generator=generator)]
+            digits = keys >> shift & 255
+            sums = torch.zeros(256, dtype=torch.int64).index_add_(0, digits[shuffled], weights[shuffled]).tolist()
+            for digit in range(256):
+                if sums[digit] > target:
+                    break
+                target -= sums[digit]
+            else:
+                return -1
+            inside &= digits == digit
+        for token in inside.nonzero()[:, 0].tolist():
+            if int(weights[token]) > target:
+                return token
+            target -= int(weights[token])
+        raise AssertionError
+
+    def cut(weights: torch.Tensor, target: int) -> None:
+        """Drop what comes after the first token at which the running weight exceeds target."""
+        last = first_beyond(weights, target)
+        if last >= 0:
+            after = (keys > keys[last]) | (keys == keys[last]) & (torch.arange(len(keys)) > last)
+            mass.masked_fill_(after, 0)
+
+    if top_k:
+        cut(torch.ones_like(mass), int(top_k) - 1)
+    mass.masked_fill_(mass < math.ceil(float(min_p) * 2.0**40), 0)
+    if top_p < 1.0:
+        cut(mass, math.ceil(float(top_p) * float(int(mass.sum()))) - 1)
+    return first_beyond(mass, int(float(uniform) * float(int(mass.sum()))))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 300, 5000])
+def test_a_device_without_a_sort_draws_the_same_tokens(num_tokens: int, seed: int) -> None:
+    """The rule of ties and sums is one that histograms and atomics can meet exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    count = 40
+    logits = (torch.randn(count, num_tokens, generator=generator) * 8).round() / 4  # many ties, zeros of both signs
+    logits[torch.rand(logits.shape, generator=generator) < 0.1] = -math.inf
+    logits[:, num_tokens // 2] = 0.0
+    temperature = torch.rand(count, generator=generator) * 2 + 0.01
+    top_k = torch.randint(0, 30, (count,), generator=generator) * (torch.arange(count) % 2)
+    top_p = (torch.rand(count, generator=generator) + 0.3).clamp(max=1.0)
+    min_p = torch.rand(count, generator=generator) * 0.2 * (torch.arange(count) % 3 == 0)
+    uniform = torch.rand(count, generator=generator)
+    rows = logits, temperature, top_k, top_p, min_p, uniform
+    want = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, uniform=uniform)
+    assert [_by_digits(*row, generator) for row in zip(*rows, strict=True)] == want.tolist()
+
+
 def test_frequencies_are_the_softmax(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(50, generator=generator) * 2
@@ -163,7 +249,7 @@ def test_row_invariant(seed: int) -> None:
         ("temperature", -0.1, "temperature must be finite and at least 0; got -0.1"),
         ("temperature", math.nan, "temperature must be finite and at least 0; got nan"),
         ("temperature", math.inf, "temperature must be finite and at least 0; got inf"),
-        ("top_k", -1, "top_k must be at least 0; 0 keeps all tokens; got -1"),
+        ("top_k", -2, r"top_k must be at least 0 \(0 keeps all tokens\), or -1 in a row of nobody; got -2"),
         ("top_p", 0.0, "top_p must be above 0 and at most 1; got 0"),
         ("top_p", 1.5, "top_p must be above 0 and at most 1; got 1.5"),
         ("min_p", -0.1, "min_p must be 0 to 1; got -0.1"),
@@ -201,5 +287,7 @@ def test_shapes_and_dtypes() -> None:
         sample(torch.zeros(2, 3), **good, uniform=torch.zeros(3))
     with pytest.raises(TypeError, match="sample: logits must be float32; got bfloat16"):
         sample(torch.zeros(2, 3).bfloat16(), **good, uniform=torch.zeros(2))
+    with pytest.raises(ValueError, match="logits may have at most 4194304 columns; got 4194305"):
+        sample(torch.zeros(1, 1).expand(2, 2**22 + 1), **good, uniform=torch.zeros(2))
     with pytest.raises(ValueError, match="logits must have at least one column"):
         sample(torch.zeros(2, 0), **good, uniform=torch.zeros(2))

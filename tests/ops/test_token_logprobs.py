@@ -62,8 +62,8 @@ def test_row_invariant(seed: int) -> None:
 
 
 def test_refusals() -> None:
-    for bad in (-1, 3):
-        with pytest.raises(ValueError, match=f"token_ids must be 0 to 2; got {bad}"):
+    for bad in (-2, 3):
+        with pytest.raises(ValueError, match=f"token_ids must be 0 to 2, or -1 for nobody; got {bad}"):
             token_logprobs(torch.zeros(1, 3), torch.tensor([bad]), num_top=0)
     with pytest.raises(ValueError, match="num_top >= 0"):
         token_logprobs(torch.zeros(1, 3), torch.tensor([0]), num_top=-1)

@@ -71,8 +71,7 @@ def test_nothing_a_step_does_bypasses_pick(tool: ModuleType, model: str, options
 
 
 def test_every_call_of_a_step_is_a_call_site_of_the_table(tool: ModuleType) -> None:
-    planned = {call.op for call in op_calls("flash")} | {"plan_slots", "write_block_tables", "write_index_keys"}
-    assert {event.op for event in record(tool)} <= planned
+    assert {event.op for event in record(tool)} <= {call.op for call in op_calls("flash")}
 
 
 def test_a_matrix_wider_than_one_launch_is_two_nodes(tool: ModuleType) -> None:

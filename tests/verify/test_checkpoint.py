@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from megamoe.checkpoint.headers import INDEX_NAME
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.cli import main
 from megamoe.models import BUNDLED
-from megamoe.verify import scale_samples
+from megamoe.models.deepseek_v4 import samples
+from megamoe.models.deepseek_v4.rules import RULES, Finding
 from megamoe.verify.checkpoint import Verdict, inspect_checkpoint
-from megamoe.verify.rules import RULES, Finding
 
 from ..fake_files import Files, fake
 
@@ -271,6 +272,37 @@ def copy_under_another_name(files: Files) -> None:
     files.put(f"model.{WQ_A}.weight", raw.dtype, raw.shape, raw.content)
 
 
+def zero(name: str, pattern: bytes = b"\0") -> Callable[[Files], None]:
+    """A tensor whose bytes never came."""
+
+    def inject(files: Files) -> None:
+        raw = files.tensors[name]
+        raw.content = (pattern * len(raw.content))[: len(raw.content)]
+
+    return inject
+
+
+FUSED = "model.layers.2.mlp.experts.down_proj"
+
+
+def zero_fused(files: Files) -> None:
+    """The last expert of a tensor that holds all of them."""
+    raw = files.tensors[FUSED]
+    raw.content = raw.content[: len(raw.content) // 4 * 3] + bytes(len(raw.content) // 4)
+
+
+def nan_over_zeros(files: Files) -> None:
+    """What ModelOpt and torchao write for a matrix of zeros: 0 / 0."""
+    zero(f"{EXPERT}.weight")(files)
+    files.tensors[E4M3_SCALES].content = bytes([0x7F]) * len(files.tensors[E4M3_SCALES].content)
+
+
+def nan_over_zeros_e8m0(files: Files) -> None:
+    """The same in MXFP4."""
+    zero(f"{EXPERT}.weight")(files)
+    files.tensors[f"{EXPERT}.scale"].content = bytes([0xFF]) * len(files.tensors[f"{EXPERT}.scale"].content)
+
+
 FALLBACK = ["heavily_compressed_attention"] * 3 + ["compressed_sparse_attention", "heavily_compressed_attention"]
 NAN_SCALES = b"\x7f"
 
@@ -505,6 +537,49 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         "quantization_config",
         "quant_method is 'fp8', but no weight is quantized.",
     ),
+    *(
+        (
+            f"quant_method {method}",
+            "nvidia",
+            declare(quant_method=method),
+            "config-format",
+            "quantization_config.quant_method",
+            f"{words} quant_method; known is 'fp8' or 'modelopt' or 'compressed-tensors'.",
+        )
+        for method, words in (("modelopt_fp4", "has 'modelopt_fp4' as"), ("mxfp4", "has 'mxfp4' as"), (None, "has no"))
+    ),
+    (
+        "blocks of 32",
+        "preview",
+        declare(weight_block_size=[32, 32]),
+        "config-format",
+        "quantization_config.weight_block_size",
+        "has [32, 32] as weight_block_size; known is [128, 128]. The tensors were read as what they are.",
+    ),
+    (
+        "static activations",
+        "preview",
+        declare(activation_scheme="static"),
+        "config-format",
+        "quantization_config.activation_scheme",
+        "has 'static' as activation_scheme",
+    ),
+    (
+        "quantization_config is a text",
+        "preview",
+        configure(quantization_config="fp8"),
+        "config-format",
+        "quantization_config",
+        "quantization_config is 'fp8'; expected an object.",
+    ),
+    (
+        "layers as text",
+        "preview",
+        configure(num_hidden_layers="5"),
+        "config-invalid",
+        "num_hidden_layers",
+        "num_hidden_layers is the text '5', not a number. Write it without quotes.",
+    ),
     (
         "F16 another tool's method",
         "compressed-tensors",
@@ -557,12 +632,95 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
     ("F20 to zero", "preview", cast_e8m0_to_zero, "scale-cast", f"{EXPERT}.scale", "the middle scale is 2^-127"),
     ("F20 to fp32", "preview", cast_e8m0_to_float, "scale-cast", f"{WQ_A}.scale", "the middle scale is 11"),
     (
-        "F20 of E4M3",
+        "scales of zero",
         "nvidia",
         lambda files: files.put(E4M3_SCALES, "F8_E4M3", (256, 8)),
-        "scale-cast",
+        "scale-zero",
         E4M3_SCALES,
-        "the middle scale is 0, a size no weight needs",
+        "scales are zero wherever they were looked at, and codes are not.",
+    ),
+    (
+        "zero matrix",
+        "preview",
+        zero(f"{WQ_A}.weight"),
+        "values-zero",
+        f"{WQ_A}.weight",
+        "wq_a.weight: all zero wherever",
+    ),
+    ("zero expert", "nvidia", zero(f"{EXPERT}.weight"), "values-zero", f"{EXPERT}.weight", "(4,092 of 16,384 bytes)"),
+    ("zero of either sign", "bf16", zero("head.weight", b"\0\x80"), "values-zero", "head.weight", "all zero"),
+    (
+        "zero embedding",
+        "resave",
+        zero("model.embed_tokens.weight"),
+        "values-zero",
+        "model.embed_tokens.weight",
+        "all zero",
+    ),
+    (
+        "zero norm",
+        "dspark",
+        zero("norm.weight"),
+        "values-zero",
+        "norm.weight",
+        "norm.weight: all zero; no trained model",
+    ),
+    ("zero expert of a fused tensor", "resave-modules", zero_fused, "values-zero", FUSED, "all zero wherever"),
+    (
+        "NaN scales over zeros",
+        "nvidia",
+        nan_over_zeros,
+        "scale-nan",
+        E4M3_SCALES,
+        "over codes that are all zero: ModelOpt and torchao divide by an amax of 0 there.",
+    ),
+    (
+        "NaN scales over zeros in E8M0",
+        "preview",
+        nan_over_zeros_e8m0,
+        "scale-nan",
+        f"{EXPERT}.scale",
+        "over codes that are all zero",
+    ),
+    (
+        "NaN values",
+        "preview",
+        poke("layers.2.attn.compressor.wkv.weight", 2, b"\xc0\x7f"),
+        "values-not-finite",
+        "layers.2.attn.compressor.wkv.weight",
+        "holds NaN or infinity.",
+    ),
+    (
+        "NaN values of FP8",
+        "preview",
+        poke(f"{WQ_A}.weight", 9, b"\x7f"),
+        "values-not-finite",
+        f"{WQ_A}.weight",
+        "holds NaN",
+    ),
+    (
+        "infinite values of fp32",
+        "preview",
+        poke("layers.2.attn.attn_sink", 4, struct.pack("<f", float("-inf"))),
+        "values-not-finite",
+        "layers.2.attn.attn_sink",
+        "holds NaN",
+    ),
+    (
+        "an expert that is not there",
+        "preview",
+        poke("layers.0.ffn.gate.tid2eid", 8, struct.pack("<q", 4)),
+        "expert-table",
+        "layers.0.ffn.gate.tid2eid",
+        "expert 4 (1 of 320 entries looked at); experts are 0 to 3.",
+    ),
+    (
+        "a draft's head of its own",
+        "preview",
+        lambda files: files.put("mtp.0.head.weight", "BF16", (160, 256), bytes([1, 60]) * 160 * 256),
+        "draft-copy",
+        "mtp.0.head.weight",
+        "differs from head.weight.",
     ),
     (
         "F20 dtype",
@@ -600,7 +758,7 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
     (
         "half precision",
         "bf16",
-        lambda files: files.put("norm.weight", "F16", (256,)),
+        lambda files: files.put("norm.weight", "F16", (256,), bytes([0, 60]) * 256),
         "tensor-dtype",
         "norm.weight",
         "F16 [256], expected BF16 or F32 [256].",
@@ -709,9 +867,35 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         configure(
             dspark_block_size=None, dspark_noise_token_id=None, dspark_target_layer_ids=None, dspark_markov_rank=None
         ),
-        "config-draft",
+        "config-draft-unannounced",
         "dspark_block_size",
         "the tensors under mtp are those of a DSpark draft",
+    ),
+    (
+        "DSpark announced over a classic draft",
+        "preview",
+        configure(
+            dspark_block_size=5, dspark_noise_token_id=150, dspark_target_layer_ids=[2, 3, 4], dspark_markov_rank=16
+        ),
+        "config-draft",
+        "dspark_block_size",
+        "is 5, but the tensors under mtp are those of a classic draft (1 stage, no main_proj and no markov_head).",
+    ),
+    (
+        "DSpark targets",
+        "dspark",
+        configure(dspark_target_layer_ids=[3, 4]),
+        "config-draft",
+        "dspark_target_layer_ids",
+        "is [3, 4], but the tensors show 3 layers.",
+    ),
+    (
+        "another architecture's name",
+        "preview",
+        configure(architectures=["DeepseekV4ForConditionalGeneration"]),
+        "config-invalid",
+        "architectures",
+        "architectures names 'DeepseekV4ForConditionalGeneration'; implemented is 'DeepseekV4ForCausalLM'.",
     ),
     (
         "DSpark rank",
@@ -764,12 +948,17 @@ ALONE = {
     "F2", "F2 of compressed-tensors", "F3", "F3 of one weight", "F3 of compressed-tensors", "F3 of weights", "F4",
     "F4 of MXFP4", "F4 of FP8", "F5", "F5 packed along N", "F5 of a plain weight", "F7", "F7 negative", "F7 of MXFP4",
     "F7 of Base", "F15", "F15 of compressed-tensors", "zero scale", "infinite scale", "F17", "F20", "F20 to zero",
-    "F20 to fp32", "F20 of E4M3", "F20 dtype",
+    "F20 to fp32", "scales of zero", "F20 dtype", "zero matrix", "zero expert", "zero of either sign", "zero embedding",
+    "zero norm", "zero expert of a fused tensor", "NaN values", "NaN values of FP8", "an expert that is not there",
+    "quant_method modelopt_fp4", "quant_method mxfp4", "quant_method None", "blocks of 32", "static activations",
+    "quantization_config is a text", "layers as text",
     "a layer far out", "unknown tensor", "two spellings", "misshapen", "half precision", "layers, one short",
     "layers, one more", "layers alone",
     "more layers than ratios", "no compressor", "fallback layer_types", "hash layers", "experts", "fused experts",
     "F14 of the last experts",
-    "hidden size", "vocabulary", "DSpark unannounced", "DSpark rank", "F16 expert_dtype", "F16 no declaration",
+    "hidden size", "vocabulary", "DSpark unannounced", "DSpark rank",
+    "DSpark announced over a classic draft", "DSpark targets", "another architecture's name",
+    "F16 expert_dtype", "F16 no declaration",
 }  # fmt: skip
 
 
@@ -818,10 +1007,19 @@ def overlap(directory: pathlib.Path) -> None:
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + raw[8 + length :])
 
 
+def stop_a_conversion(directory: pathlib.Path) -> None:
+    """What is left when a conversion is stopped between two files."""
+    job = {"tool": "megamoe convert", "options": {"to": "mxfp4", "experts": "requantize", "calibration": {}}}
+    (directory / "convert-manifest.jsonl").write_text(f'{json.dumps(job)}\n{{"shard": "model-00001-of-00002"}}\n{{"sh')
+    (directory / "config.json").unlink()
+    (directory / "model-00002-of-00002.safetensors").unlink()
+
+
 FILE_FAULTS: list[tuple[str, Callable[[pathlib.Path], object], str, str, Verdict]] = [
     ("truncated", truncate, "shard-truncated", "model-00002-of-00002.safetensors", Verdict.FINDINGS),
     ("truncated header", truncate_header, "shard-truncated", "model-00002-of-00002.safetensors", Verdict.FINDINGS),
     ("overlap", overlap, "shard-overlap", "", Verdict.FINDINGS),
+    ("stopped conversion", stop_a_conversion, "conversion-unfinished", "convert-manifest.jsonl", Verdict.UNREADABLE),
     (
         "shard missing",
         lambda directory: (directory / "model-00002-of-00002.safetensors").unlink(),
@@ -905,6 +1103,43 @@ def test_broken_files_are_found(layouts, tmp_path, break_files, rule, subject, v
     assert rules == {rule} | gap, [(one.rule, one.subjects[:3], one.text) for one in inspection.findings]
     if subject:
         finding(inspection.findings, rule, subject)
+
+
+def test_a_stopped_conversion_is_told_how_to_go_on(layouts, tmp_path):
+    directory = Files.read(layouts["preview"]).write(tmp_path)
+    stop_a_conversion(directory)
+    (found,) = inspect_checkpoint(directory).findings
+    assert "a conversion that was stopped (1 file finished, config.json comes last)" in found.text
+    assert found.remedy.endswith(f"SRC {directory} --to mxfp4 --experts requantize --calibration FILE")
+
+
+def test_a_complete_conversion_is_none_that_was_stopped(layouts, tmp_path, capsys):
+    assert main(["convert", str(layouts["preview"]), str(tmp_path / "out")]) == 0
+    assert inspect_checkpoint(tmp_path / "out").findings == ()
+    (tmp_path / "out" / "config.json").unlink()
+    assert [one.rule for one in inspect_checkpoint(tmp_path / "out").findings] == ["conversion-unfinished"]
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_truncated_shard_whose_header_is_whole_is_compared(layouts, tmp_path, has_index):
+    files = Files.read(layouts["preview"])
+    files.config["hidden_size"] = 512
+    directory = files.write(tmp_path)
+    truncate(directory)
+    if not has_index:
+        (directory / INDEX_NAME).unlink()
+    found = inspect_checkpoint(directory)
+    assert [one.rule for one in found.findings] == ["shard-truncated", "config-size"] and found.notes == ()
+    assert "8 of 180 tensors end beyond its" in found.findings[0].text
+    assert found.num_tensors == found.expected_tensors == 360
+
+
+def test_a_label_nobody_knows_does_not_end_the_comparison(layouts, tmp_path):
+    files = Files.read(layouts["nvidia"])
+    declare(quant_method="modelopt_fp4")(files)
+    drop("layers.2.attn.kv_norm.weight")(files)
+    rules = {one.rule for one in inspect_checkpoint(files.write(tmp_path)).findings}
+    assert rules == {"config-format", "tensor-missing"}
 
 
 def test_a_missing_directory_is_refused(tmp_path):
@@ -1000,33 +1235,60 @@ def test_alike_findings_are_one(layouts, tmp_path):
 def test_every_rule_is_exercised():
     found = {row[3] for row in FAULTS} | {row[2] for row in FILE_FAULTS}
     elsewhere = {"shard-gap", "shard-header"}  # tests/checkpoint/test_reader.py
+    elsewhere |= {"config-release"}  # tests/models/deepseek_v4/test_releases.py
+    elsewhere |= {"not-exact"}  # tests/models/deepseek_v4/test_weights.py
     assert set(RULES) == found | elsewhere
 
 
 def test_every_rule_is_documented(repository):
     text = (repository / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-    for rule, (fault, holds_when) in RULES.items():
-        assert f"| `{rule}` | {fault or '–'} | {holds_when} |" in text, rule
+    for name, rule in RULES.items():
+        assert f"| `{name}` | {rule.fault or '–'} | {rule.level.value} | {rule.holds_when} |" in text, name
 
 
 def test_every_fault_of_the_issue_has_a_rule():
-    assert {fault for fault, _ in RULES.values()} >= {"F2", "F3", "F4", "F5", "F7", "F14", "F15", "F16", "F17", "F20"}
+    assert {rule.fault for rule in RULES.values()} >= {"F2", "F3", "F4", "F5", "F7", "F14", "F15", "F16", "F17", "F20"}
 
 
 # Sampling.
 
 
 def test_sampling_reads_a_bounded_number_of_bytes(layouts, monkeypatch):
-    monkeypatch.setattr(scale_samples, "MAX_SAMPLED", 10)
-    monkeypatch.setattr(scale_samples, "SAMPLE_BYTES", 16)
+    assert 3 * samples.SAMPLE_BYTES <= 4096
+    monkeypatch.setattr(samples, "SAMPLE_BYTES", 16)
     sampled = inspect_checkpoint(layouts["preview"]).sampled
-    assert sampled is not None and sampled.tensors == 10 and sampled.all_tensors == 124
-    assert sampled.num_bytes <= 10 * 3 * 16
+    assert sampled is not None and sampled.scales == 124
+    assert sampled.num_bytes <= (sampled.scales + sampled.values) * 3 * 16
+
+
+def test_a_file_whose_second_half_never_came_is_refused_by_everything(tmp_path, capsys):
+    directory = tmp_path / "half"
+    shutil.copytree(BUNDLED["tiny"], directory)
+    (shard,) = directory.glob("*.safetensors")
+    shard.chmod(0o644)
+    size = shard.stat().st_size
+    with open(shard, "r+b") as file:
+        file.seek(size // 2)
+        file.write(bytes(size - size // 2))
+    found = inspect_checkpoint(directory).findings
+    assert {one.rule for one in found} <= {"values-zero", "scalar-invalid", "scale-zero"}
+    zeros = {subject for one in found if one.rule == "values-zero" for subject in one.subjects}
+    assert len(zeros) > 20
+    assert main(["generate", "--model", str(directory), "--prompt", "def "]) == 2
+    assert "all zero" in capsys.readouterr().err
+    assert main(["convert", str(directory), str(tmp_path / "out"), "--to", "mxfp4"]) == 2
+    assert "all zero" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_sparse_fake_is_said_to_be_one(tmp_path):
+    found = inspect_checkpoint(fake.write_fake(tmp_path, "flash", "preview"))
+    assert found.findings == () and [note.rule for note in found.notes] == ["fake"]
+    assert found.sampled is not None and found.sampled.values == 0
 
 
 def test_scalars_beyond_the_reads_are_chosen_evenly(layouts, monkeypatch):
-    monkeypatch.setattr(scale_samples, "MAX_READS", 30)
-    monkeypatch.setattr(scale_samples, "_NEIGHBOUR_BYTES", -1)  # no two in one read
+    monkeypatch.setattr(samples, "MAX_READS", 30)
+    monkeypatch.setattr(samples, "_NEIGHBOUR_BYTES", -1)  # no two in one read
     sampled = inspect_checkpoint(layouts["nvidia"]).sampled
     assert sampled is not None and sampled.all_scalars == 120 and sampled.scalars == 30
 

@@ -41,9 +41,10 @@ from megamoe.checkpoint.byte_range import (
     write_from,
 )
 from megamoe.checkpoint.headers import INDEX_NAME
-from megamoe.checkpoint.manifest import MANIFEST_NAME, Manifest, Record, fingerprint, refuse_changed
+from megamoe.checkpoint.manifest import Manifest, Record, fingerprint, refuse_changed
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.checkpoint.reader import DTYPES
+from megamoe.checkpoint.stopped import MANIFEST_NAME
 from megamoe.checkpoint.writer import encode_header, encode_json, flush_folder, write_bytes
 
 MEMORY_BYTES = 2 << 30

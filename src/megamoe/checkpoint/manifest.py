@@ -20,9 +20,8 @@ from typing import Any
 
 from megamoe.checkpoint.byte_range import CHUNK_BYTES, ByteRange, disk_errors, read_range, write_from
 from megamoe.checkpoint.problem import CheckpointError
+from megamoe.checkpoint.stopped import MANIFEST_NAME
 from megamoe.checkpoint.writer import flush_folder, write_bytes
-
-MANIFEST_NAME = "convert-manifest.jsonl"
 
 Record = dict[str, Any]
 """What a report says about one weight; plain JSON."""

@@ -39,9 +39,11 @@ class CheckpointError(ValueError):
 
     Attributes:
         problems: one line each, all of them; empty where the error was not made by `listing`.
+        rules: names of the rules that were broken, where rules were what refused it.
     """
 
     problems: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
 
     @classmethod
     def listing(cls, where: str, problems: Iterable[str | Problem]) -> CheckpointError:

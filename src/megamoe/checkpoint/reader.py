@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from megamoe.checkpoint.headers import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo, read_headers
+from megamoe.checkpoint.headers import INDEX_NAME, MAX_HEADER_BYTES, Headers, TensorInfo, read_headers
 from megamoe.checkpoint.problem import CheckpointError
 
 __all__ = ["DTYPES", "INDEX_NAME", "MAX_HEADER_BYTES", "CheckpointError", "CheckpointReader", "TensorInfo"]
@@ -51,17 +51,18 @@ class CheckpointReader:
         headers: what its headers say.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], headers: Headers | None = None) -> None:
         """Open the checkpoint and check everything that headers and index can show.
 
         Args:
             directory: folder with *.safetensors.
+            headers: what `read_headers` said of it, where that is known already.
 
         Raises:
             CheckpointError: a file is missing, truncated or malformed, byte ranges overlap or leave holes, a tensor
                 is stored twice, or index and files disagree.
         """
-        self.headers = read_headers(directory)
+        self.headers = read_headers(directory) if headers is None else headers
         self.directory: pathlib.Path = self.headers.directory
         self._maps: dict[str, mmap.mmap] = {}
         if self.headers.problems:

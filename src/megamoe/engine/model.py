@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -172,8 +172,9 @@ def load_model(
     device: str | torch.device,
     dtype: torch.dtype | None,
     pack: str | os.PathLike[str] | None = None,
+    accept: Iterable[str] = (),
 ) -> BatchModel:
     """Load a model; arguments and errors are those of `megamoe.load`."""
     from megamoe.models.load import load  # imported late: importing the engine loads no architecture
 
-    return load(model, recipe=recipe, device=device, dtype=dtype, pack=pack)
+    return load(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept)

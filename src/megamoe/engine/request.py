@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from megamoe.cache.prefix import PrefixNode
 from megamoe.engine.logits_filter import LogitsFilter
-from megamoe.engine.random_numbers import stream_of
 from megamoe.engine.sampling_params import SamplingParams
 
 Settings = tuple[float, float, float, int]
@@ -46,7 +45,7 @@ class Request:
         max_length: length at which it ends.
         stop_ids: ids that end it.
         settings: what the draw of a token depends on.
-        stream: its sequence of random numbers.
+        seed: of its random numbers.
         can_draft: whether its next tokens may be guessed ahead.
         is_edited: whether its logits are changed before a token is drawn, min_tokens aside.
         is_greedy: whether it draws no numbers.
@@ -77,9 +76,9 @@ class Request:
         "request_id",
         "ring",
         "room",
+        "seed",
         "settings",
         "stop_ids",
-        "stream",
         "was_admitted",
     )
 
@@ -104,7 +103,7 @@ class Request:
         self.max_length = max_length
         self.stop_ids = stop_ids
         self.settings: Settings = (params.temperature, params.top_p, params.min_p, params.top_k)
-        self.stream = stream_of(secrets.randbits(63) if params.seed is None else params.seed)
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
         # Penalties and filters look at every token before, so guesses would have to be judged one after the other.
         self.can_draft = logits_filter is None and not params.has_penalties
         self.is_edited = bool(logits_filter is not None or params.logit_bias or params.has_penalties)

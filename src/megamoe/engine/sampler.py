@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megamoe.engine.outputs import TokenLogprobs
-from megamoe.engine.random_numbers import uniform
+from megamoe.engine.random_numbers import uniforms
 from megamoe.engine.request import Request, Settings
 from megamoe.ops.penalize import penalize
 from megamoe.ops.sample import sample
@@ -83,11 +83,9 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int
     settings = _settings(tuple([request.settings for request in requests]), logits.device)
     if all([request.is_greedy for request in requests]):  # a list: twice as fast as a generator
         return sample(logits, **settings, uniform=settings["temperature"])  # zeros, and not looked at
-    numbers = [
-        uniform(request.stream, len(request.ids) - request.num_prompt + offset)
-        for request, offset in zip(requests, ahead, strict=True)
-    ]
-    return sample(logits, **settings, uniform=torch.from_numpy(np.array(numbers, dtype=np.float32)).to(logits.device))
+    indices = [len(request.ids) - request.num_prompt + offset for request, offset in zip(requests, ahead, strict=True)]
+    numbers = uniforms([request.seed for request in requests], indices)
+    return sample(logits, **settings, uniform=torch.from_numpy(numbers).to(logits.device))
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,6 +11,8 @@ Page       a page of P rows is the data of all P rows, then the scale bytes of a
 
 Stride     pages need not touch: block b starts at b * stride bytes, stride >= page bytes, so that several layers' pages
            can share one block.
+Range      FP8_ROPE_BF16 rows hold values within +-57344 = 448 * 2^7; a row is written saturated. So no group's scale
+           exceeds 2^7, and fp16, which attention multiplies, holds every value: exactly from 2^-17 on.
 Numerics   E4M3 scales 2^ceil(log2(max(amax, 1e-4) / 448)); E2M1 scales 2^ceil(log2(max(amax, 6 * 2^-126) / 6)); rotary
            values one rounding to bf16. Multi-byte numbers are little-endian.
 Source     docs/numerics.md, section "Cache rows"
@@ -29,6 +31,8 @@ from megamoe.formats.e8m0 import decode_e8m0
 
 ROPE_WIDTH = 64
 FP8_GROUP = 64
+MAX_LATENT = 57344.0
+"""Largest value of an FP8_ROPE_BF16 row: 448 * 2^7, the largest scale with which every E4M3 code is an fp16 number."""
 FP4_GROUP = mxfp4.BLOCK
 
 
@@ -220,6 +224,7 @@ def encode_rows(x: Tensor, row_format: RowFormat) -> EncodedRows:
 
     Args:
         x: [T, width] fp32, bf16 or fp16; T may be 0. Finite, except that BF16 and FP32 rows store any value.
+            FP8_ROPE_BF16 rows saturate at MAX_LATENT.
         row_format: how the rows are stored.
 
     Returns:
@@ -247,8 +252,9 @@ def encode_rows(x: Tensor, row_format: RowFormat) -> EncodedRows:
     if row_format is RowFormat.INDEX_FP8:
         codes, scales = fp8.quantize_groups("encode_rows", x, width, torch.float8_e8m0fnu)
         return EncodedRows(codes.view(torch.uint8), _as_bytes(decode_e8m0(scales)))
+    e2m1.refuse_non_finite("encode_rows", x)  # before the clamp, which would make an infinity an ordinary number
+    x = x.clamp(-MAX_LATENT, MAX_LATENT)
     latent, rope = x[:, :-ROPE_WIDTH].contiguous(), x[:, -ROPE_WIDTH:]
-    e2m1.refuse_non_finite("encode_rows", rope)
     codes, scales = fp8.quantize_groups("encode_rows", latent, FP8_GROUP, torch.float8_e8m0fnu)
     data = torch.cat((codes.view(torch.uint8), _as_bytes(rope.bfloat16())), dim=1)
     return EncodedRows(data, torch.nn.functional.pad(scales.view(torch.uint8), (0, 1)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megamoe.formats.division import divide
 from megamoe.formats.e2m1 import as_float32, refuse_non_finite_amax
 from megamoe.formats.e4m3 import E4M3_MAX, decode_e4m3, round_to_e4m3
 from megamoe.formats.e8m0 import ceil_to_e8m0, decode_e8m0
@@ -230,7 +231,7 @@ def _make_scales(function: str, amax: Tensor, scale_dtype: torch.dtype) -> tuple
     if scale_dtype not in (torch.float8_e8m0fnu, torch.float32):
         raise TypeError(f"{function}: scale_dtype must be float8_e8m0fnu or float32; got {scale_dtype}. Choose one.")
     refuse_non_finite_amax(function, amax)
-    scale = amax.clamp_(min=AMAX_FLOOR).div_(E4M3_MAX)
+    scale = divide(amax.clamp_(min=AMAX_FLOOR), E4M3_MAX)
     if scale_dtype == torch.float32:
         return scale, scale
     return ceil_to_e8m0(scale)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megamoe.formats import e2m1, nvfp4
+from megamoe.formats.division import divide
 from megamoe.formats.e4m3 import E4M3_MAX, E4M3_MIN_SUBNORMAL
 from megamoe.formats.e8m0 import ceil_to_e8m0, decode_e8m0, encode_e8m0, require_e8m0
 from megamoe.formats.nvfp4 import NvFp4Tensor, require_one_device, require_output_dtype, scale_shape_hint
@@ -122,7 +123,7 @@ def quantize_groups(function: str, x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = x.view(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
     amax = blocks.abs().amax(-1)
     e2m1.refuse_non_finite_amax(function, amax)
-    scale, stored = ceil_to_e8m0(amax.clamp_(min=AMAX_FLOOR).div_(e2m1.E2M1_MAX))
+    scale, stored = ceil_to_e8m0(divide(amax.clamp_(min=AMAX_FLOOR), e2m1.E2M1_MAX))
     codes = e2m1.round_to_e2m1(blocks / scale[..., None]).view(x.shape)
     return e2m1.pack(codes), stored
 

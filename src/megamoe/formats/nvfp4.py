@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megamoe.formats import e2m1
+from megamoe.formats.division import divide
 from megamoe.formats.e4m3 import E4M3_MAX, E4M3_MIN_SUBNORMAL, lookup_e4m3
 from megamoe.formats.fragment_layout import (
     CodeLayout,
@@ -198,7 +199,7 @@ def quantize(
         amax = block_amax.amax(-1)  # [..., N]
         if scale_per == "tensor":
             amax = amax.amax(-1) if amax.shape[-1] else amax.new_zeros(amax.shape[:-1])
-        tensor_scale = amax.clamp_(min=AMAX_FLOOR) / TENSOR_SCALE_DIVISOR
+        tensor_scale = divide(amax.clamp_(min=AMAX_FLOOR), TENSOR_SCALE_DIVISOR)
     else:
         tensor_scale = _given_tensor_scale(tensor_scale, x.shape[:-1] if scale_per == "row" else x.shape[:-2])
     scale_of_row = tensor_scale[..., None] if scale_per == "row" else tensor_scale[..., None, None]

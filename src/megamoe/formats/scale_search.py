@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megamoe.formats import e2m1, nvfp4
+from megamoe.formats.division import divide
 from megamoe.formats.e4m3 import E4M3_MAX, E4M3_MIN_SUBNORMAL, lookup_e4m3
 from megamoe.formats.nvfp4 import AMAX_FLOOR, BLOCK, TENSOR_SCALE_DIVISOR, NvFp4Tensor
 
@@ -66,7 +67,7 @@ def quantize_weights(weights: Sequence[Tensor], search: ScaleSearch) -> list[NvF
             )
     amax = max(max(_amax(weight) for weight in weights), AMAX_FLOOR)
     divisor = _FOUR_OVER_SIX_DIVISOR if search is ScaleSearch.FOUR_OVER_SIX else TENSOR_SCALE_DIVISOR
-    base = torch.tensor(amax, dtype=torch.float32) / divisor
+    base = divide(torch.tensor(amax, dtype=torch.float32), divisor)
     if search is not ScaleSearch.MSE:
         return [_quantize(weight, base, search)[0] for weight in weights]
     best: list[NvFp4Tensor] = []

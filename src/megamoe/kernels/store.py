@@ -252,6 +252,11 @@ def store_of(device: torch.device) -> KernelStore:
     return store_for(target_of(device))
 
 
+def architecture_of(device: torch.device) -> str:
+    """Return the architecture of a CUDA device as the support table names it."""
+    return store_of(device).target.rstrip("a")
+
+
 def kernel(config: Any, device: torch.device) -> Launch:
     """Return the kernel for a config: what every `run` calls.
 

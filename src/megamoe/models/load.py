@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 import torch
 
 from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.fragment_layout import CodeLayout
-from megamoe.models import BUNDLED, architecture_of
+from megamoe.models import BUNDLED
 from megamoe.models.deepseek_v4.calls import model_calls, pairs, weight_ops
-from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig, load_config
+from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
+from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.model import Model
+from megamoe.models.deepseek_v4.rules import check_accept
 from megamoe.models.deepseek_v4.weights import WeightLoader
 from megamoe.models.recipe import Recipe, get_recipe
 from megamoe.ops import dispatch
@@ -29,6 +32,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     pack: str | os.PathLike[str] | None = None,
+    accept: Iterable[str] = (),
 ) -> Model:
     """Load a model.
 
@@ -42,6 +46,8 @@ def load(
         device: "cpu" or a CUDA device.
         dtype: only torch.float32, and only with recipe "exact" (where it is the default).
         pack: a kernel pack to load kernels from, on a CUDA device (megamoe compile).
+        accept: rules of docs/checkpoints.md that the checkpoint may break, of those that can be accepted; what was
+            accepted is among the model's `notes`.
 
     Returns:
         The model: `logits`, `new_cache`, `step`.
@@ -60,18 +66,26 @@ def load(
         )
     where = _check_device(device)
     directory = _find(model)
-    config = load_config(directory)
-    architecture_of(config.architecture)
+    accepted = check_accept(accept)
+    examined = examine(directory)
+    warnings = examined.refuse(accepted)
+    config = examined.usable_config
     _check_recipe(chosen, config)
-    with CheckpointReader(directory) as reader:
+    with CheckpointReader(directory, examined.headers) as reader:
         loader = WeightLoader(
-            reader, config, dequantize=chosen.dequantize_weights, dtype=chosen.activation_dtype, device=where
+            reader,
+            config,
+            dequantize=chosen.dequantize_weights,
+            dtype=chosen.activation_dtype,
+            device=where,
+            examined=examined,
         )
         calls = model_calls(config, loader.formats, chosen)
         what = f"load: model {str(model)!r} with recipe {chosen.name}"
         dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
         weights = loader.load(_layouts(chosen, where))
-    return Model(config, weights, chosen, where, name=str(model), directory=directory)
+    notes = tuple(f"{finding.rule}: {finding}" for finding in (*warnings, *examined.told))
+    return Model(config, weights, chosen, where, name=str(model), directory=directory, warnings=notes)
 
 
 def _layouts(recipe: Recipe, device: torch.device) -> dict[str, CodeLayout]:

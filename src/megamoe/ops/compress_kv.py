@@ -128,9 +128,10 @@ def check_compressor(
     entries: CachePool,
     ratio: int,
     overlap: bool,
+    entries_name: str = "entries",
 ) -> None:
     """Refuse what does not fit together; shapes and formats only."""
-    pools = {"state": state, "entries": entries} | ({"step": step} if step is not None else {})
+    pools = {"state": state, entries_name: entries} | ({"step": step} if step is not None else {})
     for name, pool in pools.items():
         check_pool(op, name, pool)
     dims = check(
@@ -147,7 +148,7 @@ def check_compressor(
             f"scores) and ape [ratio, {half}]; got {list(raw.shape)} and {list(ape.shape)} for ratio {ratio}."
         )
     for name, pool in pools.items():
-        is_raw = name != "entries"
+        is_raw = name != entries_name
         if pool.width != (2 * half if is_raw else dims["D"]) or (is_raw and pool.row_format is not RowFormat.FP32):
             wanted = f"FP32 rows of width {2 * half}" if is_raw else f"rows of width {dims['D']}"
             raise ValueError(
@@ -179,6 +180,8 @@ def reference(
     """Compute the operation's meaning in plain torch; `rotate` is what write_index_keys adds to it."""
     _store_raw_rows(raw, ape, positions, state if step is None else step, state_slots, ratio)
     done = (entry_slots >= 0).nonzero().squeeze(1)  # the tokens that complete a block
+    if not done.shape[0]:
+        return
     firsts = None if step is None else first_idx[done]
     num_rows = (2 if overlap else 1) * ratio
     in_state, in_step = recent_slots(
@@ -221,8 +224,6 @@ def entries_of(
         eps: of the norm.
         out_dtype: bf16 or fp32.
     """
-    if not entry_pos.shape[0]:
-        return torch.empty(0, norm_weight.shape[0], dtype=out_dtype, device=entry_pos.device)
     pool, slots = sources[0]
     group = max(1, GATHER_BYTES // (4 * slots.shape[1] * pool.width))
     parts = [slice(first, first + group) for first in range(0, slots.shape[0], group)]

@@ -10,11 +10,15 @@ Numerics   gate and up stay fp32 until h, which is rounded to what w2 is multipl
            The NVFP4 operations take the shared expert's weights instead of its output: shared_output[t] is then what
            the linear of the same arithmetic gives, gate, up, h and output each rounded to the dtype of x.
            Row-invariant. Experts without tokens are not touched.
+Nobody     An id of -1 is no expert, an id of E or more an expert of another rank: neither adds anything nor is a weight
+           read for it. A token all of whose ids are -1 is nobody: its output is 0 whatever its row holds, and the
+           shared expert adds nothing to it; to a token with no expert but those of other ranks it does.
 Memory     A * T * F values in fp32 (three times) and A * T * D of the dtype of x
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -91,21 +95,20 @@ def sum_of_experts(
         round_hidden: h [n, F] fp32 -> fp32, what w2 is multiplied by; each row on its own.
 
     Raises:
-        ValueError: an expert id is not an expert of w1.
+        ValueError: an expert id is below -1.
     """
     w1, w3, w2 = weights
     num_tokens, num_slots = expert_ids.shape
-    sorted_ids, order = expert_ids.reshape(-1).sort(stable=True)  # slots by expert, tokens ascending within one
-    spans = _spans(op, sorted_ids.tolist(), w1.shape[0])
-    inputs, tokens = round_input(x), order // num_slots
-    gate = inputs.new_empty(order.shape[0], w1.shape[1])  # [T * A, F], slots by expert
+    order, spans = _order(op, expert_ids, w1.shape[0])
+    inputs, tokens = round_input(without_nobody(x, expert_ids)), order // num_slots
+    gate = inputs.new_empty(order.shape[0], w1.shape[1])  # [n, F], slots by expert
     up = torch.empty_like(gate)
     for expert_id, start, stop in spans:
         rows = inputs[tokens[start:stop]]
         gate[start:stop] = row_invariant_matmul(rows, dequantized(w1, expert_id))
         up[start:stop] = row_invariant_matmul(rows, dequantized(w3, expert_id))
     hidden = round_hidden(swiglu.reference(gate, up, swiglu_limit, route_weights.reshape(-1)[order], torch.float32))
-    outputs = x.new_empty(order.shape[0], x.shape[1])  # [T * A, D], slots by token
+    outputs = x.new_zeros(num_tokens * num_slots, x.shape[1])  # [T * A, D], slots by token
     for expert_id, start, stop in spans:
         outputs[order[start:stop]] = row_invariant_matmul(hidden[start:stop], dequantized(w2, expert_id)).to(x.dtype)
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -113,7 +116,18 @@ def sum_of_experts(
         total += slot_output
     if shared_output is not None:
         total += shared_output
-    return total.to(out_dtype)
+    return total.masked_fill_(is_nobody(expert_ids)[:, None], 0.0).to(out_dtype)
+
+
+def is_nobody(expert_ids: torch.Tensor) -> torch.Tensor:
+    """Return [T] bool, the tokens all of whose expert ids [T, A] are -1."""
+    return (expert_ids == -1).all(1)
+
+
+def without_nobody(x: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+    """Return x [T, D] with zeros in the rows of nobody, which may hold anything and must not be refused for it."""
+    nobody = is_nobody(expert_ids)
+    return x.masked_fill(nobody[:, None], 0.0) if bool(nobody.any()) else x
 
 
 def shared_expert(
@@ -138,17 +152,23 @@ def shared_expert(
     return times(rounded(hidden), w2, x.dtype)
 
 
-def _spans(op: str, sorted_ids: list[int], num_experts: int) -> list[tuple[int, int, int]]:
-    """Return (expert, start, stop) for every run of equal ids."""
-    if sorted_ids and not (sorted_ids[0] >= 0 and sorted_ids[-1] < num_experts):
-        got = sorted_ids[0] if sorted_ids[0] < 0 else sorted_ids[-1]
+def _order(op: str, expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
+    """Return the slots [n] that have an expert here, by expert and tokens ascending, and (expert, start, stop) of each.
+
+    Raises:
+        ValueError: an expert id is below -1.
+    """
+    sorted_ids, order = expert_ids.reshape(-1).sort(stable=True)
+    ids = sorted_ids.tolist()
+    if ids and ids[0] < -1:
         raise ValueError(
-            f"{op}: expert_ids must be 0 to {num_experts - 1}, the experts of w1; got {got}. Route with as many "
-            f"experts as the weights hold."
+            f"{op}: expert_ids must be an expert of w1 (0 to {num_experts - 1}), {num_experts} or more for an expert "
+            f"of another rank, or -1 for none; got {ids[0]}. Number the experts of other ranks from {num_experts} on."
         )
+    first, last = bisect.bisect_left(ids, 0), bisect.bisect_left(ids, num_experts)
     spans, start = [], 0
-    for expert_id, run in itertools.groupby(sorted_ids):
+    for expert_id, run in itertools.groupby(ids[first:last]):
         stop = start + len(list(run))
         spans.append((expert_id, start, stop))
         start = stop
-    return spans
+    return order[first:last], spans

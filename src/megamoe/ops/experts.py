@@ -35,7 +35,8 @@ def experts(
     Args:
         x: [T, D] bf16 or fp32. T may be 0.
         route_weights: [T, A] fp32, of route_experts.
-        expert_ids: [T, A] int64, of route_experts.
+        expert_ids: [T, A] int64, of route_experts; E and more for experts of other ranks, -1 for none. A token with
+            nothing but -1 is nobody: its output is 0.
         w1: [E, F, D] bf16 or fp32, gate.
         w3: [E, F, D] bf16 or fp32, up.
         w2: [E, D, F] bf16 or fp32, down.
@@ -48,7 +49,7 @@ def experts(
 
     Raises:
         TypeError: a dtype is not as above.
-        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is out of range.
+        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is below -1.
         NotImplementedError: the device has no kernel for this operation.
     """
     check_experts("experts", x, route_weights, expert_ids, (w1, w3, w2), FLOATS, shared_output, swiglu_limit, out_dtype)

@@ -36,7 +36,8 @@ def fp8_experts(
     Args:
         x: [T, D] bf16 or fp32, not quantized yet. T may be 0.
         route_weights: [T, A] fp32, of route_experts.
-        expert_ids: [T, A] int64, of route_experts.
+        expert_ids: [T, A] int64, of route_experts; E and more for experts of other ranks, -1 for none. A token with
+            nothing but -1 is nobody: its output is 0.
         w1: [E, F, D] FP8 blocks, gate.
         w3: [E, F, D] FP8 blocks, up.
         w2: [E, D, F] FP8 blocks, down.
@@ -49,8 +50,8 @@ def fp8_experts(
 
     Raises:
         TypeError: a dtype or container is not as above.
-        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is out of range or
-            x is not finite.
+        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is below -1 or x is
+            not finite.
         NotImplementedError: the device has no kernel for this operation.
     """
     op = "fp8_experts"

@@ -50,5 +50,5 @@ def reference(x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         a, b = y.reshape(*x.shape[:-1], n // (2 * half), 2, half).unbind(-2)  # stride `half` between the two
         y = torch.stack((a + b, a - b), dim=-2)
         half //= 2
-    y = y.reshape(x.shape) * torch.tensor(n**-0.5, dtype=torch.float32, device=x.device)
+    y = y.reshape(x.shape) * torch.full((), n**-0.5, dtype=torch.float32, device=x.device)
     return y.to(out_dtype).contiguous()

@@ -30,6 +30,7 @@ import functools
 
 import torch
 
+from megamoe.formats.division import divide
 from megamoe.ops import rms_norm as norm_op
 from megamoe.ops.check import FLOAT32, FLOATS, INT64, check
 from megamoe.ops.dispatch import pick, traced
@@ -316,7 +317,7 @@ def _scale_index(num_streams: int, device: torch.device) -> torch.Tensor:
 def _projected(values: torch.Tensor, fn: torch.Tensor, norm_eps: float) -> torch.Tensor:
     """Return m, the projections [T, M] of the normalized streams; values are x in fp32 [T, X, D]."""
     flat = values.reshape(values.shape[0], fn.shape[1])  # [T, X * D]
-    mean_square = row_sum(flat.square()).div_(flat.shape[1])  # [T, 1]
+    mean_square = divide(row_sum(flat.square()), flat.shape[1])  # [T, 1]
     return row_invariant_matmul(flat, fn).mul_(mean_square.add_(norm_eps).rsqrt_())
 
 

@@ -19,7 +19,7 @@ from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.ops import nvfp4_linear
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.dispatch import pick, traced
-from megamoe.ops.expert_common import check_experts, shared_expert, sum_of_experts
+from megamoe.ops.expert_common import check_experts, shared_expert, sum_of_experts, without_nobody
 
 Weights = tuple[NvFp4Tensor, NvFp4Tensor, NvFp4Tensor]
 
@@ -42,7 +42,8 @@ def nvfp4_experts(
     Args:
         x: [T, D] bf16 or fp32, not quantized yet. T may be 0.
         route_weights: [T, A] fp32, of route_experts.
-        expert_ids: [T, A] int64, of route_experts.
+        expert_ids: [T, A] int64, of route_experts; E and more for experts of other ranks, -1 for none. A token with
+            nothing but -1 is nobody: its output is 0.
         w1: [E, F, D] NVFP4, gate.
         w3: [E, F, D] NVFP4, up; its tensor scales may differ from those of w1.
         w2: [E, D, F] NVFP4, down.
@@ -56,8 +57,8 @@ def nvfp4_experts(
 
     Raises:
         TypeError: a dtype or container is not as above.
-        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is out of range or
-            x is not finite.
+        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is below -1 or x is
+            not finite.
         NotImplementedError: the device has no kernel for this operation.
     """
     op = "nvfp4_experts"
@@ -98,7 +99,7 @@ def reference(
 
     if shared_weights is not None:
         shared_output = shared_expert(
-            x,
+            without_nobody(x, expert_ids),
             shared_weights,
             swiglu_limit,
             rounded=lambda values: nvfp4.quantize(values, scale_per="row"),

@@ -41,7 +41,8 @@ def nvfp4_weight_only_experts(
     Args:
         x: [T, D] bf16 or fp32. T may be 0.
         route_weights: [T, A] fp32, of route_experts.
-        expert_ids: [T, A] int64, of route_experts.
+        expert_ids: [T, A] int64, of route_experts; E and more for experts of other ranks, -1 for none. A token with
+            nothing but -1 is nobody: its output is 0.
         w1: [E, F, D] NVFP4, gate.
         w3: [E, F, D] NVFP4, up; its tensor scales may differ from those of w1.
         w2: [E, D, F] NVFP4, down.
@@ -55,7 +56,7 @@ def nvfp4_weight_only_experts(
 
     Raises:
         TypeError: a dtype or container is not as above.
-        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is out of range.
+        ValueError: a shape is not as above, the limit is not positive, or (on the CPU) an expert id is below -1.
         NotImplementedError: the device has no kernel for this operation.
     """
     op = "nvfp4_weight_only_experts"

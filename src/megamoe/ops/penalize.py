@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """penalize: lower (or raise) the logits of tokens that occurred before.
 
-Math       for each pair (row r, token v), all different:
+Math       for each pair (row r, token v), all different; a pair with a -1 is nobody's and changes nothing:
            z = logits[r, v];  z = z / repetition[r] if z > 0, else z * repetition[r]
            where counts > 0:  z = z - frequency[r] * count - presence[r]
 Numerics   fp32, in this order. Row-invariant.
@@ -32,8 +32,8 @@ def penalize(
 
     Args:
         logits: [T, V] fp32.
-        row_idx: [N] int64, rows of logits.
-        token_ids: [N] int64, columns of logits; no pair (row, column) may occur twice.
+        row_idx: [N] int64, rows of logits; -1 for a pair of nobody.
+        token_ids: [N] int64, columns of logits; no pair (row, column) may occur twice. -1 for a pair of nobody.
         counts: [N] fp32, how often the token occurs in the output; 0 where it occurs in the prompt only.
         repetition: [T] fp32, above 0; 1 changes nothing.
         presence: [T] fp32; 0 changes nothing.
@@ -69,8 +69,11 @@ def reference(
     """Compute penalize in plain torch."""
     for name, idx, size in (("row_idx", row_idx, logits.shape[0]), ("token_ids", token_ids, logits.shape[1])):
         low, high = (int(bound) for bound in idx.aminmax())
-        if low < 0 or high >= size:
-            raise ValueError(f"penalize: {name} must be 0 to {size - 1}; got {low if low < 0 else high}.")
+        if low < -1 or high >= size:
+            got = low if low < -1 else high
+            raise ValueError(f"penalize: {name} must be 0 to {size - 1}, or -1 for nobody; got {got}.")
+    is_pair = (row_idx >= 0) & (token_ids >= 0)
+    row_idx, token_ids, counts = row_idx[is_pair], token_ids[is_pair], counts[is_pair]
     values = logits[row_idx, token_ids]
     factor = repetition[row_idx]
     values = torch.where(values > 0.0, values / factor, values * factor)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from megamoe.formats.division import divide
 from megamoe.ops.check import FLOATS, OUT_DTYPES, check
 from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.row_math import row_sum
@@ -46,7 +47,7 @@ def rms_norm(
 def reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float, out_dtype: torch.dtype) -> torch.Tensor:
     """Compute rms_norm in plain torch."""
     values = x.float()
-    mean_square = row_sum(values.square()).div_(x.shape[-1])  # [..., 1]
+    mean_square = divide(row_sum(values.square()), x.shape[-1])  # [..., 1]
     y = values * mean_square.add_(eps).rsqrt_()
     if weight is not None:
         y *= weight.float()

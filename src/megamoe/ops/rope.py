@@ -86,7 +86,8 @@ def rope(x: torch.Tensor, pos: torch.Tensor, table: RopeTable, *, inverse: bool 
 
     Args:
         x: [T, ..., C] bf16 or fp32; T may be 0.
-        pos: [T] int64, absolute positions, not negative.
+        pos: [T] int64, absolute positions. A row of nobody, at -1, is rotated by the formula like any other: its values
+            stay finite, and no one reads them.
         table: frequencies; R must not exceed C.
         inverse: rotate backwards.
 

@@ -50,13 +50,17 @@ def row_slots(
             f"row_slots: requests must be -1 or in 0 .. {num_requests - 1}, the rows of block_tables; got "
             f"{int(requests.max())}."
         )
-    block, row = row_idx // rows_per_block, row_idx % rows_per_block
-    blocks = block_tables[requests.clamp(min=0).to(torch.int64), block % num_blocks].to(torch.int64)
-    if bool(((blocks < 0) & is_row).any()):
+    requests = requests.clamp(min=0)
+    if num_blocks == 1:  # a ring of one block
+        blocks = block_tables[requests, 0]
+    else:
+        blocks = block_tables[requests, torch.floor_divide(row_idx, rows_per_block).remainder_(num_blocks)]
+    if blocks.numel() and int(blocks.min()) < 0 and bool(((blocks < 0) & is_row).any()):
         raise ValueError(
             "row_slots: a row lies on a block that is negative in the block table. Extend the table before the step."
         )
-    return torch.where(is_row, blocks * rows_per_block + row, -1)
+    slots = (row_idx % rows_per_block).add_(blocks.to(torch.int64), alpha=rows_per_block)
+    return slots.masked_fill_(is_row.logical_not_(), -1)
 
 
 def recent_slots(

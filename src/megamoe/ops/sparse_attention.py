@@ -12,21 +12,29 @@ Addresses  rows and entries are found through block tables (ops/row_slots.py): n
            long as d <= t - first_idx[t]; without `step` it is in the ring like the others.
 Nobody     a token whose request is -1 has no item and gives 0.
 Rotation   o is rounded to out_dtype, then its last R channels are rotated in fp32 and rounded again, as `rope` does.
-Numerics   rows are decoded exactly; fp32 throughout; one rounding of o to out_dtype. The largest logit of the
-           items is subtracted first. P is not rounded before P * V. A token with no item gives 0, and so does a sink
-           of +inf (or one that lies more than about 88 above every logit: its true result is below 1e-38).
+Numerics   rows are decoded exactly; products and sums in fp32; one rounding of o to out_dtype.
+           operand_dtype float32: nothing else is rounded. The largest logit of the items is subtracted first.
+           operand_dtype float16: q is rounded to fp16 before the scores, and the weights before they multiply rows:
+             w_i = fp16(exp(z_i - (n - 15) ln 2)),   n = ceil(max z * log2 e)     the denominator adds unrounded weights
+           Subtracting a power of two makes the rounding of a weight the same whatever maximum n came from: of all
+           items, of a tile, or of those seen so far. So it does not depend on tiles or on how keys are split.
+           A token with no item gives 0, and so does a sink of +inf (or one that lies more than about 88, with fp16 78,
+           above every logit: its true result is below 1e-38, with fp16 1e-33).
            Columns are taken in blocks of 64, window first, each multiplied at one fixed size and added in column order.
            A token's bits therefore depend on its own query, rows and the columns they stand in: not on other tokens,
            on pages, or on how many -1 columns follow. Moving an item to another column may change the last bits.
 Memory     tokens are taken in groups whose gathered rows, products and logits take at most 16 MiB, and the distinct
            rows of a group are decoded once (at most as large again); always at least one token
-Tolerance  verify/tolerance.py, "sparse_attention": sums of up to J terms in another order
+Tolerance  verify/tolerance.py, "sparse_attention": sums of up to J terms in another order; with fp16, weights beside a
+           rounding step
 Kernels    none yet; the CPU reference runs
 Source     DeepSeek-V4 technical report (arXiv 2606.19348), attention sink and compressed attention; docs/numerics.md,
-           section "Operations"
+           section "Operations", and docs/decisions/0012-attention-contract.md
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -47,6 +55,10 @@ NO_ENTRIES = "entries, entry_tables and num_visible go together"
 
 Alternatives = list[tuple[CachePool, torch.Tensor]]
 """Slots [T, J] of the same columns in several pools; in each place at most one of them is not -1."""
+OPERANDS: tuple[torch.dtype, ...] = (torch.float16, torch.float32)
+LN2, LOG2_E = math.log(2.0), 1.0 / math.log(2.0)
+FP16_HEADROOM = 15
+"""The largest fp16 weight is 2^15: weights down to 2^-29 of it are then normal fp16 numbers."""
 
 
 def sparse_attention(
@@ -68,6 +80,7 @@ def sparse_attention(
     scale: float,
     window_ends: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    operand_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Attend to window rows and compressed entries in one softmax, and rotate the result back.
 
@@ -87,8 +100,11 @@ def sparse_attention(
         num_visible: [T] int32, entries each token may use; given exactly when `entries` is.
         table: rotary frequencies; R channels are rotated back.
         scale: multiplies the products of queries and rows, and nothing else.
-        window_ends: [T] int64, the position of the newest window row each token sees; its own position when None.
+        window_ends: [T] int64, the position of the newest window row each token sees; its own position when None. Only
+            without `step`.
         out_dtype: bf16 or fp32; the dtype of q when None.
+        operand_dtype: what queries and softmax weights are rounded to before they are multiplied: fp16 or fp32.
+            With fp16 a query beyond 65504 gives NaN in its head, and rows must lie within it, as cache rows do.
 
     Returns:
         [T, H, C] out_dtype, contiguous, newly allocated.
@@ -115,10 +131,16 @@ def sparse_attention(
         table=(table.inv_freq, "P"),
         window=(window.storage, "window_blocks window_bytes"),
         out_dtype=(out_dtype, FLOATS),
+        operand_dtype=(operand_dtype, OPERANDS),
     )
     given = [one is not None for one in (entries, entry_tables, num_visible)]
     if any(given) != all(given) or (entry_idx is not None and not all(given)):
         raise ValueError(f"sparse_attention: {NO_ENTRIES}; got some of them. Pass all, or None for all.")
+    if window_ends is not None and step is not None:
+        raise ValueError(
+            "sparse_attention: window_ends goes with step = None; got both. Rows of a step are counted back from each "
+            "token's own, so put them into the rings first."
+        )
     if window_size < 0:
         raise ValueError(f"sparse_attention: window_size must be >= 0; got {window_size}.")
     if dims["C"] < table.rope_dim:
@@ -148,6 +170,7 @@ def sparse_attention(
         scale,
         positions if window_ends is None else window_ends,
         out_dtype,
+        operand_dtype,
     )
     return y
 
@@ -181,6 +204,7 @@ def reference(
     scale: float,
     window_ends: torch.Tensor,
     out_dtype: torch.dtype,
+    operand_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Compute the operation's meaning in plain torch."""
     in_ring, in_step = recent_slots(
@@ -193,7 +217,7 @@ def reference(
         idx = visible_entries(num_visible, requests) if entry_idx is None else entry_idx.to(torch.int64)
         check_entries("sparse_attention", idx, entry_tables, entries.rows_per_block)
         columns.append([(entries, row_slots(idx, requests, entry_tables, entries.rows_per_block))])
-    o = attend_slots(q, columns, sink, scale, out_dtype)
+    o = attend_slots(q, columns, sink, scale, out_dtype, operand_dtype)
     return rotate(o, positions, table, True)
 
 
@@ -223,7 +247,12 @@ def check_entries(op: str, entry_idx: torch.Tensor, block_tables: torch.Tensor, 
 
 
 def attend_slots(
-    q: torch.Tensor, columns: list[Alternatives], sink: torch.Tensor, scale: float, out_dtype: torch.dtype
+    q: torch.Tensor,
+    columns: list[Alternatives],
+    sink: torch.Tensor,
+    scale: float,
+    out_dtype: torch.dtype,
+    operand_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Return o [T, H, C] from the slots of every item.
 
@@ -233,6 +262,7 @@ def attend_slots(
         sink: [H] fp32.
         scale: of the products.
         out_dtype: bf16 or fp32.
+        operand_dtype: fp16 or fp32.
     """
     num_tokens, num_heads, width = q.shape
     columns = [_to_blocks(group) for group in columns]
@@ -245,7 +275,7 @@ def attend_slots(
         part = slice(start, start + size)
         here = [[(pool, slots[part]) for pool, slots in group] for group in columns]
         rows, is_item = _gather(here)  # [T, J, C] fp32, [T, J]
-        y[part] = _attend(q[part].to(torch.float32), rows, is_item, sink, scale)
+        y[part] = _attend(q[part].to(torch.float32), rows, is_item, sink, scale, operand_dtype)
     return y
 
 
@@ -260,7 +290,7 @@ def _to_blocks(group: Alternatives) -> Alternatives:
 
 
 def _gather(columns: list[Alternatives]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows [T, J, C] fp32, zeros where there is no item, and where there is one; shared rows are decoded once."""
+    """Return rows [T, J, C] fp32, zeros where there is no item, and where there is one; rows are decoded once."""
     is_item = torch.cat([_any([slots >= 0 for _, slots in group]) for group in columns], dim=1)
     if is_item.shape[0] == 1 and all(len(group) == 1 for group in columns):
         return torch.cat([read_rows(pool, slots) for ((pool, slots),) in columns], dim=1), is_item
@@ -286,25 +316,38 @@ def _any(masks: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _attend(
-    q: torch.Tensor, rows: torch.Tensor, is_item: torch.Tensor, sink: torch.Tensor, scale: float
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    is_item: torch.Tensor,
+    sink: torch.Tensor,
+    scale: float,
+    operand_dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return [T, H, C] fp32 from queries and gathered rows [T, J, C]; J is a multiple of COLUMN_BLOCK."""
     num_tokens, num_heads, width = q.shape
     num_blocks = rows.shape[1] // COLUMN_BLOCK
     num_tiles = num_tokens * num_blocks
     tiles = rows.view(num_tiles, COLUMN_BLOCK, width)
+    q = _rounded(q, operand_dtype)
     q_tiles = q[:, None].expand(-1, num_blocks, -1, -1).reshape(num_tiles, num_heads, width)
     logits = batched_matmul(q_tiles, tiles.transpose(1, 2)).mul_(scale)  # [T * blocks, H, 64]
     logits.masked_fill_(~is_item.view(num_tiles, 1, COLUMN_BLOCK), -torch.inf)
     per_token = logits.view(num_tokens, num_blocks, num_heads, COLUMN_BLOCK)
     top = per_token.amax(dim=(1, 3))  # [T, H]
     top = top.masked_fill(top == -torch.inf, 0.0)  # no item: every weight below is 0
+    if operand_dtype == torch.float16:
+        top = (torch.ceil(top * LOG2_E) - FP16_HEADROOM) * LN2
     weights = torch.exp(per_token - top[:, None, :, None])
-    values = batched_matmul(weights.view(num_tiles, num_heads, COLUMN_BLOCK), tiles)  # [T * blocks, H, C]
-    values = values.view(num_tokens, num_blocks, num_heads, width)
     weight_sums = sum_by_halves(weights, -1)  # [T, blocks, H]
+    weights = _rounded(weights, operand_dtype).view(num_tiles, num_heads, COLUMN_BLOCK)
+    values = batched_matmul(weights, tiles).view(num_tokens, num_blocks, num_heads, width)
     total, y = torch.exp(sink - top), torch.zeros_like(q)
     for block in range(num_blocks):
         total = total + weight_sums[:, block]
         y = y + values[:, block]
     return y / total.masked_fill(total == 0.0, 1.0)[..., None]
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return fp32 values rounded to `dtype`; x itself for fp32."""
+    return x.to(dtype).to(torch.float32)

@@ -45,7 +45,7 @@ def write_index_keys(
     Arguments and errors are those of `compress_kv` with overlap; `keys` is the pool of index keys, `key_slots` where
     they go, and `rotate` says whether a key is multiplied by the Hadamard matrix before it is rounded.
     """
-    check_compressor("write_index_keys", raw, ape, norm_weight, state, step, keys, ratio, True)
+    check_compressor("write_index_keys", raw, ape, norm_weight, state, step, keys, ratio, True, "keys")
     check(
         "write_index_keys",
         raw=(raw, "T width"),

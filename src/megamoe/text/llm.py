@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
 import torch
@@ -75,13 +75,14 @@ class LLM:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         pack: str | os.PathLike[str] | None = None,
+        accept: Iterable[str] = (),
     ) -> None:
         """Load a model and get it ready; arguments and errors are those of `megamoe.load` and of `Tokenizer`.
 
         On a CUDA device all kernels are loaded, run once at every batch size and sealed before this returns
         (engine/warm_up.py); one that is asked for later raises.
         """
-        self._set(load_model(model, recipe=recipe, device=device, dtype=dtype, pack=pack))
+        self._set(load_model(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept))
 
     @classmethod
     def from_model(cls, model: BatchModel) -> Self:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inspect a checkpoint: what it is, whether it is whole, what is wrong with it. Headers and a few scale bytes only.
 
-Nothing here needs torch or a GPU, and nothing is allocated for tensors: a complete V4-Pro takes seconds. What the
-loader would refuse is found by the loader's own code (layout.py, inventory.py), so the two cannot disagree; further
-rules are about what the loader gets right and others have got wrong. docs/checkpoints.md describes every rule.
+What is found comes from models/deepseek_v4/examine.py, which `load` and `convert` begin with too; here it is counted
+and put into words. docs/checkpoints.md describes every rule.
 """
 
 from __future__ import annotations
@@ -11,25 +10,21 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megamoe.checkpoint.headers import ITEM_BYTES, Headers, read_headers
-from megamoe.checkpoint.problem import CheckpointError, Problem
-from megamoe.models.deepseek_v4.config import ModelConfig, parse_config
-from megamoe.models.deepseek_v4.inventory import Entry, Role, draft_names, inventory
-from megamoe.models.deepseek_v4.layout import FLOATS, Format, StoredHeaders, dspark_shape
+from megamoe.checkpoint.headers import ITEM_BYTES
+from megamoe.models.deepseek_v4.config import ModelConfig
+from megamoe.models.deepseek_v4.examine import Examined, examine
+from megamoe.models.deepseek_v4.inventory import Entry, Role
+from megamoe.models.deepseek_v4.layout import FLOATS, Format, StoredHeaders
 from megamoe.models.deepseek_v4.memory import WeightBytes, kind_of_weight
-from megamoe.models.deepseek_v4.names import native_name
-from megamoe.verify.declared import check_declared
-from megamoe.verify.observed import DraftFound, Observed, check_draft, contradiction, reconcile
-from megamoe.verify.rules import Finding, group
-from megamoe.verify.scale_samples import Sampled, check_scales
-
-ARCHITECTURE = "DeepseekV4ForCausalLM"
+from megamoe.models.deepseek_v4.observed import DraftFound
+from megamoe.models.deepseek_v4.releases import release_of
+from megamoe.models.deepseek_v4.rules import Finding, group
+from megamoe.models.deepseek_v4.samples import Sampled
 
 
 class Verdict(enum.Enum):
@@ -110,7 +105,7 @@ def inspect_checkpoint(directory: str | os.PathLike[str]) -> Inspection:
         CheckpointError: `directory` is not a directory.
         OSError: a file cannot be read.
     """
-    return _Inspector(read_headers(directory)).inspect()
+    return _Inspector(examine(directory)).result()
 
 
 # Published totals, by (model, experts' format, draft).
@@ -122,220 +117,26 @@ _PUBLISHED: dict[tuple[str, str, str], tuple[str, int, int]] = {
     ("Flash", "nvfp4", "mtp"): ("NVIDIA DeepSeek-V4-Flash-NVFP4", 135_235, 168_266_793_544),
     ("Pro", "nvfp4", "mtp"): ("NVIDIA DeepSeek-V4-Pro-NVFP4", 285_660, 913_061_485_688),
 }
-_SIZES = {(4096, 43, 256): "Flash", (7168, 61, 384): "Pro"}
-_OTHERS = {
-    "deepseek_v41": "DeepSeek-V4.1 (another architecture: shared compressors, Engram tables, FP8 blocks of 32)",
-    "deepseek_v32": "DeepSeek-V3.2",
-    "deepseek_v3": "DeepSeek-V3 or R1",
-    "deepseek_v2": "DeepSeek-V2",
-}
-_OTHER_TENSORS = {
-    "vision.": "DeepSeek-V4-Flash-Vision-Exp (a vision tower and gates with a second bias)",
-    "aligner.": "DeepSeek-V4-Flash-Vision-Exp (a vision tower and gates with a second bias)",
-}
 
 
 class _Inspector:
-    """Gathers an Inspection from headers."""
+    """Puts what was found into words and numbers."""
 
-    def __init__(self, headers: Headers) -> None:
-        self.headers = headers
-        self.problems: list[Problem] = list(headers.problems)
-        self.notes: list[Finding] = []
-        self.is_unreadable = not headers.infos
+    def __init__(self, examined: Examined) -> None:
+        self.examined = examined
+        self.headers = examined.headers
+        self.config, self.draft, self.stored, self.claims = (
+            examined.config,
+            examined.draft,
+            examined.stored,
+            examined.claims,
+        )
+        self.formats: Mapping[str, Format] = examined.claims.formats if examined.claims is not None else {}
         self.groups: dict[str, GroupCount] = {}
-        self.formats: dict[str, Format] = {}
         self.expected: tuple[int, int] | None = None
-        self.sampled: Sampled | None = None
         self.weights: WeightBytes | None = None
-        self.config: ModelConfig | None = None
-        self.draft: DraftFound | None = None
-        self.stored: StoredHeaders | None = None
-        self.natives = {name: native_name(name) for name in headers.infos}
-        self.observed = Observed(headers.infos, self.natives, headers.unavailable)
-
-    def inspect(self) -> Inspection:
-        raw = self.read_config()
-        self.note_total_size()
-        if raw is not None:
-            other = self.other_architecture(raw)
-            if other:
-                self.is_unreadable = True
-                text = f"config.json: this is {other}, which megamoe does not run."
-                remedy = f"Implemented is {ARCHITECTURE} (DeepSeek-V4-Flash and -Pro in all their releases)."
-                self.problems.append(Problem("config-invalid", "model_type", text, remedy, other, ARCHITECTURE))
-                return self.result(raw, other)
-            config = self.parse(raw)
-            if config is not None and self.headers.infos:
-                self.compare(config, raw)
-        return self.result(raw, "")
-
-    def read_config(self) -> dict[str, Any] | None:
-        path = self.headers.directory / "config.json"
-        content: Any = None
-        if not path.is_file():
-            text = "config.json: missing."
-        else:
-            try:
-                content = json.loads(path.read_bytes().decode("utf-8"))
-                text = "config.json: not a JSON object."
-            except (ValueError, RecursionError) as error:
-                text = f"config.json: not JSON ({str(error)[:200]})."
-        if isinstance(content, dict):
-            return content
-        remedy = "Download it from where the weights came from."
-        self.problems.append(Problem("config-unreadable", "config.json", text, remedy))
-        self.is_unreadable = True
-        return None
-
-    def note_total_size(self) -> None:
-        claimed = self.headers.total_size
-        if claimed is not None and claimed != self.headers.num_bytes and not self.headers.problems:
-            text = f"The index claims {claimed:,} bytes in all; the shards hold {self.headers.num_bytes:,}."
-            remedy = "Known of published checkpoints, whose index was copied from the source. The shards are right."
-            self.notes.append(Finding("index-total-size", ("total_size",), text, remedy, is_note=True))
-
-    def other_architecture(self, raw: Mapping[str, Any]) -> str:
-        """Return the name of an architecture that is not DeepSeek-V4, or ""."""
-        for prefix, name in _OTHER_TENSORS.items():
-            if any(stored.removeprefix("model.").startswith(prefix) for stored in self.headers.infos):
-                return name
-        kind, names = raw.get("model_type"), raw.get("architectures")
-        first = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-        if kind == "deepseek_v4" or (kind is None and first in (ARCHITECTURE, None)):
-            return ""
-        return _OTHERS.get(str(kind), f"model_type {kind!r}, architecture {first!r}")
-
-    def parse(self, raw: Mapping[str, Any]) -> ModelConfig | None:
-        try:
-            config = parse_config(raw)
-        except CheckpointError as error:
-            with_layers = self.parse_with_layers_of_tensors(raw)
-            if with_layers is not None:
-                return with_layers
-            for line in error.problems or (str(error),):
-                self.problems.append(Problem("config-invalid", line.split(" ", 1)[0], f"config.json: {line}"))
-            text = "Tensors were not compared with an inventory, because config.json cannot be used."
-            self.notes.append(Finding("not-compared", (), text, is_note=True))
-            return None
-        if config.unused_keys:
-            text = f"config.json has fields this package does not use: {', '.join(config.unused_keys)}."
-            self.notes.append(Finding("config-unused", config.unused_keys, text, is_note=True))
-        return config
-
-    def parse_with_layers_of_tensors(self, raw: Mapping[str, Any]) -> ModelConfig | None:
-        """Return the configuration if nothing but its number of layers was wrong, having taken that down; else None."""
-        said, shown = raw.get("num_hidden_layers"), self.observed.num_layers
-        if said == shown or not shown:
-            return None
-        try:
-            config = parse_config({**raw, "num_hidden_layers": shown})
-        except CheckpointError:
-            return None
-        self.problems.append(contradiction("config-layers", "num_hidden_layers", said, shown))
-        return config
-
-    def compare(self, config: ModelConfig, raw: Mapping[str, Any]) -> None:
-        """Compare tensors with the inventory, the declarations and each other."""
-        headers, natives, observed = self.headers, self.natives, self.observed
-        has_unknown_part = not headers.unavailable and any(
-            problem.rule in ("shard-missing", "shard-header", "shard-truncated", "index-unreadable")
-            for problem in headers.problems
-        )
-        if has_unknown_part:
-            text = "Missing tensors are not listed: a shard cannot be read and no index says what is in it."
-            self.notes.append(Finding("not-compared", (), text, is_note=True))
-        else:
-            config, contradictions = reconcile(observed, config, raw)
-            self.problems += contradictions
-        self.config = config
-        draft = self.draft = observed.draft()
-        stored = self.stored = StoredHeaders(headers.infos, config.n_routed_experts, natives)
-        dspark = dspark_shape(stored, config, draft.num_dspark) if draft.num_dspark else None
-        self.problems += check_draft(dspark, config)
-        self.claim_leftovers(stored, config)
-        entries = inventory(config, num_mtp=draft.num_mtp, dspark=dspark)
-        for entry in entries:
-            self.check_entry(stored, entry)
-        stored.refuse_unclaimed()
-        unavailable = {_module_of(native_name(name)) for name in headers.unavailable}
-        for problem in stored.problems:
-            is_missing = problem.rule == "tensor-missing"
-            if not (is_missing and has_unknown_part) and _module_of(native_name(problem.subject)) not in unavailable:
-                self.problems.append(problem)
-        self.check_stacks(stored, entries)
-        self.check_kv_norms(stored)
-        self.count(stored, entries)
-        is_packed = any(name.endswith(".weight_packed") for name in headers.infos)
-
-        def spelled(module: str) -> str:
-            return stored.stored_name(stored.codes_name(module)).rpartition(".")[0]
-
-        quant = self.read_quant_file()
-        self.problems += check_declared(raw, quant, self.formats, is_packed=is_packed, spelled=spelled)
-        found, self.sampled = check_scales(headers, stored, self.formats)
-        self.problems += found
-
-    def claim_leftovers(self, stored: StoredHeaders, config: ModelConfig) -> None:
-        """Claim what a draft may leave behind: norms of a stripped stage, copies of embedding and head."""
-        assert self.draft is not None
-        for names, text in (
-            (self.draft.stripped, "What is left of a stripped MTP stage; not used."),
-            (self.draft.copies, "The draft's copies of embedding or head; load checks that they are equal."),
-        ):
-            allowed = set(self.draft.copies) if names is self.draft.copies else set()
-            for stage in {name.split(".")[1] for name in names if not allowed}:
-                allowed.update(draft_names(config, f"mtp.{stage}"))
-            known = tuple(name for name in names if name in allowed and name in stored)
-            for name in known:
-                stored.claim(name)
-            if known:
-                subjects = tuple(stored.stored_name(name) for name in known)
-                self.notes.append(Finding("draft-leftovers", subjects, text, is_note=True))
-
-    def check_entry(self, stored: StoredHeaders, entry: Entry) -> None:
-        if entry.role in (Role.LINEAR, Role.EXPERT):
-            num_rows, num_columns = entry.shape
-            found = stored.detect(entry.name, (num_rows, num_columns))
-            if found is not None:
-                self.formats[entry.name] = found
-        else:
-            stored.expect(entry.name, ("I64", "I32") if entry.role is Role.TABLE else FLOATS, entry.shape)
-
-    def check_stacks(self, stored: StoredHeaders, entries: Iterable[Entry]) -> None:
-        """Find layers whose experts do not share a format."""
-        stacks: dict[str, dict[str, str]] = {}
-        for entry in entries:
-            found = self.formats.get(entry.name)
-            if entry.role is Role.EXPERT and found is not None:
-                kind = found.value if found in (Format.MXFP4, Format.NVFP4) else stored.stack_kind(entry.name, found)
-                stacks.setdefault(entry.name.rsplit(".", 2)[0], {}).setdefault(kind, entry.name)
-        for prefix, kinds in stacks.items():
-            if len(kinds) > 1:
-                said = ", ".join(f"{module} is {kind}" for kind, module in kinds.items())
-                text = f"{prefix}: experts of one layer must share a format: {said}."
-                self.problems.append(Problem("experts-mixed", prefix, text, "Convert them alike."))
-
-    def check_kv_norms(self, stored: StoredHeaders) -> None:
-        """Find norms of the latent under the name a re-save gives them (F17)."""
-        renamed = [
-            stored.stored_name(name)
-            for name in stored.names
-            if name.endswith(".attn.kv_norm.weight") and stored.stored_name(name).endswith(".attn.norm.weight")
-        ]
-        if not renamed:
-            return
-        is_resave = all(
-            name.startswith("model.") or name in ("head.weight", "lm_head.weight") for name in self.headers.infos
-        )
-        remedy = "Rename it to attn.kv_norm.weight for other readers; this package reads both."
-        if is_resave:
-            text = "save_pretrained of transformers calls the norm of the latent attn.norm instead of attn.kv_norm."
-            self.notes.append(Finding("kv-norm-renamed", tuple(renamed), text, remedy, is_note=True))
-        else:
-            for name in renamed:
-                text = f"{name}: the norm of the latent is called kv_norm; a re-save has renamed it."
-                self.problems.append(Problem("kv-norm-renamed", name, text, remedy))
+        if examined.claims is not None and examined.stored is not None:
+            self.count(examined.stored, examined.claims.entries)
 
     def count(self, stored: StoredHeaders, entries: Iterable[Entry]) -> None:
         """Count tensors and bytes by kind of module, and what the inventory comes to in the formats found."""
@@ -376,27 +177,12 @@ class _Inspector:
         self.expected = (expected_tensors, expected_bytes)
         self.weights = WeightBytes(**by_split)
 
-    def read_quant_file(self) -> dict[str, Any] | None:
-        path = self.headers.directory / "hf_quant_config.json"
-        if not path.is_file():
-            return None
-        try:
-            content = json.loads(path.read_bytes().decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            content, reason = None, str(error)[:200]
-        else:
-            reason = "not an object"
-        if isinstance(content, dict):
-            return content
-        text = f"hf_quant_config.json: not JSON ({reason})."
-        self.problems.append(Problem("quant-config-disagrees", "hf_quant_config.json", text, "Download it again."))
-        return None
-
     # Words.
 
-    def result(self, raw: Mapping[str, Any] | None, other: str) -> Inspection:
-        findings = group(self.problems)
-        verdict = Verdict.UNREADABLE if self.is_unreadable else Verdict.FINDINGS if findings else Verdict.GOOD
+    def result(self) -> Inspection:
+        examined = self.examined
+        raw, other, findings = examined.raw, examined.other, group(examined.problems)
+        verdict = Verdict.UNREADABLE if examined.is_unreadable else Verdict.FINDINGS if findings else Verdict.GOOD
         names = raw.get("architectures") if raw is not None else None
         release, published = ("unknown", None) if self.config is None else self.release(raw or {})
         draft = self.draft
@@ -413,8 +199,8 @@ class _Inspector:
             published=published,
             groups=dict(sorted(self.groups.items(), key=lambda item: _ORDER.index(item[0]))),
             findings=tuple(findings),
-            notes=tuple(self.notes),
-            sampled=self.sampled,
+            notes=examined.notes,
+            sampled=examined.sampled,
             config=self.config,
             num_draft_layers=draft.num_mtp + draft.num_dspark if draft is not None else 0,
             weights=self.weights,
@@ -425,7 +211,8 @@ class _Inspector:
         """Return which release this looks like, and its published totals."""
         assert self.config is not None and self.draft is not None and self.stored is not None
         config = self.config
-        size = _SIZES.get((config.hidden_size, config.num_hidden_layers, config.n_routed_experts), "")
+        known = release_of(config)
+        size = known.name if known is not None else ""
         draft = "dspark" if self.draft.num_dspark else "mtp" if self.draft.num_mtp else "none"
         kinds = _kinds(self.formats)
         experts, linears = kinds["experts"], kinds["linears"]
@@ -567,7 +354,3 @@ def _draft_words(draft: DraftFound, raw: Mapping[str, Any]) -> str:
         return f"classic MTP, {draft.num_mtp} stage{'s' if draft.num_mtp > 1 else ''}"
     claimed = raw.get("num_nextn_predict_layers")
     return f"none (config.json claims {claimed})" if claimed else "none"
-
-
-def _module_of(native: str) -> str:
-    return native.rpartition(".")[0]

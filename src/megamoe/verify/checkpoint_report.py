@@ -20,14 +20,13 @@ from rich.text import Text
 
 from megamoe.models import BUNDLED
 from megamoe.models.deepseek_v4.memory import CACHE_FORMATS, CachePlan, Split, cache_plan, can_split
+from megamoe.models.deepseek_v4.rules import MAX_NAMED, Finding
 from megamoe.verify.checkpoint import GroupCount, Inspection, Verdict, inspect_checkpoint
-from megamoe.verify.rules import Finding
 
 DEFAULT_GPUS = (1, 2, 4, 8)
 DEFAULT_GPU_MEMORY_GB = (80.0, 141.0, 192.0)
 DEFAULT_CONTEXTS = (8_192, 32_768, 131_072, 524_288, 1_048_576)
 USABLE = 0.9  # of a GPU's memory; the rest is for activations, workspaces and the CUDA context
-MAX_NAMED = 4  # subjects of a finding that the text names
 PIPE_WIDTH = 120
 GIB, MIB = 2**30, 2**20
 
@@ -231,11 +230,12 @@ def _print(inspection: Inspection, request: PlanRequest, console: Console) -> No
         console.print()
     _print_findings("findings", inspection.findings, console, "bold red")
     _print_findings("notes", inspection.notes, console, "bold")
-    if inspection.sampled is not None and inspection.sampled.all_tensors:
+    if inspection.sampled is not None and inspection.sampled.num_bytes:
         sampled = inspection.sampled
         console.print(
-            f"scales looked at: {sampled.scalars:,} of {sampled.all_scalars:,} scalars, parts of {sampled.tensors:,} "
-            f"of {sampled.all_tensors:,} block-scale tensors ({sampled.num_bytes:,} bytes); load reads all of them"
+            f"looked at: {sampled.scalars:,} of {sampled.all_scalars:,} scalar scales, at most 4 KiB of each of "
+            f"{sampled.scales:,} block-scale tensors and of {sampled.values:,} matrices, norms and tables "
+            f"({sampled.num_bytes:,} bytes); load reads all of them"
         )
     if inspection.config is not None and inspection.weights is not None:
         _print_memory(inspection, request, console)

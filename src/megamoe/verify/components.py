@@ -233,11 +233,11 @@ class _BlockWalk:
         route_weights, expert_ids = route_experts(
             x,
             w.gate,
+            token_ids=self.plan.token_ids,
             top_k=ref.top_k,
             routed_scaling=ref.routed_scaling,
             bias=w.bias,
             expert_table=w.expert_table,
-            token_ids=self.plan.token_ids,
         )
         outputs = [
             experts_op(moe.weights, moe.recipe)(

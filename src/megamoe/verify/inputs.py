@@ -198,17 +198,17 @@ def _routing(
 ) -> Arguments:
     width, num_experts = dims["D"], dims["E"]
     gate = _tied(scaled(generator, num_experts, width, scale=1.5 * width**-0.5))
+    device, vocab_size = generator.device, dims.get("V", 1000)
     arguments: Arguments = {
         "x": scaled(generator, num_tokens, width).bfloat16(),
         "gate": gate.bfloat16(),
+        "token_ids": torch.randint(vocab_size, (num_tokens,), generator=generator, device=device),
         "top_k": dims["A"],
         "routed_scaling": 2.5,
     }
     if "V" in dims:
-        device = generator.device
-        table = torch.randint(num_experts, (dims["V"], dims["A"]), generator=generator, device=device)
+        table = torch.randint(num_experts, (vocab_size, dims["A"]), generator=generator, device=device)
         arguments["expert_table"] = table.to(table_dtype)
-        arguments["token_ids"] = torch.randint(dims["V"], (num_tokens,), generator=generator, device=device)
     return arguments
 
 

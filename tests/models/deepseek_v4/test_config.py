@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 
 from megamoe.checkpoint import CheckpointError
-from megamoe.models import ARCHITECTURES, architecture_of
-from megamoe.models.deepseek_v4.config import DSparkConfig, LayerKind, ModelConfig, load_config, parse_config
+from megamoe.models import ARCHITECTURES
+from megamoe.models.deepseek_v4.config import (
+    ARCHITECTURE,
+    DSparkConfig,
+    LayerKind,
+    ModelConfig,
+    load_config,
+    parse_config,
+)
 from megamoe.models.deepseek_v4.inventory import DSparkDraft, inventory
 from megamoe.models.deepseek_v4.shapes import MODELS, OpCall, op_calls, op_shapes
 from megamoe.ops.rope import YarnScaling
@@ -56,11 +63,9 @@ def test_dspark_release():
 
 
 def test_architectures():
-    assert architecture_of("DeepseekV4ForCausalLM") == ARCHITECTURES["DeepseekV4ForCausalLM"] == "deepseek_v4"
-    with pytest.raises(
-        ValueError, match=r"config.json names 'LlamaForCausalLM'; implemented are DeepseekV4ForCausalLM"
-    ):
-        architecture_of("LlamaForCausalLM")
+    assert ARCHITECTURES[ARCHITECTURE] == "deepseek_v4"
+    with pytest.raises(CheckpointError, match="architectures names 'LlamaForCausalLM'; implemented is"):
+        parse_config({**FLASH, "architectures": ["LlamaForCausalLM"]})
 
 
 # Properties.
@@ -286,7 +291,7 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("missing kinds", without("compress_ratios"), "neither compress_ratios nor layer_types says"),
     ("negative", {**CONFIG, "index_topk": -1}, "index_topk is -1; expected an integer of at least 1."),
     ("boolean size", {**CONFIG, "hc_mult": True}, "hc_mult is True; expected an integer of at least 1."),
-    ("text", {**CONFIG, "hc_eps": "1e-6"}, "hc_eps is '1e-6'; expected a positive number."),
+    ("text", {**CONFIG, "hc_eps": "1e-6"}, "hc_eps is the text '1e-6', not a number. Write it without quotes."),
     ("no clamp", {**CONFIG, "swiglu_limit": 0}, "swiglu_limit is 0; expected a positive number."),
     ("infinite", {**CONFIG, "rope_theta": math.inf}, "rope_theta is inf; expected a positive number."),
     ("few ratios", {**CONFIG, "compress_ratios": [0, 4]}, "expected at least num_hidden_layers (4) integers"),
@@ -367,19 +372,14 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("half a DSpark", {**CONFIG, "dspark_block_size": 5}, "dspark_block_size without dspark_markov_rank"),
     (
-        "quantization method",
-        {**CONFIG, "quantization_config": {"quant_method": "gptq"}},
-        "quantization_config.quant_method is 'gptq'; readable is 'fp8' or 'modelopt' or 'compressed-tensors'.",
+        "number as text",
+        {**CONFIG, "num_hidden_layers": "5"},
+        "num_hidden_layers is the text '5', not a number. Write it without quotes.",
     ),
     (
-        "static activations",
-        {**CONFIG, "quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
-        "quantization_config.activation_scheme is 'static'; readable is 'dynamic'.",
-    ),
-    (
-        "block size",
-        {**CONFIG, "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}},
-        "quantization_config.weight_block_size is [32, 32]; readable is [128, 128].",
+        "null ratios",
+        {**CONFIG, "compress_ratios": None},
+        "compress_ratios is null; it must say what each layer attends",
     ),
 ]
 

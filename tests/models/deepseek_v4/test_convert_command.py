@@ -58,7 +58,9 @@ def test_json(official, tmp_path, capsys):
     assert main(["convert", str(official), str(out), "--json", "--jobs", "1"]) == 0
     printed = capsys.readouterr()
     summary = json.loads(printed.out)
-    assert printed.err == "" and summary["proved_exact"] == summary["weights"] == 48
+    assert printed.err.count("\n") == 1 and "note: config-format: config.json: no quantization_config" in printed.err
+    assert [warning["rule"] for warning in summary["warnings"]] == ["config-format"]
+    assert summary["proved_exact"] == summary["weights"] == 48
     assert summary["formats"] == {"fp8": 44, "mxfp4": 12, "nvfp4": 48} and summary["inexact"] == {}
     with CheckpointReader(out) as reader:
         assert summary["made_bytes"] == reader.num_bytes

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvfp4_weight_only_experts on Hopper: experts stream past tokens in registers, or are multiplied in tiles.
+"""nvfp4_weight_only_experts: experts stream past tokens in registers, or are multiplied in tiles.
 
 Meaning    ops/nvfp4_weight_only_experts.py and ops/expert_common.py; this file only makes it fast
 Few pairs  an expert: sort_pairs, gate_up, down, sum_slots (expert_stream.py)
-Many       sort_pairs, gather_rows, gate_up, down, sum_slots: tiles on wgmma (expert_tiles_sm90.py)
+Many       Hopper alone: sort_pairs, gather_rows, gate_up, down, sum_slots: tiles on wgmma (expert_tiles_sm90.py)
 Choice     by T, A and E alone: stream_limit of expert_stream.py. No host synchronization on either path
-Shared     expert: one more expert of the same launches; streaming more than 64 tokens, three linears and clamped_swiglu
+Shared     expert: one more expert of the same launches; where Hopper streams more than 64 tokens, three linears and
+           clamped_swiglu
 Limits     x bf16; weights in fragment order (w.fragments(), once at load); D and F multiples of 64 up to 8192; at most
            512 experts on a GPU
 Bound      memory: the bytes of chosen experts, 0.5625 a value; from some 100 pairs an expert on, the tensor cores
@@ -25,7 +26,7 @@ from megamoe.kernels.experts.expert_stream import SHARED_TOKENS, down, expert_ke
 from megamoe.kernels.experts.sort_pairs import sort_pairs
 from megamoe.kernels.experts.sum_slots import sum_slots
 from megamoe.kernels.linear import nvfp4_weight_only_linear
-from megamoe.kernels.parts.launch import aligned, require_fragments
+from megamoe.kernels.parts.launch import aligned, require_fragments, require_more, takes_more
 from megamoe.kernels.parts.weight_stream import TOKENS_PER_TILE
 from megamoe.kernels.rows import clamped_swiglu
 
@@ -64,15 +65,18 @@ def run(
     x = aligned(x)
     if x.shape[0] == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    limit = stream_limit(expert_ids.shape[1], w1.shape[0])
+    if x.shape[0] > limit:
+        require_more(op, x.shape[0], limit, x.device)
     num_pairs = expert_ids.numel()
-    if x.shape[0] > stream_limit(expert_ids.shape[1], w1.shape[0]):
+    if x.shape[0] > limit:
         outputs = expert_tiles_sm90.tile_experts(
             *(op, (x,), route_weights, expert_ids, (w1, w3, w2), shared_weights, swiglu_limit),
             None,
         )
         shared_output = shared_output if shared_weights is None else outputs[num_pairs:]
         return sum_slots(outputs[:num_pairs], expert_ids.shape[1], shared_output, out_dtype)
-    if shared_weights is not None and x.shape[0] > SHARED_TOKENS:
+    if shared_weights is not None and x.shape[0] > SHARED_TOKENS and takes_more(op, x.device):
         shared_output, shared_weights = _shared_expert(x, shared_weights, swiglu_limit), None
     return _stream(
         op, x, route_weights, expert_ids, (w1, w3, w2), shared_output, shared_weights, swiglu_limit, out_dtype

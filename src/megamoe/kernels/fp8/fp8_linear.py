@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fp8_linear on Hopper: E4M3 codes are exact in fp16, fp16 tensor cores add their products in fp32, 128 at a time.
+"""fp8_linear: E4M3 codes are exact in fp16, fp16 tensor cores add their products in fp32, 128 at a time.
 
 Meaning    ops/fp8_linear.py; this file only makes it fast
 Few tokens the weight streams once, row-major, tokens in shared memory (fp8/fp8_stream.py)
-Many       tokens are expanded to fp16 (fp8/fp8_expand.py), then tiles on wgmma (fp8/fp8_tiles_sm90.py)
+Many       Hopper alone: tokens are expanded to fp16 (fp8_expand.py), then tiles on wgmma (fp8_tiles_sm90.py)
 Choice     by N and T alone: stream_limit. The two paths add in different orders
 Scales     E8M0 or fp32, on either side; both multiply sums of 128 products in fp32
 Limits     groups of 128 in x; N a multiple of 16 and K of 128; codes of w contiguous and 16-byte aligned, as loaded
@@ -22,7 +22,7 @@ from megamoe.kernels.fp8 import fp8_expand_config, fp8_tiles_sm90, fp8_tiles_sm9
 from megamoe.kernels.fp8.fp8_stream import PASS_TOKENS, TILE_COUNTS, stream_configs, stream_linear
 from megamoe.kernels.fp8.fp8_stream_config import TILE_ROWS, TOKENS_PER_TILE
 from megamoe.kernels.fp8.fp8_tiles_sm90 import tile_linear
-from megamoe.kernels.parts.launch import aligned
+from megamoe.kernels.parts.launch import aligned, require_more
 
 OP = "fp8_linear"
 
@@ -65,4 +65,8 @@ def run(x: Fp8RowTensor, w: Fp8BlockTensor, out_dtype: torch.dtype) -> torch.Ten
     if x.shape[0] == 0 or num_rows == 0:
         return torch.empty(x.shape[0], num_rows, dtype=out_dtype, device=w.device)
     arguments = aligned(x.codes.view(torch.uint8)), x.scales.contiguous(), codes, w.scales.contiguous(), out_dtype
-    return stream_linear(*arguments) if x.shape[0] <= stream_limit(num_rows) else tile_linear(*arguments)
+    limit = stream_limit(num_rows)
+    if x.shape[0] <= limit:
+        return stream_linear(*arguments)
+    require_more(OP, x.shape[0], limit, w.device)
+    return tile_linear(*arguments)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvfp4_weight_only_grouped_linear on Hopper: the two paths of nvfp4_weight_only_linear with a group in every address.
+"""nvfp4_weight_only_grouped_linear: the two paths of nvfp4_weight_only_linear with a group in every address.
 
 Meaning    ops/grouped_linear.py; this file only makes it fast
 Few tokens the weights of all groups stream once, tokens in registers (linear/grouped_stream.py)
-Many       tiles on wgmma (linear/weight_tiles_sm90.py)
+Many       Hopper alone: tiles on wgmma (weight_tiles_sm90.py)
 Choice     up to 16 tokens are few: linear/grouped_stream.py, STREAM_LIMIT. The two paths add in different orders
 Limits     x bf16; w in fragment order (w.fragments(), once at load), so N a multiple of 16 and K of 64; in tiles of 128
 Bound      few tokens: the weights' bytes, 0.5625 a value; many: the tensor cores
@@ -19,7 +19,7 @@ import torch
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT, require_columns, stream_grouped, stream_keys
 from megamoe.kernels.linear.weight_tiles_sm90 import tile_keys, tile_linear
-from megamoe.kernels.parts.launch import aligned, require_fragments
+from megamoe.kernels.parts.launch import aligned, require_fragments, require_more
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
@@ -41,4 +41,5 @@ def run(x: torch.Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor
     x = aligned(x)
     if x.shape[0] <= STREAM_LIMIT:
         return stream_grouped((x,), "bf16", w, out_dtype)
+    require_more(op, x.shape[0], STREAM_LIMIT, w.device)
     return tile_linear(x, None, w, out_dtype)

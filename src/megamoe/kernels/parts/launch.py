@@ -12,6 +12,8 @@ import torch
 
 from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.kernels import BORDERS
+from megamoe.kernels.store import architecture_of
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_WIDTH = 32768
@@ -59,3 +61,19 @@ def require_fragments(op: str, *weights: NvFp4Tensor) -> None:
                 f"{op}: the kernel takes weights in fragment order; got {weight.code_layout.value} codes. Convert them "
                 "once, when loading: w.fragments()."
             )
+
+
+def takes_more(op: str, device: torch.device) -> bool:
+    """Return whether an operation has its path for more than few tokens on the architecture of a device."""
+    return architecture_of(device) in BORDERS[op].more
+
+
+def require_more(op: str, num_tokens: int, limit: int, device: torch.device) -> None:
+    """Refuse more than few tokens where there is no path for them."""
+    if not takes_more(op, device):
+        arch = architecture_of(device)
+        raise NotImplementedError(
+            f"{op}: on {arch} the kernel takes up to {limit} tokens of these sizes; got {num_tokens}. More is taken on "
+            f"{', '.join(BORDERS[op].more)}. Pass {limit} at a time, or run the reference: "
+            'with megamoe.ops.use("reference").'
+        )

@@ -42,7 +42,7 @@ def run(
     routed_scaling: float,
     bias: torch.Tensor | None,
     expert_table: torch.Tensor | None,
-    token_ids: torch.Tensor | None,
+    token_ids: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute route_experts."""
     num_experts, width = gate.shape

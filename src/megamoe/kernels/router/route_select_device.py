@@ -10,7 +10,7 @@ from megamoe.kernels.parts.ptx_device import divide, multiply
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches, symbolic_rows
 from megamoe.kernels.router.route_select_config import TOKENS, Config
 
-NOBODY = 1 << 20  # above every expert
+NO_EXPERT = 1 << 20  # above every expert
 
 
 def program(config: Config):
@@ -20,13 +20,14 @@ def program(config: Config):
     weights = symbolic_rows(Float32, num_tokens, config.top_k, 4)
     ids = symbolic_rows(Int64, num_tokens, config.top_k, 8)
     select = RouteSelect(config)
+    token_ids = make_fake_tensor(Int64, (num_tokens,), (1,))
     rest = (weights, ids, Float32(0.0), current_stream())
     if config.mode.startswith("table"):
         table = symbolic_rows(Int32 if config.mode == "table32" else Int64, cute.sym_int32(), config.top_k, 4)
-        return select.by_table, (scores, table, make_fake_tensor(Int64, (num_tokens,), (1,)), *rest)
+        return select.by_table, (scores, token_ids, table, *rest)
     if config.mode == "biased":
-        return select.by_biased_score, (scores, make_fake_tensor(Float32, (config.experts,), (1,)), *rest)
-    return select.by_score, (scores, *rest)
+        return select.by_biased_score, (scores, token_ids, make_fake_tensor(Float32, (config.experts,), (1,)), *rest)
+    return select.by_score, (scores, token_ids, *rest)
 
 
 class RouteSelect:
@@ -37,43 +38,51 @@ class RouteSelect:
         self.per_lane = -(-config.experts // 32)
 
     @cute.jit
-    def by_table(self, scores, table, token_ids, weights, ids, routed_scaling: Float32, stream):
-        self._launch(scores, None, table, token_ids, weights, ids, routed_scaling, stream)
+    def by_table(self, scores, token_ids, table, weights, ids, routed_scaling: Float32, stream):
+        self._launch(scores, token_ids, None, table, weights, ids, routed_scaling, stream)
 
     @cute.jit
-    def by_biased_score(self, scores, bias, weights, ids, routed_scaling: Float32, stream):
-        self._launch(scores, bias, None, None, weights, ids, routed_scaling, stream)
+    def by_biased_score(self, scores, token_ids, bias, weights, ids, routed_scaling: Float32, stream):
+        self._launch(scores, token_ids, bias, None, weights, ids, routed_scaling, stream)
 
     @cute.jit
-    def by_score(self, scores, weights, ids, routed_scaling: Float32, stream):
-        self._launch(scores, None, None, None, weights, ids, routed_scaling, stream)
+    def by_score(self, scores, token_ids, weights, ids, routed_scaling: Float32, stream):
+        self._launch(scores, token_ids, None, None, weights, ids, routed_scaling, stream)
 
-    def _launch(self, scores, bias, table, token_ids, weights, ids, routed_scaling, stream):
+    def _launch(self, scores, token_ids, bias, table, weights, ids, routed_scaling, stream):
         grid = ((scores.shape[0] + TOKENS - 1) // TOKENS, 1, 1)
-        self.kernel(scores, bias, table, token_ids, weights, ids, routed_scaling).launch(
+        self.kernel(scores, token_ids, bias, table, weights, ids, routed_scaling).launch(
             grid=grid, block=(32 * TOKENS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(
-        self, scores: cute.Tensor, bias, table, token_ids, weights: cute.Tensor, ids: cute.Tensor, scaling: Float32
+        self,
+        scores: cute.Tensor,
+        token_ids: cute.Tensor,
+        bias,
+        table,
+        weights: cute.Tensor,
+        ids: cute.Tensor,
+        scaling: Float32,
     ):
         block, _, _ = cute.arch.block_idx()
         lane = cute.arch.lane_idx()
         token = block * TOKENS + cute.arch.warp_idx()
         overlap_launches()
         if token < scores.shape[0]:
+            token_id = token_ids[token]
             if cutlass.const_expr(table is not None):
-                self._by_table(scores, table, token_ids, weights, ids, scaling, token, lane)
+                self._by_table(scores, token_id, table, weights, ids, scaling, token, lane)
             else:
-                self._by_score(scores, bias, weights, ids, scaling, token, lane)
+                self._by_score(scores, token_id, bias, weights, ids, scaling, token, lane)
 
     @cute.jit
     def _by_table(
         self,
         scores: cute.Tensor,
+        token_id: Int64,
         table: cute.Tensor,
-        token_ids: cute.Tensor,
         weights: cute.Tensor,
         ids: cute.Tensor,
         scaling: Float32,
@@ -82,7 +91,6 @@ class RouteSelect:
     ):
         """Every lane reads all of a token's experts; the first top_k lanes store one each."""
         config = self.config
-        token_id = token_ids[token]
         known = (token_id >= 0) & (token_id < Int64(table.shape[0]))
         row = Int32(cutlass.max(Int64(0), cutlass.min(token_id, Int64(table.shape[0] - 1))))
         chosen, experts = [], []
@@ -93,12 +101,13 @@ class RouteSelect:
             score = scores[token, safe]
             chosen.append(score if inside else Float32(float("nan")))
             experts.append(safe)
-        self._store(chosen, experts, weights, ids, scaling, token, lane)
+        self._store(chosen, experts, weights, ids, scaling, token_id, token, lane)
 
     @cute.jit
     def _by_score(
         self,
         scores: cute.Tensor,
+        token_id: Int64,
         bias,
         weights: cute.Tensor,
         ids: cute.Tensor,
@@ -122,11 +131,11 @@ class RouteSelect:
         taken = Int32(0)  # a bit for each place
         chosen, experts = [], []
         for _ in cutlass.range_constexpr(config.top_k):
-            key, expert, score = Float32(-float("inf")), Int32(NOBODY), Float32(0.0)
+            key, expert, score = Float32(-float("inf")), Int32(NO_EXPERT), Float32(0.0)
             for place in cutlass.range_constexpr(self.per_lane):
                 candidate = lane + 32 * place
                 free = (candidate < config.experts) & ((taken >> place) & 1 == 0)
-                better = free & ((keys[place] > key) | (expert == NOBODY))
+                better = free & ((keys[place] > key) | (expert == NO_EXPERT))
                 key = keys[place] if better else key
                 expert = candidate if better else expert
                 score = own[place] if better else score
@@ -134,10 +143,10 @@ class RouteSelect:
                 other_key = cute.arch.shuffle_sync_bfly(key, offset=1 << offset)
                 other_expert = cute.arch.shuffle_sync_bfly(expert, offset=1 << offset)
                 other_score = cute.arch.shuffle_sync_bfly(score, offset=1 << offset)
-                # A lane that has run out says NOBODY; it loses against everyone.
-                real = other_expert != NOBODY
+                # A lane that has run out says NO_EXPERT; it loses against all others.
+                real = other_expert != NO_EXPERT
                 better = real & (
-                    (expert == NOBODY) | (other_key > key) | ((other_key == key) & (other_expert < expert))
+                    (expert == NO_EXPERT) | (other_key > key) | ((other_key == key) & (other_expert < expert))
                 )
                 key = other_key if better else key
                 expert = other_expert if better else expert
@@ -145,15 +154,16 @@ class RouteSelect:
             taken = taken | (Int32(1) << (expert // 32) if expert % 32 == lane else Int32(0))
             chosen.append(score)
             experts.append(expert)
-        self._store(chosen, experts, weights, ids, scaling, token, lane)
+        self._store(chosen, experts, weights, ids, scaling, token_id, token, lane)
 
-    def _store(self, chosen, experts, weights, ids, scaling, token, lane):
+    def _store(self, chosen, experts, weights, ids, scaling, token_id, token, lane):
+        is_nobody = token_id == -1
         total = chosen[0]
         for score in chosen[1:]:
             total = total + score
         for slot in range(self.config.top_k):
             weight = multiply(divide(chosen[slot], total), scaling)
-            store_slot(weights, ids, token, slot, weight, experts[slot], lane)
+            store_slot(weights, ids, token, slot, weight, experts[slot], is_nobody, lane)
 
 
 @cute.jit
@@ -164,9 +174,10 @@ def store_slot(
     slot: cutlass.Constexpr,
     weight: Float32,
     expert: Int32,
+    is_nobody: cutlass.Boolean,
     lane: Int32,
 ):
     """Let one lane store a slot."""
     if lane == slot:
-        weights[token, slot] = weight
-        ids[token, slot] = Int64(expert)
+        weights[token, slot] = Float32(0.0) if is_nobody else weight
+        ids[token, slot] = Int64(-1) if is_nobody else Int64(expert)

@@ -147,6 +147,7 @@ class Attention:
             num_visible=plan.entry_slots(self.kind).num_visible if has_entries else None,
             table=self.table,
             scale=self.scale,
+            operand_dtype=self.recipe.attention_operand_dtype,
         )
 
     def project_output(self, o: torch.Tensor) -> torch.Tensor:

@@ -70,6 +70,7 @@ def model_calls(
         num_dspark: stages of a DSpark draft that is to be used.
     """
     calls = _Calls(config, formats, recipe, model)
+    calls.add(("plan_slots", "write_block_tables"), "step")
     blocks = list(zip(config.layer_kinds, config.ratios, config.hash_routed, strict=True))
     for layer, (kind, ratio, hash_routed) in enumerate(blocks):
         calls.block(f"layers.{layer}", kind, ratio, hash_routed)
@@ -163,7 +164,7 @@ class _Calls:
             queries["indexer.wq_b"] = config.index_n_heads * config.index_head_dim
         of_latent = self.stack(prefix, queries, latent)
         self.add("rotate_queries", "attn queries", H=heads, C=width, R=rotary)
-        self.add("copy_cache", "window latents", width=width)
+        self.add(("copy_cache", "save_rows"), "window latents", width=width)
         if kind is not LayerKind.SWA:
             num_rows = (4 if kind is LayerKind.CSA else 2) * width
             if kind is LayerKind.CSA:
@@ -208,9 +209,14 @@ class _Calls:
 
     def compressor(self, name: str, suffix: str, ratio: int, channels: int, overlap: bool) -> None:
         width = channels * (2 if overlap else 1)
-        raw = "index compressor rows" if name == "attn.indexer.compressor" else f"compressor rows{suffix}"
-        self.add("copy_cache", raw, width=2 * width)
-        self.add("compress_kv", f"{name}{suffix}", ratio=ratio, coff=2 if overlap else 1, D=channels)
+        is_index = name == "attn.indexer.compressor"
+        raw = "index compressor rows" if is_index else f"compressor rows{suffix}"
+        # Where blocks do not overlap, a sequence continues at a page boundary without raw rows: none are saved.
+        self.add(("copy_cache", "save_rows") if overlap else "copy_cache", raw, width=2 * width)
+        if is_index:
+            self.add("write_index_keys", name, ratio=ratio, D=channels)
+        else:
+            self.add("compress_kv", f"{name}{suffix}", ratio=ratio, coff=2 if overlap else 1, D=channels)
 
     def indexer(self, ratio: int) -> None:
         config = self.config

@@ -8,8 +8,8 @@ the same. Nothing that changes the computation is guessed: a missing field, an u
 refused, and all of them are listed in one error. transformers' fallback for absent `layer_types` matches no released
 model and is therefore not used.
 
-Formats of tensors are read from the tensors themselves (weights.py), never from `quantization_config` or
-`expert_dtype`; only what would make the loader misread them is refused here.
+Formats of tensors are read from the tensors themselves (layout.py), never from `quantization_config` or `expert_dtype`;
+what these declare is held against the tensors in declared.py.
 
 Source     the config.json files of DeepSeek-V4-Flash and -Pro; transformers 5.23 `DeepseekV4Config`
 """
@@ -26,6 +26,9 @@ from typing import Any
 
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.ops.yarn_scaling import YarnScaling
+
+ARCHITECTURE = "DeepseekV4ForCausalLM"
+_BELONGS = "Use the config.json that belongs to the weights."
 
 
 class LayerKind(enum.Enum):
@@ -225,7 +228,6 @@ class _Parser:
             dspark=self.dspark(),
             unused_keys=tuple(sorted(set(self.raw) - _KNOWN)),
         )
-        self.check_quantization()
         self.check_sizes(config)
         if self.problems:
             raise CheckpointError.listing(self.where, self.problems)
@@ -238,7 +240,10 @@ class _Parser:
     def integer(self, name: str, *, minimum: int = 1, default: int | None = None) -> int:
         value = self.raw.get(name, default)
         if name not in self.raw and default is None:
-            self.problem(f"{name} is missing. Use the config.json that belongs to the weights.")
+            self.problem(f"{name} is missing. {_BELONGS}")
+            return minimum
+        if isinstance(value, str):
+            self.problem(f"{name} is the text {value!r}, not a number. Write it without quotes.")
             return minimum
         if type(value) is not int or value < minimum:
             self.problem(f"{name} is {value!r}; expected an integer of at least {minimum}.")
@@ -253,9 +258,12 @@ class _Parser:
         label = label or name
         source = self.raw if source is None else source
         if name not in source:
-            self.problem(f"{label} is missing. Use the config.json that belongs to the weights.")
+            self.problem(f"{label} is missing. {_BELONGS}")
             return 1.0
         value = source[name]
+        if isinstance(value, str):
+            self.problem(f"{label} is the text {value!r}, not a number. Write it without quotes.")
+            return 1.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
             self.problem(f"{label} is {value!r}; expected a positive number.")
             return 1.0
@@ -289,6 +297,8 @@ class _Parser:
         if names is None or len(names) != 1:
             self.problem(f"architectures is {self.raw.get('architectures')!r}; expected one name in a list.")
             return ""
+        if names[0] != ARCHITECTURE:
+            self.problem(f"architectures names {names[0]!r}; implemented is {ARCHITECTURE!r}.")
         return names[0]
 
     def layers(self, count: int) -> tuple[tuple[LayerKind, ...], tuple[int, ...]]:
@@ -297,7 +307,10 @@ class _Parser:
         if native and saved and native != saved:
             self.problem("compress_ratios contradicts layer_types with compress_rates. Keep the one that is right.")
         pairs = native or saved
-        if not pairs and "compress_ratios" not in self.raw and "layer_types" not in self.raw:
+        null = [name for name in ("compress_ratios", "layer_types") if name in self.raw and self.raw[name] is None]
+        if not pairs and null:
+            self.problem(f"{' and '.join(null)} is null; it must say what each layer attends to. {_BELONGS}")
+        elif not pairs and "compress_ratios" not in self.raw and "layer_types" not in self.raw:
             self.problem(
                 "neither compress_ratios nor layer_types says what each layer attends to. "
                 "Use the config.json that belongs to the weights."
@@ -487,24 +500,6 @@ class _Parser:
             target_layer_ids=tuple(layers),
             markov_rank=self.integer("dspark_markov_rank"),
         )
-
-    def check_quantization(self) -> None:
-        """Refuse declared quantization whose tensors would be misread."""
-        content = self.object("quantization_config")
-        allowed: dict[str, tuple[Any, ...]] = {
-            "quant_method": ("fp8", "modelopt", "compressed-tensors"),
-            "fmt": ("e4m3", None),
-            "activation_scheme": ("dynamic", None),
-            "weight_block_size": ([128, 128], None),
-            "group_size": (16, None),
-        }
-        for name, values in allowed.items():
-            if content and content.get(name) not in values:
-                said = " or ".join(repr(value) for value in values if value is not None)
-                self.problem(
-                    f"quantization_config.{name} is {content.get(name)!r}; readable is {said}. "
-                    "Convert the original checkpoint instead."
-                )
 
     def check_sizes(self, config: ModelConfig) -> None:
         """Refuse sizes that cannot belong together."""

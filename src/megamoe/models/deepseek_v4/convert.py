@@ -29,7 +29,7 @@ from megamoe.checkpoint import report
 from megamoe.checkpoint.byte_range import ByteRange, as_tensor, read_range
 from megamoe.checkpoint.convert import Output, Plan, Result, Shard, Step
 from megamoe.checkpoint.headers import INDEX_NAME
-from megamoe.checkpoint.manifest import MANIFEST_NAME, Record, source_files
+from megamoe.checkpoint.manifest import Record, source_files
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.checkpoint.reader import DTYPES, CheckpointReader
 from megamoe.checkpoint.steps import (
@@ -44,16 +44,18 @@ from megamoe.checkpoint.steps import (
     to_fp8,
     to_mxfp4,
 )
+from megamoe.checkpoint.stopped import MANIFEST_NAME
 from megamoe.checkpoint.writer import encode_json
 from megamoe.formats import fp8, nvfp4, recode
 from megamoe.formats.e8m0 import e8m0_from_bytes
 from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.scale_search import ScaleSearch
-from megamoe.models.deepseek_v4.config import load_config
+from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.inventory import COMPANIONS
 from megamoe.models.deepseek_v4.layout import Format
+from megamoe.models.deepseek_v4.rules import Finding, refusal
 from megamoe.models.deepseek_v4.stored import StoredTensors
-from megamoe.models.deepseek_v4.weights import check_headers
+from megamoe.models.deepseek_v4.weights import check_copies
 
 UNCALIBRATED_INPUT_SCALE = 0.125
 """input_scale without a calibration, a power of two: block scales of inputs stay normal E4M3 numbers for block maxima
@@ -146,6 +148,7 @@ class ConvertOptions:
         scale_search: how block scales are chosen where values are rounded; a ScaleSearch stands for all kinds.
         calibration: largest magnitude of each weight's input, by weight; None writes UNCALIBRATED_INPUT_SCALE.
         proof: "codes" compares codes and scales, "values" every dequantized value as well.
+        accept: rules that the source may break; what was accepted is written into the manifest.
         producer: name and version for the metadata.
     """
 
@@ -156,6 +159,7 @@ class ConvertOptions:
     scale_search: SearchChoice | ScaleSearch = ScaleSearch.MSE
     calibration: Mapping[str, float] | None = None
     proof: str = "codes"
+    accept: tuple[str, ...] = ()
     producer: tuple[str, str] = ("megamoe", "0")
 
     def __post_init__(self) -> None:
@@ -185,6 +189,7 @@ class ConvertOptions:
             "scale_search": str(self.searches),
             "calibration": None if self.calibration is None else dict(sorted(self.calibration.items())),
             "proof": self.proof,
+            "accept": list(self.accept),
             "producer": list(self.producer),
         }
 
@@ -199,6 +204,7 @@ class Planned:
         inexact: weight -> blocks [row, block of 32] that have no equal and will be rounded, and how many in all.
         formats: weight -> format after the conversion.
         carried_bytes: bytes of tensors that are written as they are.
+        warnings: rules of the source that are broken and stop nothing.
     """
 
     plan: Plan
@@ -206,14 +212,15 @@ class Planned:
     inexact: Mapping[str, tuple[int, list[list[int]]]]
     formats: Mapping[str, Format]
     carried_bytes: int
+    warnings: tuple[Finding, ...] = ()
 
 
 class RangeTensors(StoredTensors):
     """Stored tensors read into memory: nothing is mapped, and only the part that is asked for is read."""
 
-    def __init__(self, reader: CheckpointReader, num_experts: int) -> None:
+    def __init__(self, reader: CheckpointReader, num_experts: int, natives: Mapping[str, str] | None = None) -> None:
         """As StoredTensors."""
-        super().__init__(reader, num_experts)
+        super().__init__(reader, num_experts, natives)
         self._paths: dict[str, pathlib.Path] = {}
 
     def byte_range(self, name: str) -> ByteRange:
@@ -301,11 +308,19 @@ def plan(
         CheckpointError: as `convert`.
         ValueError: the calibration does not fit.
     """
-    config = load_config(source)
-    with CheckpointReader(source) as reader:
-        stored = RangeTensors(reader, config.n_routed_experts)
-        formats = check_headers(stored, config)
-        return _Planner(stored, formats, source, options).make(jobs, progress or (lambda done, total: None))
+    examined = examine(source)
+    warnings = examined.refuse(options.accept)
+    claims = examined.claims
+    assert claims is not None
+    with CheckpointReader(source, examined.headers) as reader:
+        stored = RangeTensors(reader, examined.usable_config.n_routed_experts, examined.natives)
+        check_copies(stored, claims.copies)
+        if stored.problems:
+            raise refusal(f"checkpoint {source}", stored.problems)
+        planner = _Planner(stored, claims.formats, source, options)
+        return dataclasses.replace(
+            planner.make(jobs, progress or (lambda done, total: None)), warnings=(*warnings, *examined.told)
+        )
 
 
 class _Planner:
@@ -644,8 +659,9 @@ class _Planner:
             if name not in _MADE_FILES and not name.endswith(".safetensors")
         }
         content = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
+        declared = content.get("quantization_config")
         quantization = quantization_config(
-            self.after, content.get("quantization_config"), producer=self.options.producer
+            self.after, declared if isinstance(declared, dict) else None, producer=self.options.producer
         )
         content.pop("quantization_config", None)
         experts = {found for module, found in self.after.items() if ".experts." in module and module[0] == "l"}

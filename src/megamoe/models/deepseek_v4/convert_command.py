@@ -21,6 +21,7 @@ from megamoe.models.deepseek_v4.convert import (
     plan,
 )
 from megamoe.models.deepseek_v4.layout import Format
+from megamoe.models.deepseek_v4.rules import check_accept
 
 
 def run(
@@ -35,6 +36,7 @@ def run(
     calibration: pathlib.Path | None,
     jobs: int,
     proof: str,
+    accept: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
     version: str,
@@ -53,6 +55,7 @@ def run(
         scale_search=SearchChoice.parse(scale_search),
         calibration=None if calibration is None else read_calibration(calibration),
         proof=proof,
+        accept=check_accept(accept),
         producer=("megamoe", version),
     )
     lines: list[ProgressLine] = []
@@ -79,6 +82,8 @@ def run(
     finally:
         for line in lines:
             line.close()
+    for finding in planned.warnings:
+        print(f"megamoe: note: {finding.rule}: {finding}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary))
         return 0
@@ -117,6 +122,7 @@ def _summary(planned: Planned) -> dict[str, Any]:
         "made_bytes": planned.plan.num_bytes,
         "files": len(planned.plan.shards),
         "formats": dict(sorted(counts.items())),
+        "warnings": [finding.as_json() for finding in planned.warnings],
         "inexact": {
             name: {"blocks": count, "listed": blocks} for name, (count, blocks) in sorted(planned.inexact.items())
         },

@@ -233,6 +233,7 @@ def _run(
             table=attention.table,
             scale=attention.scale,
             window_ends=plan.window_ends,
+            operand_dtype=attention.recipe.attention_operand_dtype,
         )
         return attention.project_output(o)
 

@@ -117,7 +117,11 @@ class StoredHeaders:
         self, rule: str, subject: str, text: str, remedy: str = "", *, got: str = "", allowed: str = ""
     ) -> None:
         """Take down one problem; see `Problem`."""
-        self._problems[Problem(rule, subject, text, remedy, got, allowed)] = None
+        self.take_down(Problem(rule, subject, text, remedy, got, allowed))
+
+    def take_down(self, problem: Problem) -> None:
+        """Take down one problem."""
+        self._problems[problem] = None
 
     @property
     def problems(self) -> tuple[Problem, ...]:

@@ -61,14 +61,16 @@ class Model:
         *,
         name: str,
         directory: pathlib.Path,
+        warnings: tuple[str, ...] = (),
     ) -> None:
-        """Build blocks over the weights; allocates rotary tables only."""
+        """Build blocks over the weights; allocates rotary tables only. `warnings` are what loading warned about."""
         self.config = config
         self.weights = weights
         self.recipe = recipe
         self.device = device
         self.name = name
         self.directory = directory
+        self._warnings = warnings
         rope_dim = config.qk_rope_head_dim
         window_table = rope_table(rope_dim, config.rope_theta, None, device)
         compressed_table = rope_table(rope_dim, config.compress_rope_theta, config.yarn, device)
@@ -90,8 +92,8 @@ class Model:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the checkpoint holds and this model does not use, one line each."""
-        notes = []
+        """What loading warned about, and what the checkpoint holds and this model does not use, one line each."""
+        notes = list(self._warnings)
         if draft := self.weights.unused_draft:
             notes.append(f"{len(draft)} draft tensors are not used ({draft[0]}, ...)")
         if keys := self.config.unused_keys:

@@ -32,17 +32,17 @@ class Moe:
 
         Args:
             x: [T, D] normed input of the layer.
-            token_ids: [T] int64; hash-routed layers choose their experts by them.
+            token_ids: [T] int64; hash-routed layers choose their experts by them. -1 is nobody: its output is 0.
         """
         w = self.weights
         route_weights, expert_ids = route_experts(
             x,
             w.gate,
+            token_ids=token_ids,
             top_k=self.top_k,
             routed_scaling=self.routed_scaling,
             bias=w.bias,
             expert_table=w.expert_table,
-            token_ids=token_ids,
         )
         fused = self._shared_weights is not None
         return self._experts(

@@ -115,18 +115,16 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ("add_to_streams", "mtp input", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("mean_of_streams", "mtp taps", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hadamard", "attn.indexer queries", {"Hi": (16, 64, 64), "n": (128, 128, 128)}),
-    ("hadamard", "attn.indexer keys", {"n": (128, 128, 128)}),
     ("quantize_mxfp4", "attn.indexer queries", {"Hi": (16, 64, 64), "K": (128, 128, 128)}),
-    # Caches and attention. Raw compressor rows are values beside scores: 2 * coff * C wide. Copied are rings.
-    ("write_cache read_cache copy_cache", "window latents", {"width": (512, 512, 512)}),
-    ("write_cache read_cache", "compressed latents", {"width": (512, 512, 512)}),
-    ("write_cache read_cache", "index keys", {"width": (128, 128, 128)}),
-    ("write_cache read_cache copy_cache", "compressor rows (ratio 4)", {"width": (2048, 2048, 2048)}),
-    ("write_cache read_cache copy_cache", "compressor rows (ratio 128)", {"width": (1024, 1024, 1024)}),
-    ("write_cache read_cache copy_cache", "index compressor rows", {"width": (512, 512, 512)}),
+    # Caches and attention. Raw compressor rows are values beside scores: 2 * coff * C wide. Rows of rings are copied
+    # out of the step area and out of snapshots; those that continue a sequence at a page boundary are saved.
+    ("write_cache read_cache copy_cache save_rows", "window latents", {"width": (512, 512, 512)}),
+    ("copy_cache save_rows", "compressor rows (ratio 4)", {"width": (2048, 2048, 2048)}),
+    ("copy_cache", "compressor rows (ratio 128)", {"width": (1024, 1024, 1024)}),
+    ("copy_cache save_rows", "index compressor rows", {"width": (512, 512, 512)}),
     ("compress_kv", "attn.compressor (ratio 4)", {"ratio": (4, 4, 4), "coff": (2, 2, 2), "D": (512, 512, 512)}),
     ("compress_kv", "attn.compressor (ratio 128)", {"ratio": (128, 128, 128), "coff": (1, 1, 1), "D": (512, 512, 512)}),
-    ("compress_kv", "attn.indexer.compressor", {"ratio": (4, 4, 4), "coff": (2, 2, 2), "D": (128, 128, 128)}),
+    ("write_index_keys", "attn.indexer.compressor", {"ratio": (4, 4, 4), "D": (128, 128, 128)}),
     (
         "index_scores index_topk",
         "attn.indexer",
@@ -153,6 +151,8 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
         "attn (ratio 128)",
         {"H": (4, 64, 128), "C": (512, 512, 512), "W": (128, 128, 128), "J": (64, 8192, 8192)},
     ),
+    # Integers only: the sizes are the step's and the block tables', and no model has a say in them.
+    ("plan_slots write_block_tables", "step", {}),
     ("sample penalize token_logprobs", "logits", {"V": (4096, 129280, 129280)}),
 )
 

@@ -8,6 +8,8 @@ compressed-tensors stores are turned over here, once, in fp32, and nothing behin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from megamoe.checkpoint.reader import CheckpointReader
@@ -16,6 +18,7 @@ from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.models.deepseek_v4.layout import REDO, Format, StoredHeaders
+from megamoe.models.deepseek_v4.samples import bad_scales, not_finite
 
 __all__ = ["Format", "StoredTensors"]
 
@@ -25,14 +28,15 @@ _SMALLEST_RECIPROCAL = 2.0**-127  # one over it, and over what lies under it, is
 class StoredTensors(StoredHeaders):
     """Native name -> stored tensor, read from the mapped files, with a list of everything that is wrong."""
 
-    def __init__(self, reader: CheckpointReader, num_experts: int) -> None:
+    def __init__(self, reader: CheckpointReader, num_experts: int, natives: Mapping[str, str] | None = None) -> None:
         """Give every stored tensor its native name; two with the same one are a problem.
 
         Args:
             reader: open checkpoint.
             num_experts: experts in a fused tensor.
+            natives: stored name -> native name, where that has been worked out already.
         """
-        super().__init__(reader.headers.infos, num_experts)
+        super().__init__(reader.headers.infos, num_experts, natives)
         self.reader = reader
 
     def read(self, name: str) -> torch.Tensor:
@@ -53,11 +57,11 @@ class StoredTensors(StoredHeaders):
                 bad, what = ~(scales >= 0) | scales.isinf(), "not finite or negative"
             else:
                 bad, what = scales.view(torch.uint8) == 0xFF, "byte 255, which is NaN in E8M0"
-            self._check_none(name, bad, scales, what)
+            self._check_none(module, name, bad, scales, what)
         elif found is Format.NVFP4:
             name = f"{module}.weight_scale"
             data = self.read(name).view(torch.uint8)
-            self._check_none(name, data >= 0x7F, data, "a byte that is NaN or negative in E4M3")
+            self._check_none(module, name, data >= 0x7F, data, "a byte that is NaN or negative in E4M3")
             for leaf in ("weight_scale_2", "input_scale", "weight_global_scale", "input_global_scale"):
                 name = f"{module}.{leaf}"
                 if name in self:
@@ -67,11 +71,14 @@ class StoredTensors(StoredHeaders):
                         text = f"{self.label(name)}: {value}; a scale must be positive and finite."
                         self.problem("scalar-invalid", self.stored_name(name), text, REDO, got=str(value))
 
-    def _check_none(self, name: str, bad: torch.Tensor, data: torch.Tensor, what: str) -> None:
+    def _check_none(self, module: str, name: str, bad: torch.Tensor, data: torch.Tensor, what: str) -> None:
         if bool(bad.any()):
             first = [int(index) for index in bad.nonzero()[0]]
-            text = f"{self.label(name)}: {what}, at {first} ({int(bad.sum())} of {data.numel()} scales)."
-            self.problem("scale-nan", self.stored_name(name), text, f"The bytes are damaged or not scales. {REDO}")
+            codes = self.read(self.codes_name(module))
+            sign = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x77  # zero is zero of either sign
+            is_zero = not bool((codes.view(torch.uint8) & sign).any())
+            said = f"{what}, at {first} ({int(bad.sum())} of {data.numel()} scales)"
+            self.take_down(bad_scales(self, name, said, is_zero))
 
     def _scalar(self, name: str) -> torch.Tensor:
         return self.read(name).reshape(())
@@ -100,8 +107,7 @@ class StoredTensors(StoredHeaders):
             low, high = torch.aminmax(values)
             ok = bool(low > -torch.inf) and bool(high < torch.inf)
         if not ok:
-            text = f"{self.label(name)}: holds NaN or infinity."
-            self.problem("values-not-finite", self.stored_name(name), text, f"The bytes are damaged. {REDO}")
+            self.take_down(not_finite(self, name))
         return ok
 
     def fp8(self, module: str) -> Fp8BlockTensor:

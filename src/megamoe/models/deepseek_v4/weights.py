@@ -23,22 +23,27 @@ Draft      which draft there is, the tensors say. Classic MTP stages and DSpark 
 from __future__ import annotations
 
 import dataclasses
-import re
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
+from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.formats import fp8, mxfp4, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.formats.mxfp4 import mxfp4_to_nvfp4, shared_top_exponent
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.models.deepseek_v4.claims import Claims, claim_tensors
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
-from megamoe.models.deepseek_v4.inventory import DSparkDraft, Entry, Role, draft_names, inventory
-from megamoe.models.deepseek_v4.layout import FLOATS, Format, dspark_shape
+from megamoe.models.deepseek_v4.examine import Examined
+from megamoe.models.deepseek_v4.inventory import Role
+from megamoe.models.deepseek_v4.layout import Format, dspark_shape
+from megamoe.models.deepseek_v4.names import native_name
+from megamoe.models.deepseek_v4.observed import Observed, check_draft
+from megamoe.models.deepseek_v4.rules import RULES, Level, refusal
+from megamoe.models.deepseek_v4.samples import differing_copy, original_of
 from megamoe.models.deepseek_v4.stacked import LinearWeight, rows_of, stack_rows
 from megamoe.models.deepseek_v4.stored import StoredTensors
 
@@ -305,15 +310,21 @@ class WeightLoader:
         dequantize: bool,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        examined: Examined | None = None,
     ) -> None:
-        """Check names, dtypes and shapes; arguments and errors are those of `load_weights`."""
-        stored = StoredTensors(reader, config.n_routed_experts)
-        self._loader = _Loader(stored, config, dtype if dequantize else None, device)
-        self.num_mtp, self.num_dspark = self._loader.claim_draft()
-        self._entries = self._loader.entries(self.num_mtp, self.num_dspark)
-        self._loader.check_entries(self._entries)
+        """Check names, dtypes and shapes; arguments and errors are those of `load_weights`.
+
+        With `examined`, what the examination of the checkpoint found out is used, and it must not have been refused.
+        """
+        natives = None if examined is None else examined.natives
+        stored = StoredTensors(reader, config.n_routed_experts, natives)
+        claims = claim_stored(stored, config) if examined is None else examined.claims
+        assert claims is not None
+        self._loader = _Loader(stored, claims, config, dtype if dequantize else None, device)
+        self.num_mtp, self.num_dspark = claims.num_mtp, claims.num_dspark
+        self._loader.check_stacks()
         self._loader.stop_if_refused()
-        self.formats: Mapping[str, Format] = types.MappingProxyType(self._loader.formats)
+        self.formats: Mapping[str, Format] = types.MappingProxyType(dict(claims.formats))
 
     def load(self, layouts: Mapping[str, CodeLayout] | None = None) -> ModelWeights:
         """Check scales, then load.
@@ -323,8 +334,8 @@ class WeightLoader:
         """
         loader = self._loader
         loader.layouts = layouts or {}
-        loader.check_copies()
-        loader.check_scales(self._entries)
+        check_copies(loader.stored, self._loader.claims.copies)
+        loader.check_scales()
         loader.stop_if_refused()
         weights = loader.build(self.num_mtp, self.num_dspark)
         loader.stop_if_refused()
@@ -334,114 +345,57 @@ class WeightLoader:
         return weights
 
 
-def check_headers(stored: StoredTensors, config: ModelConfig) -> dict[str, Format]:
-    """Check names, dtypes and shapes of all tensors as `load_weights` does, mixed formats allowed.
-
-    Args:
-        stored: the checkpoint; afterwards every tensor of it is accounted for.
-        config: from the same checkpoint.
-
-    Returns:
-        The format of every weight of the backbone and of the draft stages that would be loaded.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown, stored twice, misshapen or of the wrong dtype.
-    """
-    loader = _Loader(stored, config, torch.float32, "cpu")
-    loader.check_entries(loader.entries(*loader.claim_draft()))
-    loader.check_copies()
-    loader.stop_if_refused()
-    return loader.formats
+def claim_stored(stored: StoredTensors, config: ModelConfig) -> Claims:
+    """Claim all tensors of a checkpoint that nobody has examined; what is wrong is taken down in `stored`."""
+    infos = stored.infos
+    draft = Observed(infos, {name: native_name(name) for name in infos}, ()).draft()
+    shape = dspark_shape(stored, config, draft.num_dspark) if draft.num_dspark else None
+    for problem in check_draft(draft, shape, config):
+        if RULES[problem.rule].level is Level.REFUSED:
+            stored.take_down(problem)
+    return claim_tensors(stored, config, draft)
 
 
-_MTP_MODULE = re.compile(r"mtp\.[0-9]{1,2}\.(attn|ffn|e_proj|h_proj)\..+")
-_DSPARK_MODULE = re.compile(r"mtp\.[0-9]{1,2}\.(main_proj|main_norm|markov_head|confidence_head)\..+")
-_STAGE = re.compile(r"mtp\.([0-9]{1,2})\..+")
+def check_copies(stored: StoredTensors, names: Iterable[str]) -> None:
+    """Take down every copy of the embedding or the head in a draft that is not the same tensor."""
+    for name in names:
+        if original_of(name) not in stored:
+            continue
+        copy, first = stored.read(name), stored.read(original_of(name))
+        if copy.dtype != first.dtype or not torch.equal(copy, first):
+            stored.take_down(differing_copy(stored, name))
 
 
 class _Loader:
     """Checks, then builds; `dtype` is None where containers are kept."""
 
     def __init__(
-        self, stored: StoredTensors, config: ModelConfig, dtype: torch.dtype | None, device: torch.device | str
+        self,
+        stored: StoredTensors,
+        claims: Claims,
+        config: ModelConfig,
+        dtype: torch.dtype | None,
+        device: torch.device | str,
     ) -> None:
         self.stored = stored
+        self.claims = claims
         self.config = config
         self.dtype = dtype
         self.device = device
-        self.formats: dict[str, Format] = {}
-        self.unused_draft: list[str] = []
+        self.formats = claims.formats
         self.input_scales: dict[str, float] = {}
-        self.copies: list[tuple[str, str]] = []  # (a draft's copy, the original)
         self.layouts: Mapping[str, CodeLayout] = {}
         self.num_relaid = 0
 
-    def entries(self, num_mtp: int, num_dspark: int) -> tuple[Entry, ...]:
-        """Return what is loaded, given the stages of the draft."""
-        dspark = DSparkDraft.of(self.config, num_dspark) if num_dspark else None
-        return inventory(self.config, num_mtp=num_mtp, dspark=dspark)
-
     def stop_if_refused(self) -> None:
         if self.stored.problems:
-            raise CheckpointError.listing(f"weights in {self.stored.reader.directory}", self.stored.problems)
+            raise refusal(f"checkpoint {self.stored.reader.directory}", self.stored.problems)
 
     # Step 1: headers.
 
-    def claim_draft(self) -> tuple[int, int]:
-        """Claim draft tensors that are not loaded; return how many classic MTP and DSpark stages to load."""
-        draft = [name for name in self.stored.names if _STAGE.fullmatch(name)]
-        has_dspark = any(_DSPARK_MODULE.fullmatch(name) for name in draft)
-        is_dspark = self.config.dspark is not None or has_dspark
-        stages = {int(name.split(".")[1]) for name in draft}
-        if has_dspark and self.config.dspark is None:  # not loaded, and yet whole
-            shape = dspark_shape(self.stored, self.config, max(stages) + 1)
-            for entry in inventory(self.config, dspark=shape):
-                if entry.name.startswith("mtp."):
-                    self.check_entry(entry)
-        loaded: set[int] = set()
-        if not is_dspark or self.config.dspark is not None:
-            modules = (_MTP_MODULE, _DSPARK_MODULE) if is_dspark else (_MTP_MODULE,)
-            loaded = {int(name.split(".")[1]) for name in draft if any(one.fullmatch(name) for one in modules)}
-        unused = {name for stage in stages - loaded for name in draft_names(self.config, f"mtp.{stage}")}
-        for name in draft:
-            copied = re.sub(r"mtp\.[0-9]{1,2}\.", "", name)
-            if copied in ("embed.weight", "head.weight"):
-                self.stored.claim(name)
-                self.unused_draft.append(name)
-                self.copies.append((name, copied))
-            elif name in unused:
-                self.stored.claim(name)
-                self.unused_draft.append(name)
-        count = next(stage for stage in range(len(loaded) + 1) if stage not in loaded)
-        return (0, count) if is_dspark else (count, 0)
-
-    def check_copies(self) -> None:
-        """Refuse a draft's copy of the embedding or the head that is not the same tensor."""
-        for name, original in self.copies:
-            if original not in self.stored:
-                continue
-            copy, first = self.stored.read(name), self.stored.read(original)
-            if copy.dtype != first.dtype or not torch.equal(copy, first):
-                text = f"{self.stored.label(name)}: differs from {original}."
-                remedy = "A draft shares embedding and head."
-                self.stored.problem("draft-copy", self.stored.stored_name(name), text, remedy)
-
-    def check_entry(self, entry: Entry) -> None:
-        if entry.role in (Role.LINEAR, Role.EXPERT):
-            num_rows, num_columns = entry.shape
-            found = self.stored.detect(entry.name, (num_rows, num_columns))
-            if found is not None:
-                self.formats[entry.name] = found
-        else:
-            dtypes = ("I64", "I32") if entry.role is Role.TABLE else FLOATS
-            self.stored.expect(entry.name, dtypes, entry.shape)
-
-    def check_entries(self, entries: tuple[Entry, ...]) -> None:
-        for entry in entries:
-            self.check_entry(entry)
-        self.stored.refuse_unclaimed()
+    def check_stacks(self) -> None:
         stacks: dict[str, list[str]] = {}
-        for entry in entries:
+        for entry in self.claims.loaded:
             if entry.role is Role.EXPERT:
                 stacks.setdefault(entry.name.rsplit(".", 2)[0], []).append(entry.name)
         for prefix, modules in stacks.items():
@@ -461,8 +415,8 @@ class _Loader:
 
     # Step 2: scales and tables.
 
-    def check_scales(self, entries: tuple[Entry, ...]) -> None:
-        for entry in entries:
+    def check_scales(self) -> None:
+        for entry in self.claims.loaded:
             if entry.name in self.formats:
                 self.stored.check_scales(entry.name, self.formats[entry.name])
                 input_scale = self.stored.input_scale(entry.name)
@@ -499,9 +453,9 @@ class _Loader:
             ),
             mtp=tuple(self.mtp(f"mtp.{stage}") for stage in range(num_mtp)),
             dspark=self.dspark(num_dspark) if num_dspark else None,
-            unused_draft=tuple(sorted(self.unused_draft)),
+            unused_draft=self.claims.unused,
             input_scales=types.MappingProxyType(self.input_scales),
-            formats=types.MappingProxyType(self.formats),
+            formats=types.MappingProxyType(dict(self.formats)),
             num_relaid=self.num_relaid,
         )
 

@@ -19,6 +19,7 @@ from megamoe.checkpoint.headers import TensorInfo
 from megamoe.checkpoint.problem import Problem
 from megamoe.models.deepseek_v4.config import MAX_EXPERTS, MAX_LAYERS, LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.inventory import DSparkDraft
+from megamoe.models.deepseek_v4.layout import StoredHeaders, dspark_shape
 from megamoe.models.deepseek_v4.names import fused_experts, native_name
 
 _BELONGS = "Use the config.json that belongs to the weights."
@@ -253,18 +254,56 @@ def fallback_kinds(num_layers: int) -> list[LayerKind]:
     return [LayerKind.HCA] * min(num_layers, 2) + rest
 
 
-def check_draft(draft: DSparkDraft | None, config: ModelConfig) -> list[Problem]:
-    """Return contradictions between config.json and a DSpark draft's tensors."""
+def reconcile_draft(draft: DraftFound, stored: StoredHeaders, config: ModelConfig) -> tuple[ModelConfig, list[Problem]]:
+    """Hold config.json against a draft's tensors.
+
+    Args:
+        draft: which draft the tensors hold.
+        stored: the tensors.
+        config: what config.json says.
+
+    Returns:
+        The configuration with what the tensors say in place of what contradicts them, and the contradictions.
+    """
     said = config.dspark
-    if draft is None:
-        return []
+    shape = dspark_shape(stored, config, draft.num_dspark) if draft.num_dspark else None
+    problems = check_draft(draft, shape, config)
+    if said is None or not problems:
+        return config, problems
+    if shape is None:
+        return dataclasses.replace(config, dspark=None), problems
+    targets = said.target_layer_ids if len(said.target_layer_ids) == shape.num_targets else (0,) * shape.num_targets
+    shown = dataclasses.replace(said, markov_rank=shape.markov_rank, target_layer_ids=targets)
+    return dataclasses.replace(config, dspark=shown), problems
+
+
+def check_draft(draft: DraftFound, shape: DSparkDraft | None, config: ModelConfig) -> list[Problem]:
+    """Return contradictions between config.json and a draft's tensors.
+
+    Args:
+        draft: which draft the tensors hold.
+        shape: its shape, where it is a DSpark draft.
+        config: what config.json says.
+    """
+    said = config.dspark
+    if shape is None:
+        if said is None or not draft.num_mtp:
+            return []
+        text = (
+            f"config.json: dspark_block_size is {said.block_size}, but the tensors under mtp are those of a classic "
+            f"draft ({draft.num_mtp} stage{'s' if draft.num_mtp > 1 else ''}, no main_proj and no markov_head)."
+        )
+        remedy = f"{_BELONGS} The fields dspark_* belong to the releases with a DSpark draft."
+        return [Problem("config-draft", "dspark_block_size", text, remedy, "DSpark", "classic MTP")]
     if said is None:
-        text = "config.json: no dspark_* field, but the tensors under mtp are those of a DSpark draft."
-        return [Problem("config-draft", "dspark_block_size", text, _BELONGS)]
+        text = (
+            "config.json: no dspark_* field, but the tensors under mtp are those of a DSpark draft, which is not run."
+        )
+        return [Problem("config-draft-unannounced", "dspark_block_size", text, _BELONGS)]
     problems: list[Problem] = []
-    if draft.markov_rank != said.markov_rank:
-        problems.append(contradiction("config-draft", "dspark_markov_rank", said.markov_rank, draft.markov_rank))
-    if draft.num_targets != len(said.target_layer_ids):
-        shown = f"{draft.num_targets} layers"
+    if shape.markov_rank != said.markov_rank:
+        problems.append(contradiction("config-draft", "dspark_markov_rank", said.markov_rank, shape.markov_rank))
+    if shape.num_targets != len(said.target_layer_ids):
+        shown = f"{shape.num_targets} layers"
         problems.append(contradiction("config-draft", "dspark_target_layer_ids", list(said.target_layer_ids), shown))
     return problems

@@ -37,9 +37,13 @@ def check_declared(
         is_packed: some weight is spelled by compressed-tensors.
         spelled: native name of a weight -> its name as stored.
     """
-    declared = raw.get("quantization_config")
-    declared = declared if isinstance(declared, dict) else {}
+    content = raw.get("quantization_config")
+    if content is not None and not isinstance(content, dict):
+        text = f"config.json: quantization_config is {str(content)[:60]!r}; expected an object."
+        return [_problem("quantization_config", text, content, "an object")]
+    declared = content or {}
     return [
+        *_check_labels(declared),
         *_check_method(declared, formats, is_packed),
         *_check_expert_dtype(raw, declared, formats),
         *_check_modules(declared, formats),
@@ -52,8 +56,32 @@ def _problem(subject: str, text: str, got: object = "", allowed: object = "") ->
     return Problem("config-format", subject, text, _EXPORT, str(got), str(allowed))
 
 
+_LABELS: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8", "modelopt", "compressed-tensors"),
+    "fmt": ("e4m3", None),
+    "activation_scheme": ("dynamic", None),
+    "weight_block_size": ([128, 128], None),
+    "group_size": (16, None),
+}
+
+
+def _check_labels(declared: Mapping[str, Any]) -> Iterable[Problem]:
+    """Find labels that nobody knows, or that mean what no tensor here is."""
+    for name, values in _LABELS.items():
+        value = declared.get(name)
+        if not declared or value in values:
+            continue
+        known = " or ".join(repr(one) for one in values if one is not None)
+        said = "has no" if name not in declared else f"has {value!r} as"
+        text = (
+            f"config.json: quantization_config {said} {name}; known is {known}. The tensors were read as what they are."
+        )
+        yield _problem(f"quantization_config.{name}", text, value, known)
+
+
 def _check_method(declared: Mapping[str, Any], formats: Mapping[str, Format], is_packed: bool) -> Iterable[Problem]:
     method = declared.get("quant_method")
+    is_known = method in _LABELS["quant_method"]
     quantized = {found.value for found in formats.values()} - {Format.PLAIN.value}
     if not declared and quantized:
         text = f"config.json: no quantization_config, but weights are stored as {', '.join(sorted(quantized))}."
@@ -61,7 +89,7 @@ def _check_method(declared: Mapping[str, Any], formats: Mapping[str, Format], is
     elif declared and formats and not quantized:
         text = f"config.json: quantization_config.quant_method is {method!r}, but no weight is quantized."
         yield _problem("quantization_config", text, method, "absent")
-    elif (method == "compressed-tensors") != is_packed and quantized:
+    elif is_known and (method == "compressed-tensors") != is_packed and quantized:
         spelled = "compressed-tensors" if is_packed else "DeepSeek or ModelOpt"
         text = f"config.json: quantization_config.quant_method is {method!r}, but the tensors are spelled by {spelled}."
         yield _problem("quantization_config", text, method, spelled)
