@@ -93,7 +93,8 @@ def sizes(op: str, arguments: tuple[Any, ...]) -> tuple[dict[str, int], int]:
     match op:
         case "linear" | "fp8_linear" | "nvfp4_linear" | "nvfp4_weight_only_linear":
             num_rows, width = arguments[1].shape
-            return {"N": num_rows, "K": width}, shape[0]
+            is_stack = getattr(arguments[1], "scale_per", "tensor") == "row"
+            return {"N": num_rows, "K": width, **({"scales": num_rows} if is_stack else {})}, shape[0]
         case "grouped_linear" | "nvfp4_grouped_linear" | "nvfp4_weight_only_grouped_linear":
             groups, num_rows, width = arguments[1].shape
             return {"G": groups, "N": num_rows, "K": width}, shape[0]

@@ -200,8 +200,10 @@ class _Calls:
             common.discard("fp8_linear")
         where = ", ".join(f"attn.{name}" for name in sizes)
         order = [weight_ops(one, self.recipe)["linear"] for one in Format]
-        if common:
-            self.add(dict.fromkeys(op for op in order if op in common), where, N=sum(sizes.values()), K=num_columns)
+        num_rows = sum(sizes.values())
+        for op in dict.fromkeys(op for op in order if op in common):  # NVFP4 matrices keep their tensor scales
+            stacked_scales = {"scales": num_rows} if len(sizes) > 1 and op.startswith("nvfp4") else {}
+            self.add(op, where, N=num_rows, K=num_columns, **stacked_scales)
         if len(sizes) > 1 and (self.formats is None or not common):
             for name, num_rows in sizes.items():
                 self.weight("linear", [f"{prefix}.{name}"], f"attn.{name}", N=num_rows, K=num_columns)

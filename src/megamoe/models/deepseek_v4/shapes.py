@@ -9,7 +9,7 @@ The tiny model has no DSpark draft; its sizes in those rows are of one with two 
 
     T tokens  D hidden  H heads  C head channels  R rotary channels  G output groups  X streams  V vocabulary
     E experts  A active experts  F expert inner size  J cache entries a token attends to  Hi index heads
-    N, K output and input channels of a linear; n, width the last dimension
+    N, K output and input channels of a linear; n, width the last dimension; scales, tensor scales if not one
 """
 
 from __future__ import annotations
@@ -54,8 +54,18 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     (_LINEAR, "attn.wkv", {"N": (512, 512, 512), "K": (256, 4096, 7168)}),
     (_LINEAR, "attn.wo_b", {"N": (256, 4096, 7168), "K": (128, 8192, 16384)}),
     # One matrix over another that multiplies the same input, where their formats allow it (stacked.py).
-    (_LINEAR, "attn.wq_a, attn.wkv", {"N": (640, 1536, 2048), "K": (256, 4096, 7168)}),
-    (_LINEAR, "attn.wq_b, attn.indexer.wq_b", {"N": (4096, 40960, 73728), "K": (128, 1024, 1536)}),
+    ("linear fp8_linear", "attn.wq_a, attn.wkv", {"N": (640, 1536, 2048), "K": (256, 4096, 7168)}),
+    (
+        "nvfp4_linear nvfp4_weight_only_linear",
+        "attn.wq_a, attn.wkv",
+        {"N": (640, 1536, 2048), "K": (256, 4096, 7168), "scales": (640, 1536, 2048)},
+    ),
+    ("linear fp8_linear", "attn.wq_b, attn.indexer.wq_b", {"N": (4096, 40960, 73728), "K": (128, 1024, 1536)}),
+    (
+        "nvfp4_linear nvfp4_weight_only_linear",
+        "attn.wq_b, attn.indexer.wq_b",
+        {"N": (4096, 40960, 73728), "K": (128, 1024, 1536), "scales": (4096, 40960, 73728)},
+    ),
     (_LINEAR, "attn.indexer.wq_b", {"N": (2048, 8192, 8192), "K": (128, 1024, 1536)}),
     (_LINEAR, "ffn.shared_experts.w1", {"N": (128, 2048, 3072), "K": (256, 4096, 7168)}),
     (_LINEAR, "ffn.shared_experts.w2", {"N": (256, 4096, 7168), "K": (128, 2048, 3072)}),
