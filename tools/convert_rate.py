@@ -37,6 +37,7 @@ EXPERT_BYTES = 3 * HIDDEN * INNER * 17 // 32
 CONFIG = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "model_type": "deepseek_v4",
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     "vocab_size": 256,
     "hidden_size": HIDDEN,
     "num_hidden_layers": 1,

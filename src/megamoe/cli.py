@@ -151,10 +151,10 @@ class Bytes(click.ParamType[int]):
 @click.option("--no-prefix-cache", is_flag=True, help="Compute every prompt from its beginning.")
 @click.option("--chat-release", metavar="R", help="preview or 0731: its effort tiers.  [default: the config's]")
 @click.option("--thinking/--no-thinking", default=False, show_default=True, help="When a chat request does not say.")
-@click.option("--max-tokens", default=4096, show_default=True, metavar="N", help="Most tokens a request may ask for.")
+@click.option("--max-tokens", type=int, metavar="N", help="Most tokens of an answer.  [default: the room left]")
 @click.option("--max-prompt-tokens", type=int, metavar="N", help="Longest prompt.  [default: what fits]")
 @click.option("--max-choices", default=16, show_default=True, metavar="N", help="Most sequences of one request.")
-@click.option("--max-body", default="1MiB", show_default=True, type=Bytes(), metavar="SIZE", help="Largest body.")
+@click.option("--max-body", type=Bytes(), metavar="SIZE", help="Largest body.  [default: 1MiB + 16 bytes x context]")
 @click.option("--max-open-requests", default=512, show_default=True, metavar="N", help="Beyond it: 429.")
 @click.option("--request-timeout", default=600.0, show_default=True, metavar="S", help="Seconds for one request.")
 @click.option("--shutdown-timeout", default=30.0, show_default=True, metavar="S", help="Seconds to finish in.")
@@ -173,10 +173,11 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         )
     from megamoe.engine.config import EngineConfig
     from megamoe.engine.engine import Engine
-    from megamoe.engine.model import load_model
+    from megamoe.engine.model import load_model, model_directory
     from megamoe.engine.warm_up import warm_up
     from megamoe.server import run
     from megamoe.server.settings import ServerSettings
+    from megamoe.text.tokenizer import check_tokenizer
 
     config = EngineConfig(
         max_sequences=options["max_sequences"],
@@ -188,13 +189,15 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         prefix_cache=not options["no_prefix_cache"],
         speculative_tokens=options["speculative_tokens"],
     )
+    check_tokenizer(model_directory(model))  # before the weights, which take minutes
     loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"], accept=options["accept"])
     engine = Engine(loaded, config)
     warm_up(engine)
     settings = ServerSettings(
         model_name=options["served_name"] or pathlib.Path(model).name,
         recipe=loaded.recipe.name,
-        context=engine.plan.max_sequence_tokens,
+        # A sequence is as long as the model, the operator and the pages allow.
+        context=min(engine.plan.max_sequence_tokens, engine.plan.size.num_pages * engine.plan.size.tokens_per_page),
         api_key=api_key,
         max_body_bytes=options["max_body"],
         max_prompt_tokens=options["max_prompt_tokens"],
@@ -223,8 +226,8 @@ def _is_loopback(host: str) -> bool:
 
 
 @cli.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=pathlib.Path))
-@click.argument("destination", metavar="DST", type=click.Path(path_type=pathlib.Path))
+@click.argument("source", metavar="tiny|SRC")
+@click.argument("destination", metavar="DST")
 @click.option(
     "--to",
     type=click.Choice(["nvfp4", "mxfp4", "fp8"]),
@@ -277,10 +280,11 @@ def _is_loopback(host: str) -> bool:
 )
 @_accept
 @click.option("--dry-run", is_flag=True, help="Check everything, list blocks that cannot be exact, write nothing.")
+@click.option("--verify", is_flag=True, help="Read what was written at DST and compare it with its SHA-256.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(
-    source: pathlib.Path,
-    destination: pathlib.Path,
+    source: str,
+    destination: str,
     to: str,
     experts: str,
     attention: str,
@@ -291,6 +295,7 @@ def convert(
     proof: str,
     accept: tuple[str, ...],
     dry_run: bool,
+    verify: bool,
     as_json: bool,
 ) -> int:
     """Convert a checkpoint between NVFP4 and DeepSeek's formats; the same command finishes one that was stopped."""
@@ -309,6 +314,7 @@ def convert(
         proof=proof,
         accept=accept,
         dry_run=dry_run,
+        verify=verify,
         as_json=as_json,
         version=megamoe.__version__,
     )
@@ -447,6 +453,8 @@ def _calls_of(model: str, recipes: Sequence[str]) -> list[tuple[str, Mapping[str
 @cli.command()
 @click.argument("directory", metavar="tiny|DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object that names every tensor.")
+@click.option("--hash", "with_hashes", is_flag=True, help="Prove files by the hashes that a hub cache names them by.")
+@click.option("--vllm", "with_vllm", is_flag=True, help="Say what vLLM takes it for, and where its tensors differ.")
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Plan for N GPUs.  [default: 1, 2, 4 and 8]")
 @click.option("--gpu-memory", type=click.FloatRange(min=0, min_open=True), metavar="GB", help="Memory of one GPU.")
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Plan for sequences of N tokens.")
@@ -454,6 +462,8 @@ def _calls_of(model: str, recipes: Sequence[str]) -> list[tuple[str, Mapping[str
 def inspect(
     directory: str,
     as_json: bool,
+    with_hashes: bool,
+    with_vllm: bool,
     gpus: int | None,
     gpu_memory: float | None,
     context: int | None,
@@ -466,7 +476,7 @@ def inspect(
     from megamoe.verify.checkpoint_report import PlanRequest, run
 
     request = PlanRequest(gpus=gpus, gpu_memory_gb=gpu_memory, context=context, sequences=sequences)
-    return run(directory, request, as_json=as_json)
+    return run(directory, request, as_json=as_json, with_hashes=with_hashes, with_vllm=with_vllm)
 
 
 def _read_standard_input() -> str:

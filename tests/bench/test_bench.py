@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import types
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ import torch
 from megamoe.bench import ops as benching
 from megamoe.bench import public, report, timing
 from megamoe.bench.roofline import Ceiling, tensor_bytes
+from megamoe.formats.cache_rows import CachePool, RowFormat
 from megamoe.formats.nvfp4 import quantize
 from megamoe.kernels import KERNELS
 from megamoe.models.deepseek_v4.shapes import op_shapes
-from megamoe.verify.inputs import INPUTS, parts
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.values import copied, parts
 
 ROW = report.Row(
     "rms_norm",
@@ -145,17 +148,76 @@ def test_committed_results_have_the_columns_a_run_writes(repository: pathlib.Pat
             assert float(row["kernel_low_us"]) <= float(row["kernel_us"]) <= float(row["kernel_high_us"])
 
 
-@pytest.mark.parametrize("op", sorted(KERNELS))
-def test_a_right_result_passes_and_a_wrong_one_is_not_timed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("op", sorted(INPUTS))
+def test_a_right_result_passes_and_a_wrong_one_is_not_timed(op: str) -> None:
     call, inputs = op_shapes(op)[0], INPUTS[op][0]
     arguments = inputs.make(call.dims, 20, torch.Generator().manual_seed(0))
-    got = inputs.door(**arguments)
+    changed = {name: copied(arguments[name], "cpu") for name in inputs.written}
+    got = inputs.run({**arguments, **changed})
     benching.check_sample(call, inputs, arguments, got, 20)
-    first = next(iter(parts(got).values())).view(-1)
-    last = first.view(torch.uint8) if first.dtype.itemsize == 1 else first
-    last[-1] = last[-1] + (1 if last.dtype == torch.uint8 else 1000)
+    for one in parts(got).values():
+        if one.is_floating_point() and one.dtype.itemsize > 1:
+            one.add_(1000.0)
+        else:
+            bits = one.view(torch.uint8) if one.dtype.itemsize == 1 else one
+            bits.bitwise_xor_(torch.full_like(bits, 0x88 if one.dtype.itemsize == 1 else 1))
     with pytest.raises(AssertionError):
         benching.check_sample(call, inputs, arguments, got, 20)
+
+
+@pytest.mark.parametrize("op", sorted(INPUTS))
+def test_no_call_moves_more_than_its_arguments_and_results(op: str) -> None:
+    for inputs in INPUTS[op]:
+        arguments = inputs.make(op_shapes(op)[0].dims, 5, torch.Generator().manual_seed(0))
+        result = inputs.run({**arguments, **{name: copied(arguments[name], "cpu") for name in inputs.written}})
+        everything = tensor_bytes(arguments) + tensor_bytes(result)
+        assert 0 < benching.traffic(inputs, arguments, result) <= everything
+        assert all(name in inputs.partly for name, one in arguments.items() if isinstance(one, CachePool))
+
+
+def test_of_a_pool_the_rows_that_a_call_names_are_counted() -> None:
+    pool = CachePool.allocate(100, 64, RowFormat.FP8_ROPE_BF16, 512)
+    slots = torch.tensor([[5, 6, -1], [6, 7, 7]])
+    (read, *_), (write, *_) = INPUTS["read_cache"], INPUTS["write_cache"]
+    given = {"pool": pool, "slots": slots}
+    out = torch.zeros(2, 3, 512)
+    assert benching.traffic(read, given, out) == 3 * 584 + 6 * 8 + 6 * 512 * 4  # each row once, slots, fp32 values
+    rows = torch.zeros(3, 512, dtype=torch.bfloat16)
+    given = {"rows": rows, "pool": pool, "slots": slots[0]}
+    assert benching.traffic(write, given, (pool,)) == 2 * 584 + 3 * 8 + 3 * 1024
+    inputs = INPUTS["index_topk"][0]
+    keys = CachePool.allocate(100, 64, RowFormat.INDEX_FP4, 128)
+    given = {
+        "keys": keys,
+        "requests": torch.tensor([0, 0, 2, -1], dtype=torch.int32),
+        "num_visible": torch.tensor([10, 30, 7, 99], dtype=torch.int32),
+    }
+    assert inputs.partly_bytes(given) == (30 + 7) * 68  # once a request, for the token that sees most
+    (penalize,) = INPUTS["penalize"]
+    given = penalize.make({"V": 1000}, 4, torch.Generator().manual_seed(0))
+    small = sum(tensor_bytes(one) for name, one in given.items() if name != "logits")
+    assert benching.traffic(penalize, given, (given["logits"],)) == small + 2 * 4 * 20
+
+
+@pytest.mark.parametrize("op", sorted(INPUTS))
+def test_a_case_without_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the clock: sets of buffers are made, and every set is called once."""
+    called: list[int] = []
+
+    def capture(call: Any, count: int, calls: int) -> None:
+        called.append(count)
+        for index in range(count):
+            call(index)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(timing, "time_graphs", lambda graphs, calls, from_l2: dict.fromkeys(graphs, ROW.kernel))
+    for inputs in INPUTS[op]:
+        row = benching.bench_case(op_shapes(op)[0], inputs, 3, 3000.0, 700.0, benching.BASELINES.get(op), device="cpu")
+        assert row.num_bytes > 0 and row.op == op
+        assert (row.baseline is not None) == (op in benching.BASELINES)
+    assert set(called) == {timing.MIN_SETS}
 
 
 @pytest.mark.parametrize("op", sorted(KERNELS))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which raw rows a block end needs, from positions alone."""
+"""How many raw rows an entry pools, and how many a ring of them has to keep."""
 
 from __future__ import annotations
 
@@ -8,41 +8,11 @@ import random
 import pytest
 import torch
 
-from megamoe.cache.compressor_state import (
-    block_row_slots,
-    completed_entries,
-    num_rows_pooled,
-    num_visible_entries,
-    state_capacity,
-)
-from megamoe.cache.ring import ring_slots
+from megamoe.cache.compressor_state import num_rows_pooled, state_capacity
+from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots, plan_slots
+from megamoe.ops.row_slots import recent_slots
 
 # --- known answers ---
-
-
-def test_rows_of_overlapping_blocks():
-    slots = block_row_slots(torch.tensor([0, 1, 2]), 4, True, 100)
-    assert slots.tolist() == [[-1, -1, -1, -1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9, 10, 11]]
-
-
-def test_rows_of_plain_blocks_wrap_in_their_ring():
-    assert block_row_slots(torch.tensor([0, 1]), 3, False, 4, ring_idx=torch.tensor([1, 2])).tolist() == [
-        [4, 5, 6],
-        [11, 8, 9],
-    ]
-    assert block_row_slots(torch.empty(0, dtype=torch.int64), 3, False, 4).shape == (0, 3)
-
-
-@pytest.mark.parametrize(
-    "start, num_tokens, entries", [(0, 3, []), (0, 4, [0]), (3, 1, [0]), (4, 1, []), (2, 7, [0, 1]), (5, 0, [])]
-)
-def test_completed_entries(start, num_tokens, entries):
-    assert list(completed_entries(start, num_tokens, 4)) == entries
-
-
-def test_the_token_that_completes_a_block_sees_it():
-    visible = num_visible_entries(torch.tensor([0, 2, 3, 4, 6, 7]), 4)
-    assert visible.tolist() == [0, 0, 1, 1, 1, 2] and visible.dtype == torch.int32
 
 
 def test_sizes():
@@ -53,28 +23,62 @@ def test_sizes():
 # --- properties ---
 
 
-@pytest.mark.parametrize("ratio, overlap", [(1, False), (1, True), (3, True), (4, True), (8, False)])
-@pytest.mark.parametrize("max_chunk", [1, 2, 7, 16])
-def test_any_chunking_reads_the_rows_of_its_positions(ratio, overlap, max_chunk, seed):
-    """Rows are written by chunk and read by block; every block finds its own positions, every entry comes once."""
+def read_blocks(ratio: int, overlap: bool, capacity: int, longest: int, seed: int, *, in_step: bool) -> None:
+    """Write rows by chunk and read them by block: every block finds its own positions, every entry comes once."""
     rng = random.Random(seed)
-    capacity = state_capacity(ratio, overlap, max_chunk)
-    ring = torch.full((capacity,), -99)
+    ring = RowTables(torch.tensor([[0]], dtype=torch.int32), capacity)
+    pages = RowTables(torch.arange(80, dtype=torch.int32)[None], 1)
+    rows, num_rows = torch.full((capacity,), -99), num_rows_pooled(ratio, overlap)
     start, seen = 0, []
     while start < 60:
-        length = rng.randint(1, max_chunk)
+        length = rng.randint(1, longest)
         positions = torch.arange(start, start + length)
-        ring[ring_slots(positions, capacity)] = positions
-        entries = completed_entries(start, length, ratio)
-        slots = block_row_slots(torch.tensor(list(entries), dtype=torch.int64), ratio, overlap, capacity)
-        rows = num_rows_pooled(ratio, overlap)
-        for entry, row in zip(entries, slots, strict=True):
-            expected = torch.arange((entry + 1) * ratio - rows, (entry + 1) * ratio).clamp(min=-1)
-            assert torch.equal(torch.where(row >= 0, ring[row.clamp(min=0)], -1), expected)
-        seen += entries
+        nothing = torch.zeros(length, dtype=torch.int32)
+        slots = StepSlots.empty(length, 1, torch.device("cpu"))
+        tokens = torch.stack((nothing, positions.to(torch.int32), nothing, nothing))
+        plan_slots(tokens, ring, (EntryTables(ratio, ring, pages),), slots, in_rings=not in_step)
+        (kind,) = slots.entries
+        if not in_step:
+            rows[kind.state_slots] = positions
+        done = (kind.entry_slots >= 0).nonzero().squeeze(1)
+        requests, first = slots.requests[done], slots.first_idx[done] if in_step else None
+        in_ring, new = recent_slots(positions[done], num_rows, requests, ring.block_tables, capacity, first, done)
+        found = torch.where(in_ring >= 0, rows[in_ring.clamp(min=0)], -1)
+        if new is not None:
+            found = torch.where(new >= 0, positions[new.clamp(min=0)], found)
+        entries = kind.entry_slots[done]  # entry w lies on page w
+        assert torch.equal(found, ((entries[:, None] + 1) * ratio - num_rows + torch.arange(num_rows)).clamp(min=-1))
+        assert kind.num_visible[done].tolist() == (entries + 1).tolist()
+        if in_step:
+            kept = kind.state_kept >= 0
+            rows[kind.state_kept[kept]] = positions[kept]
+        seen += entries.tolist()
         start += length
+        assert int(kind.num_visible[-1]) == len(seen)
     assert seen == list(range(start // ratio))
-    assert num_visible_entries(torch.tensor([start - 1]), ratio).tolist() == [len(seen)]
+
+
+KINDS = pytest.mark.parametrize("ratio, overlap", [(1, False), (1, True), (3, True), (4, True), (8, False)])
+
+
+@KINDS
+@pytest.mark.parametrize("longest", [1, 2, 7, 16])
+def test_any_chunking_reads_the_rows_of_its_positions(ratio, overlap, longest, seed):
+    read_blocks(ratio, overlap, state_capacity(ratio, overlap, longest), longest, seed, in_step=False)
+
+
+@KINDS
+def test_a_step_area_needs_the_rings_of_decoding(ratio, overlap, seed):
+    read_blocks(ratio, overlap, state_capacity(ratio, overlap, 1), 16, seed, in_step=True)
+
+
+@pytest.mark.parametrize("longest", [1, 7])
+def test_smaller_rings_are_noticed_by_that_test(longest, seed):
+    """The oldest row that is read and the newest that is written lie one row less than the capacity apart."""
+    with pytest.raises(AssertionError):
+        for attempt in range(20):
+            capacity = state_capacity(4, True, longest) - 2
+            read_blocks(4, True, capacity, longest, seed + attempt, in_step=False)
 
 
 # --- refusals ---
@@ -83,10 +87,5 @@ def test_any_chunking_reads_the_rows_of_its_positions(ratio, overlap, max_chunk,
 def test_refusals():
     with pytest.raises(ValueError, match="ratio must be >= 1"):
         num_rows_pooled(0, False)
-    with pytest.raises(ValueError, match="max_chunk must be >= 1"):
+    with pytest.raises(ValueError, match="ring_tokens must be >= 1"):
         state_capacity(4, True, 0)
-    with pytest.raises(ValueError, match="at least the 8 rows of a block; got 7"):
-        block_row_slots(torch.tensor([0]), 4, True, 7)
-    for bad in ((-1, 1, 4), (0, -1, 4), (0, 1, 0)):
-        with pytest.raises(ValueError, match="completed_entries"):
-            completed_entries(*bad)

@@ -109,9 +109,9 @@ def test_no_prompts_need_no_engine() -> None:
 
 
 def test_caches_hold_what_is_asked_for_and_no_more() -> None:
-    config = config_for(FakeModel(NOWHERE), [[BOS] * 9, [BOS]], SamplingParams(max_tokens=8))
+    config = config_for(FakeModel(NOWHERE), [[BOS] * 9, [BOS]], [SamplingParams(max_tokens=8)] * 2)
     assert (config.max_sequences, config.num_pages, config.prefix_cache) == (2, 2 * 2, False)
-    assert config_for(FakeModel(NOWHERE), [[BOS] * 9] * 20, SamplingParams(max_tokens=9)).num_pages == 8 * 3
+    assert config_for(FakeModel(NOWHERE), [[BOS] * 9] * 20, [SamplingParams(max_tokens=9)] * 20).num_pages == 8 * 3
 
 
 def test_tokens_come_one_by_one() -> None:

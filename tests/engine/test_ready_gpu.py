@@ -40,7 +40,8 @@ from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.shapes import op_calls
 from megamoe.models.load import load
 from megamoe.ops import dispatch
-from megamoe.verify.inputs import INPUTS, parts
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.values import parts
 
 from ..models.deepseek_v4.checkpoints import CONFIG, encode
 

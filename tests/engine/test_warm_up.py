@@ -319,8 +319,8 @@ def test_serve_explains_the_ledger_of_a_sealed_store(
     assert gpu.store.sealed and kernels["summary"] == f"{len(gpu.store.ledger)} kernels for sm90a, sealed"
     assert len(kernels["ledger"]) == len(gpu.store.ledger) > 8
     assert set(kernels["ledger"][0]) == {"kernel", "key", "seconds", "origin"}
-    norm = [one["key"] for one in kernels["ledger"] if one["kernel"] == "rows.rms_norm"]
-    assert {"width": 256, "x": "bf16", "weight": "bf16", "out": "bf16"} in norm
+    selections = [one["key"] for one in kernels["ledger"] if one["kernel"] == "router.route_select"]
+    assert {"experts": 8, "top_k": 2, "mode": "biased"} in selections
     assert "brought into the order that the kernels" in kernels["conversions"][0]
 
 
@@ -366,9 +366,9 @@ def test_a_model_without_kernels_is_refused_by_name_before_its_weights_are_read(
         LLM("tiny", device="cuda")
     assert time.perf_counter() - start < 5
     missing = str(error.value).partition("have no kernel: ")[2].partition(". There are")[0].split(", ")
-    assert missing == sorted(missing) and "sparse_attention" in missing and "rms_norm" not in missing
+    assert missing == sorted(missing) and "sparse_attention" in missing and "route_experts" not in missing
     assert all("sm90" not in KERNELS.get(op, {}) for op in missing)
-    assert "There are kernels for " in str(error.value) and "rms_norm" in str(error.value)
+    assert "There are kernels for " in str(error.value) and "route_experts" in str(error.value)
     assert str(error.value).endswith("Run it by its references on the CPU: --device cpu, or device='cpu'.")
     assert hopper.compiler.compiled == [] and hopper.store.ledger == []
 

@@ -23,8 +23,9 @@ from megamoe.kernels.store import store_for, target_of
 from megamoe.models.deepseek_v4.shapes import MODELS, op_calls
 from megamoe.ops.nvfp4_experts import nvfp4_experts as nvfp4_experts_door
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts as weight_only_door
-from megamoe.verify.inputs import INPUTS, moved
-from megamoe.verify.ops import compare
+from megamoe.verify.comparisons import within
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.values import moved
 
 EXPERTS = [call.dims for model in MODELS for call in op_calls(model) if call.op == "nvfp4_weight_only_experts"]
 SHARED_LIMIT = 227 * 1024
@@ -103,5 +104,5 @@ def test_edge_routings(pack: None, door: object, kind: str, num_tokens: int) -> 
     want = door(**arguments)  # type: ignore[operator]
     on_device = {name: moved(value, "cuda") for name, value in arguments.items()}
     got = door(**on_device)  # type: ignore[operator]
-    compare(op, got, want, arguments)
+    within(op, got, want, arguments)
     assert torch.equal(got, door(**on_device))  # type: ignore[operator]

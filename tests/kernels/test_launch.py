@@ -19,8 +19,10 @@ import megamoe
 from megamoe.kernels import KERNELS
 from megamoe.kernels.store import store_for, target_of
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
-from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, parts
-from megamoe.verify.ops import compare, verify_case
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.op_inputs import Arguments, OpInputs
+from megamoe.verify.ops import verify_case
+from megamoe.verify.values import moved, parts
 
 pytestmark = pytest.mark.gpu
 
@@ -76,7 +78,7 @@ def test_f12_capture_change_inputs_replay(call: OpCall, inputs: OpInputs, seed: 
     clutter = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]
     graph.replay()
     torch.cuda.synchronize()
-    compare(call.op, got, reference(inputs, arguments), arguments)
+    inputs.rule(call.op, got, reference(inputs, arguments), arguments)
     del clutter
 
 
@@ -87,7 +89,7 @@ def test_f6_one_kernel_serves_other_addresses_and_sizes(call: OpCall, inputs: Op
         arguments = make(call, inputs, num_tokens, seed + num_tokens)
         results.append((inputs.door(**arguments), arguments))  # all alive, so all at different addresses
     for got, arguments in results:
-        compare(call.op, got, reference(inputs, arguments), arguments)
+        inputs.rule(call.op, got, reference(inputs, arguments), arguments)
 
 
 @pytest.mark.parametrize(("call", "inputs"), CASES, ids=IDS)
@@ -111,7 +113,7 @@ def test_current_stream_no_synchronization_nothing_hidden(call: OpCall, inputs: 
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    compare(call.op, got, wanted, arguments)
+    inputs.rule(call.op, got, wanted, arguments)
     outputs = {one.untyped_storage().data_ptr() for one in parts(got).values()}
     inside = {one.untyped_storage().data_ptr() for one in late.values() if isinstance(one, torch.Tensor)}
     assert allocated <= len(outputs - inside) + WORKSPACES.get(call.op, 0)

@@ -152,6 +152,8 @@ class Sequences:
     def expected(self, request: int, num_tokens: int) -> torch.Tensor:
         """The same from all rows at once, rounded as the row format does."""
         entries = range(num_tokens // self.ratio)
+        if not len(entries):
+            return torch.empty(0, self.width)
         new = entries_of(
             [(pool_of(self.rows(request)), block_slots(entries, self.ratio, self.overlap))],
             self.norm,

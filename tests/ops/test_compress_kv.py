@@ -428,17 +428,6 @@ def test_empty():
     assert not bool(given["entries"].storage.any()) and bool(given["state"].storage[1, :16].any())
     no_table = torch.empty(2, 0, dtype=torch.int32)
     by_hand(entry_slots=torch.tensor([-1, -1]), state_tables=no_table)  # nothing is looked for
-    y = pooled(
-        pool_of(torch.zeros(1, 4)),
-        torch.empty(0, 2, dtype=torch.int64),
-        torch.ones(2),
-        none,
-        QUARTER_TURN,
-        ratio=2,
-        overlap=False,
-        out_dtype=torch.float32,
-    )
-    assert y.shape == (0, 2) and y.dtype == torch.float32
 
 
 # --- refusals ---

@@ -15,8 +15,9 @@ from megamoe.ops import quantize, use
 from megamoe.ops.fixed_order import batched_matmul, sum_by_halves
 from megamoe.ops.matmul import row_invariant_matmul
 from megamoe.ops.row_math import row_sum, sigmoid, silu, softplus
-from megamoe.verify.inputs import INPUTS, OpInputs, activations, moved, parts
-from megamoe.verify.ops import compare
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.op_inputs import OpInputs, activations
+from megamoe.verify.values import moved, parts
 
 from ..divisions import RefuseReciprocals
 
@@ -60,7 +61,7 @@ def test_k1_references_agree_on_cuda(op: str, inputs: OpInputs, seed: int) -> No
     want = inputs.door(**arguments)
     with use("reference"):
         got = inputs.door(**{name: moved(value, "cuda") for name, value in arguments.items()})
-    compare(op, got, want, arguments)
+    inputs.rule(op, got, want, arguments)
 
 
 EXACT: dict[str, Callable[[torch.Tensor], Any]] = {

@@ -23,6 +23,7 @@ from megamoe.formats.cache_rows import CachePool, RowFormat
 from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.ops.compress_kv import compress_kv
 from megamoe.ops.copy_cache import copy_cache
+from megamoe.ops.embed_streams import embed_streams
 from megamoe.ops.experts import experts
 from megamoe.ops.fp8_experts import fp8_experts
 from megamoe.ops.fp8_linear import fp8_linear
@@ -30,7 +31,9 @@ from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvf
 from megamoe.ops.hadamard import hadamard
 from megamoe.ops.hyper_connection import (
     hyper_connection_head,
+    hyper_connection_head_norm,
     hyper_connection_post,
+    hyper_connection_post_pre_norm,
     hyper_connection_pre,
     hyper_connection_pre_norm,
 )
@@ -47,15 +50,19 @@ from megamoe.ops.read_cache import read_cache
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
 from megamoe.ops.rope import rope, rope_table
+from megamoe.ops.rotate_queries import rotate_queries
+from megamoe.ops.round_index_query import round_index_query
 from megamoe.ops.route_experts import route_experts
 from megamoe.ops.sample import sample
 from megamoe.ops.save_rows import save_rows
 from megamoe.ops.sparse_attention import sparse_attention
+from megamoe.ops.streams import add_to_streams, mean_of_streams
 from megamoe.ops.swiglu import clamped_swiglu
 from megamoe.ops.token_logprobs import token_logprobs
 from megamoe.ops.write_block_tables import write_block_tables
 from megamoe.ops.write_cache import write_cache
 from megamoe.ops.write_index_keys import write_index_keys
+from megamoe.ops.write_latent import write_latent
 
 from ..host_reads import HostReads, count_host_reads
 
@@ -202,9 +209,36 @@ def _penalize() -> list[Case]:
     return [bound(penalize, torch.randn(T, 9), rows, ids, counts, repetition=one, presence=one, frequency=one)]
 
 
-def _hyper_connection_post() -> list[Case]:
+def _hyper_connection_post(*more: torch.Tensor) -> list[Case]:
     x, mix = torch.randn(T, 2, WIDTH), torch.rand(T, 2, 2)
-    return [bound(hyper_connection_post, torch.randn(T, WIDTH), x, torch.rand(T, 2), mix)]
+    door = hyper_connection_post_pre_norm if more else hyper_connection_post
+    return [bound(door, torch.randn(T, WIDTH), x, torch.rand(T, 2), mix, *more)]
+
+
+def _head() -> tuple[torch.Tensor, ...]:
+    return _streams()[0], torch.randn(2, 2 * WIDTH), torch.randn(2), torch.ones(1)
+
+
+def _hyper_connection_head_norm() -> list[Case]:
+    norm = torch.ones(WIDTH)
+    return [bound(hyper_connection_head_norm, *_head(), norm, rows=rows) for rows in (None, torch.tensor([2, 0]))]
+
+
+def _mean_of_streams() -> list[Case]:
+    return [bound(mean_of_streams, _streams()[0], out=out) for out in (None, torch.empty(T, WIDTH))]
+
+
+def _write_latent() -> list[Case]:
+    norm, positions, table = torch.ones(WIDTH), torch.arange(T) - 1, rope_table(16, 1e4)
+    queries = ((None, None), (torch.randn(T, 32), torch.ones(32)))
+    return [bound(write_latent, q, _x(), q_norm, norm, _pool(), _slots(T), positions, table) for q, q_norm in queries]
+
+
+def _round_index_query() -> list[Case]:
+    q, weights, positions, table = torch.randn(T, 2, 128), torch.randn(T, 2), torch.arange(T) - 1, rope_table(16, 1e4)
+    given = {"hadamard": True, "head_scale": 0.1}
+    formats = (RowFormat.INDEX_FP4, RowFormat.INDEX_FP8, RowFormat.BF16)
+    return [bound(round_index_query, q, weights, positions, table, key_format=one, **given) for one in formats]
 
 
 def _grouped(quantized: bool, weights: Callable[..., Any], door: Callable[..., Any]) -> list[Case]:
@@ -217,23 +251,26 @@ def _x() -> torch.Tensor:
 
 
 CASES: dict[str, Callable[[], list[Case]]] = {
+    "add_to_streams": lambda: [bound(add_to_streams, _streams()[0], _x())],
     "clamped_swiglu": lambda: [bound(clamped_swiglu, _x(), _x(), limit=7.0, row_weight=torch.ones(T))],
     "compress_kv": lambda: _compressor(compress_kv, "entry_slots", overlap=True),
     "copy_cache": lambda: [bound(copy_cache, _pool(), _slots(T), _pool(), _slots(T))],
+    "embed_streams": lambda: [bound(embed_streams, torch.randn(5, WIDTH), torch.arange(T) - 1, num_streams=2)],
     "experts": lambda: _experts(experts, torch.randn),
     "fp8_experts": lambda: _experts(fp8_experts, lambda *shape: fp8.quantize_blocks(torch.randn(shape))),
     "fp8_linear": lambda: [bound(fp8_linear, fp8.quantize_rows(_x()), fp8.quantize_blocks(torch.randn(16, WIDTH)))],
     "grouped_linear": lambda: _grouped(False, torch.randn, grouped_linear),
     "hadamard": lambda: [bound(hadamard, _x())],
-    "hyper_connection_head": lambda: [
-        bound(hyper_connection_head, _streams()[0], torch.randn(2, 2 * WIDTH), torch.randn(2), torch.ones(1))
-    ],
+    "hyper_connection_head": lambda: [bound(hyper_connection_head, *_head())],
+    "hyper_connection_head_norm": _hyper_connection_head_norm,
     "hyper_connection_post": _hyper_connection_post,
+    "hyper_connection_post_pre_norm": lambda: _hyper_connection_post(*_streams()[1:], torch.ones(WIDTH)),
     "hyper_connection_pre": lambda: [bound(hyper_connection_pre, *_streams())],
     "hyper_connection_pre_norm": lambda: [bound(hyper_connection_pre_norm, *_streams(), torch.ones(WIDTH))],
     "index_scores": _index_scores,
     "index_topk": _index_topk,
     "linear": lambda: [bound(linear, _x(), torch.randn(16, WIDTH))],
+    "mean_of_streams": _mean_of_streams,
     "nvfp4_experts": lambda: _nvfp4_experts(nvfp4_experts),
     "nvfp4_grouped_linear": lambda: _grouped(True, _quantized, nvfp4_grouped_linear),
     "nvfp4_linear": lambda: [bound(nvfp4_linear, _quantized(T, WIDTH, scale_per="row"), _quantized(16, WIDTH))],
@@ -253,6 +290,10 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "rms_norm": lambda: [bound(rms_norm, _x(), None), bound(rms_norm, _x(), torch.ones(WIDTH))],
     "rms_norm_quantize_nvfp4": lambda: [bound(rms_norm_quantize_nvfp4, _x().bfloat16(), torch.ones(WIDTH))],
     "rope": lambda: [bound(rope, _x(), torch.arange(T), rope_table(16, 1e4), inverse=True)],
+    "rotate_queries": lambda: [
+        bound(rotate_queries, torch.randn(T, 2, WIDTH), torch.arange(T) - 1, rope_table(16, 1e4))
+    ],
+    "round_index_query": _round_index_query,
     "route_experts": _route_experts,
     "sample": _sample,
     "save_rows": _save_rows,
@@ -263,6 +304,7 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "write_index_keys": lambda: [
         case for rotate in (False, True) for case in _compressor(write_index_keys, "key_slots", rotate=rotate)
     ],
+    "write_latent": _write_latent,
 }
 
 

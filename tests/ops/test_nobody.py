@@ -269,7 +269,7 @@ KERNEL_CASES = [
     for call in op_shapes(op)[:2]
     for which, inputs in enumerate(INPUTS[op])
 ]
-BUCKETS = (1, 2, 8, 16, 40, 200, 700)  # one token, few tokens, one tile, more than one path
+BUCKETS = (1, 2, 8, 16, 40, 200, 700, 1700)  # one token, few tokens, one tile, every path
 
 
 @pytest.mark.gpu
@@ -326,3 +326,19 @@ def test_kernels_with_experts_of_other_ranks(op: str, num_tokens: int, seed: int
         torch.testing.assert_close(
             got.float(), zeroed.float(), rtol=1e-2, atol=1e-3 * float(zeroed.float().abs().max())
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", BUCKETS)
+@pytest.mark.parametrize("op", WITH_SHARED_WEIGHTS)
+def test_kernels_without_a_single_pair(op: str, num_tokens: int, seed: int) -> None:
+    """Not one expert is streamed: everybody is nobody, or has all experts on other ranks."""
+    call = op_shapes(op)[0]
+    for inputs in INPUTS[op]:
+        arguments = inputs.make(call.dims, num_tokens, torch.Generator("cuda").manual_seed(seed))
+        ids, num_experts = arguments["expert_ids"], arguments["w1"].shape[0]
+        nobody = inputs.door(**{**arguments, "expert_ids": torch.full_like(ids, -1)})
+        assert not bool(nobody.any())
+        elsewhere = inputs.door(**{**arguments, "expert_ids": torch.full_like(ids, num_experts)})
+        zeroed = inputs.door(**{**arguments, "route_weights": torch.zeros_like(arguments["route_weights"])})
+        assert torch.equal(elsewhere, zeroed)

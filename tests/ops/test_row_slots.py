@@ -66,6 +66,12 @@ def test_rows_of_a_step_lie_in_the_step_area():
     assert in_step.tolist() == [[-1, -1, 0], [-1, 0, 1], [0, 1, 2], [-1, -1, 3], [-1, 3, 4], [-1, -1, -1]]
 
 
+def test_nobody_has_no_rows_whatever_its_position():
+    for first_idx in (None, int32(0, 0)):
+        in_ring, in_step = recent_slots(torch.tensor([3, 4]), 2, int32(-1, -1), int32([0]), 5, first_idx)
+        assert bool((in_ring == -1).all()) and (in_step is None or bool((in_step == -1).all()))
+
+
 def test_some_tokens_of_a_step():
     """As a compressor asks: for the tokens that complete a block, by their numbers."""
     step = step_of((1, 4, 3), (0, 0, 2))

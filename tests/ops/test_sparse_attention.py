@@ -341,6 +341,24 @@ def test_a_token_does_not_depend_on_the_others(operand_dtype, row_format, width,
     assert torch.equal(some(slice(5, 22)), whole[5:22])
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@OPERANDS
+def test_a_head_does_not_depend_on_the_others(operand_dtype, num_tokens, seed):
+    """Heads as tensor parallelism cuts them: 128 on one rank, or any share of them, first, last or between."""
+    torch.manual_seed(seed)
+    q, window, window_slots, entries, entry_slots, sink = example(num_tokens, 128, 512, 70, 30, RowFormat.FP8_ROPE_BF16)
+
+    def of_heads(heads):
+        arguments = window, window_slots, entries, entry_slots, sink[heads].contiguous()
+        return attend(q[:, heads].contiguous(), *arguments, scale=512**-0.5, operand_dtype=operand_dtype)
+
+    whole = of_heads(slice(None))
+    for count in (1, 2, 3, 8, 16, 64):
+        for first in (0, count, 128 - count):
+            part = slice(first, first + count)
+            assert torch.equal(of_heads(part), whole[:, part])
+
+
 @pytest.mark.parametrize("bound", [1, 200_000, 2**22])
 def test_groups_of_bounded_memory_change_nothing(bound, monkeypatch, seed):
     torch.manual_seed(seed)

@@ -15,7 +15,9 @@ from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels import KERNELS
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
-from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, parts
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.op_inputs import Arguments, OpInputs
+from megamoe.verify.values import parts
 
 CASES = [(op_shapes(op)[0], inputs, which) for op in KERNELS for which, inputs in enumerate(INPUTS[op])]
 CASES += [(call, INPUTS["route_experts"][1], 2) for call in op_shapes("route_experts")[1:2]]

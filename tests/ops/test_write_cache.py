@@ -143,6 +143,16 @@ def test_pages_at_any_byte(offset, extra, seed):
     assert block[:, :offset].unique().tolist() == ([0xAA] if offset else [])
 
 
+@pytest.mark.parametrize(("row_format", "width"), FORMATS)
+def test_rows_at_any_address(row_format, width, seed):
+    """One row of a wider tensor is contiguous and may start between two words of the pool."""
+    wide = torch.randn(1, width + 1, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    pools = [CachePool.allocate(2, 3, row_format, width, block_stride_bytes=8192) for _ in range(2)]
+    for rows, pool in zip((wide[:, 1:], wide[:, 1:].clone()), pools, strict=True):
+        write_cache(rows, pool, torch.tensor([4]))
+    assert torch.equal(pools[0].storage, pools[1].storage)
+
+
 def test_nothing_to_write():
     pool = filled(1, 2, RowFormat.FP8_ROPE_BF16, 128)
     write_cache(torch.empty(0, 128), pool, torch.empty(0, dtype=torch.int64))

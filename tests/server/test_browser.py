@@ -134,14 +134,14 @@ def test_what_the_model_writes_is_never_markup(server: RunningServer, browser: B
 
 def test_an_error_is_shown_and_does_not_stay_in_the_conversation(server: RunningServer, browser: Browser) -> None:
     browser.click("#toggle")
-    browser.clear("#max_tokens")
-    browser.type("#max_tokens", "999999")
+    browser.clear("#temperature")
+    browser.type("#temperature", "99")
     browser.type("#prompt", "First" + ENTER)
     browser.wait(lambda: is_done(browser) and bool(browser.elements("[role=alert]")))
-    assert "at most 256" in browser.text("[role=alert]")
+    assert "less than or equal to 2" in browser.text("[role=alert]")
     assert any("400" in line for line in browser.complaints())  # the browser logs the status
-    browser.clear("#max_tokens")
-    browser.type("#max_tokens", "9")
+    browser.clear("#temperature")
+    browser.type("#temperature", "1")
     browser.type("#prompt", "Second" + ENTER)
     browser.wait(lambda: len(browser.elements("article.assistant .note")) == 1 and is_done(browser))
     assert "First" not in prompt_of(server)

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from typing import Any
 
 import httpx2
 import pytest
 
 from megamoe.models.deepseek_v4.chat import ToolCall, encode_calls
+from megamoe.server.protocol import OFF
 
-from .fakes import RunningServer, events_of
+from .fakes import FakeEngine, RunningServer, events_of, make_state, running
 
 WEATHER = {
     "type": "function",
@@ -32,6 +34,7 @@ SCHEMA = {
     "required": ["answer"],
     "additionalProperties": False,
 }
+ENUM_3 = {"type": "object", "properties": {"a": {"enum": 3}}}
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -184,17 +187,76 @@ def test_arguments_are_streamed_in_pieces(server: RunningServer, client: httpx2.
     assert ask(client, tools=[WEATHER])["choices"][0]["message"]["content"] is None
 
 
-def test_a_call_without_its_end_is_not_given_out(server: RunningServer, client: httpx2.Client) -> None:
+def test_a_call_that_breaks_off_is_given_out_as_far_as_it_came(server: RunningServer, client: httpx2.Client) -> None:
+    """Whether it was the limit or the model that ended it: "length" says that the answer is not complete."""
     whole = calls(ToolCall("now", "{}"), ToolCall("weather", '{"city": "Rome"}'))
-    begun = whole[: whole.index("Rome")]
-    says(server, whole)
-    choice = ask(client, tools=[WEATHER, NOW], max_tokens=len(server.tokenizer.encode(begun)))["choices"][0]
-    assert choice["finish_reason"] == "length"
-    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["now"]
-    says(server, begun)
-    choice = ask(client, tools=[WEATHER, NOW])["choices"][0]
-    assert choice["finish_reason"] == "stop", "the last call must not be executed"
-    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["now"]
+    begun = whole[: whole.index("Rome") + 2]
+    for script, limits in ((whole, {"max_tokens": len(server.tokenizer.encode(begun))}), (begun, {})):
+        says(server, script)
+        choice = ask(client, tools=[WEATHER, NOW], **limits)["choices"][0]
+        assert choice["finish_reason"] == "length"
+        made = [(call["function"]["name"], call["function"]["arguments"]) for call in choice["message"]["tool_calls"]]
+        assert made == [("now", "{}"), ("weather", '{"city": "Ro')]
+        text = begun[begun.index('<｜DSML｜invoke name="weather"') :]
+        assert choice["malformed_calls"] == [{"text": text, "reason": "unfinished"}]
+
+
+VECTORS = json.loads((pathlib.Path(__file__).parents[1] / "vectors" / "answers.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "vector", [one for one in VECTORS if one["faults"] or one["slips"]], ids=lambda one: one["name"]
+)
+def test_a_stream_of_malformed_calls_agrees_with_the_whole_answer(
+    server: RunningServer, client: httpx2.Client, vector: dict[str, Any]
+) -> None:
+    says(server, vector["raw"])
+    fields = {"tools": [WEATHER, NOW], "thinking": {"type": "enabled" if vector["thinking"] else "disabled"}}
+    chunks = stream(client, **fields)
+    choice = ask(client, **fields)["choices"][0]
+    parts, message = joined(chunks), choice["message"]
+    assert "｜DSML｜" not in parts["content"] + parts["reasoning_content"]
+    assert parts["content"] == (message["content"] or "")
+    assert parts["reasoning_content"] == message.get("reasoning_content", "")
+    made = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
+    assert parts["tool_calls"] == made
+    last = next(one["choices"][0] for one in reversed(chunks) if one["choices"])
+    assert last["delta"].get("malformed_calls") == choice.get("malformed_calls")
+    assert parts["finish_reason"] == choice["finish_reason"]
+    reported = [one["reason"] for one in choice.get("malformed_calls", [])]
+    assert reported == [fault for fault in vector["faults"] if fault != "stray_control"]
+    is_lost = bool({"bad_tag", "bad_value", "unfinished"} & set(reported))
+    assert choice["finish_reason"] == ("length" if is_lost else "tool_calls" if made else "stop")
+    if choice["finish_reason"] == "tool_calls":
+        for call in made:
+            assert isinstance(json.loads(call[1]), dict)
+
+
+def test_malformed_calls_are_logged_and_counted(
+    server: RunningServer, client: httpx2.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    def counted(line: str) -> float:
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(one.split()[1]) for one in lines if one.startswith(line + " "))
+
+    malformed = 'megamoe_malformed_calls_total{reason="bad_value"}'
+    mended = 'megamoe_mended_calls_total{reason="no_block"}'
+    before = counted(malformed), counted(mended)
+    says(server, calls(ToolCall("weather", '{"city": 1}')).replace(">1<", ">01<"))
+    with caplog.at_level("WARNING", logger="megamoe"):
+        ask(client, tools=[WEATHER])
+    says(server, calls(ToolCall("weather", '{"city": "secret"}')).replace("<｜DSML｜tool_calls>\n", ""))
+    ask(client, tools=[WEATHER])
+    assert (counted(malformed), counted(mended)) == (before[0] + 1, before[1] + 1)
+    assert "malformed tool call, bad_value: a value that should be JSON is not" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_parameter_without_a_type_is_what_its_schema_says(server: RunningServer, client: httpx2.Client) -> None:
+    written = calls(ToolCall("weather", '{"city": "42", "days": 3}')).replace(' string="true"', "")
+    says(server, written.replace(' string="false"', ""))
+    message = ask(client, tools=[WEATHER])["choices"][0]["message"]
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"city": "42", "days": 3}
 
 
 def test_a_conversation_with_tools_is_read_back(server: RunningServer, client: httpx2.Client) -> None:
@@ -210,6 +272,61 @@ def test_a_conversation_with_tools_is_read_back(server: RunningServer, client: h
     assert ask(client, messages=history, tools=[WEATHER])["choices"][0]["message"]["content"] == "Sunny."
     prompt = prompt_of(server)
     assert prompt.startswith("Be brief.") and "<tool_result>sun</tool_result>" in prompt and "Rome" in prompt
+
+
+def test_history_is_read_as_clients_send_it(server: RunningServer, client: httpx2.Client) -> None:
+    """Names, what the official client's helpers add, and what other frameworks add: nothing a prompt shows."""
+    says(server, "ok")
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    plain: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "sun"},
+    ]
+    function = {**call["function"], "parsed_arguments": {"city": "Rome"}}
+    answer = {**plain[2], "parsed": None, "name": "planner", "annotations": [{"type": "x"}], "malformed_calls": []}
+    dressed = [
+        {**plain[0], "name": "boss"},
+        {**plain[1], "name": "Ann", "content": [{"type": "text", "text": "Weather?", "cache_control": {"type": "x"}}]},
+        {**answer, "refusal": None, "audio": None, "tool_calls": [{**call, "index": 0, "function": function}]},
+        {**plain[3], "name": "weather"},
+    ]
+    prompts = []
+    for messages in (plain, dressed):
+        ask(client, messages=messages, tools=[WEATHER])
+        prompts.append(prompt_of(server))
+    assert prompts[0] == prompts[1] and "Rome" in prompts[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [("", "{}"), (None, "{}"), (" ", "{}"), ('{"city": "Ro', '{"city": "Ro"}'), ('{"city": "Rome", "days": 0', None)],
+    ids=repr,
+)
+def test_a_conversation_goes_on_after_a_broken_call(
+    server: RunningServer, client: httpx2.Client, arguments: str | None, written: str | None
+) -> None:
+    says(server, "ok")
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "weather v2", "arguments": arguments}}]},
+        {"role": "user", "content": "Go on."},
+    ]
+    ask(client, messages=messages, tools=[WEATHER])
+    expected = calls(ToolCall("weather v2", written or '{"city": "Rome", "days": 0}'))
+    assert server.tokenizer.decode(server.tokenizer.encode(expected)) in prompt_of(server)
+
+
+def test_our_own_broken_answers_can_be_sent_back(server: RunningServer, client: httpx2.Client) -> None:
+    for vector in VECTORS:
+        if not vector["faults"]:
+            continue
+        says(server, vector["raw"])
+        message = ask(client, tools=[WEATHER])["choices"][0]["message"]
+        says(server, "ok")
+        history = [{"role": "user", "content": "x"}, message, {"role": "user", "content": "Go on."}]
+        assert ask(client, messages=history, tools=[WEATHER])["choices"][0]["message"]["content"] == "ok"
 
 
 def test_tool_choice_none_hides_the_tools(server: RunningServer, client: httpx2.Client) -> None:
@@ -333,6 +450,18 @@ def test_default_length_is_what_the_server_allows(server: RunningServer, client:
     assert server.engine.params[-1].max_tokens == 256
     ask(client, max_completion_tokens=5)
     assert server.engine.params[-1].max_tokens == 5
+    ask(client, max_tokens=32_000)
+    assert server.engine.params[-1].max_tokens == 256
+
+
+def test_by_default_an_answer_has_the_room_that_is_left(v4_directory: pathlib.Path) -> None:
+    engine = FakeEngine(lambda prompt, params: [10])
+    settings = {"max_tokens": None, "context": 3000}
+    with running(make_state(v4_directory, engine, **settings), engine) as server:
+        with httpx2.Client(base_url=server.url, timeout=20) as client:
+            for limits in ({}, {"max_tokens": 32_000}, {"max_completion_tokens": 2**31 - 1}):
+                ask(client, **limits)
+                assert engine.params[-1].max_tokens == 3000 - len(engine.prompts[-1]) + 1
 
 
 @pytest.mark.parametrize(
@@ -340,18 +469,24 @@ def test_default_length_is_what_the_server_allows(server: RunningServer, client:
     [
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0", "tag"),
-        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages.0.name", "not supported here"),
+        ({"messages": [{"role": "user", "content": "x", "mood": "bad"}]}, "messages.0.mood", "not supported here"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages.0.content.0.image_url",
-            "not supported here",
+            "messages.0.content.0",
+            "this model reads text only; got a part of type image_url",
         ),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, "messages", "tool result"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", "finished answer"),
-        ({"functions": []}, "functions", "not supported here"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages", 'say "prefix": true in it'),
+        ({"functions": [{"name": "f"}]}, "functions", "not supported here"),
         ({"modalities": ["audio"]}, "modalities.0", "'text'"),
         ({"audio": {}}, "audio", "not supported here"),
+        ({"echo": True}, "echo", "not supported here"),
+        ({"best_of": 2}, "best_of", "not supported here"),
+        ({"best_of": True}, "best_of", "not supported here"),
+        ({"chat_template_kwargs": {"thinking": True}}, "chat_template_kwargs", "not supported here"),
+        ({"use_beam_search": True}, "use_beam_search", "not supported here"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"verbosity": "low"}, "verbosity", "not supported here"),
         ({"top_logprobs": 2}, "top_logprobs", "needs 'logprobs'"),
         ({"logprobs": 1}, "logprobs", "valid boolean"),
@@ -361,7 +496,14 @@ def test_default_length_is_what_the_server_allows(server: RunningServer, client:
             "tool_choice",
             "not among the tools",
         ),
-        ({"tools": [NOW, NOW]}, "messages", "several called now"),
+        ({"tools": [NOW, NOW]}, "tools", "several called now"),
+        ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "at most max_tokens"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+            "response_format.json_schema.name",
+            "required",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
         ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens", "cannot be combined"),
         ({"response_format": {"type": "xml"}}, "response_format", "tag"),
         (
@@ -379,8 +521,23 @@ def test_default_length_is_what_the_server_allows(server: RunningServer, client:
             "tools",
             "'properties'",
         ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": 3}}}]}
+            | {"tool_choice": "required"},
+            "tools.0.function.parameters.required",
+            "must be a list of names; got 3",
+        ),
+        (
+            {"tools": [NOW, {"type": "function", "function": {"name": "f", "strict": True, "parameters": ENUM_3}}]},
+            "tools.1.function.parameters.properties.a.enum",
+            "must be a list of one value or more; got 3",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}},
+            "response_format.json_schema.schema",
+            "refers to itself without end",
+        ),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
-        ({"max_completion_tokens": 257}, "max_completion_tokens", "at most 256"),
         ({"messages": [{"role": "user", "content": "x " * 3100}]}, "messages", "the limit is 3000"),
     ],
     ids=str,
@@ -389,6 +546,23 @@ def test_refusals(client: httpx2.Client, fields: dict[str, Any], param: str, mes
     error = refusal(client, **fields)
     assert message in error["message"], error
     assert error["param"] == param and error["type"] == "invalid_request_error"
+
+
+def test_what_says_nothing_is_accepted(server: RunningServer, client: httpx2.Client) -> None:
+    """Unknown fields that are null, at any depth, and values that mean that a feature is not wanted."""
+    says(server, "ok")
+    nothing = {"no_such_field": None, "guided_json": None, "top_k": -1, "top_logprobs": 0, "tool_choice": "auto"}
+    for name, values in OFF.items():
+        for value in values:
+            if name != "logprobs":
+                ask(client, **{name: value})
+    ask(client, **nothing, messages=[{"role": "user", "content": "x", "tool_calls": None, "mood": None}])
+    assert server.engine.params[-1].top_k == 0
+    deep = {"type": "function", "function": {"name": "now", "mood": None}, "cache": None}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "mood": None}}
+    ask(client, tools=[deep], stream_options=None)
+    says(server, '{"answer": "no"}')
+    ask(client, response_format=form)
 
 
 def test_a_lone_surrogate_is_refused_and_can_be_told(client: httpx2.Client) -> None:

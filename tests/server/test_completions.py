@@ -84,6 +84,24 @@ def test_a_stream_adds_up_to_the_answer(server: RunningServer, client: httpx2.Cl
             assert joined == expected["logprobs"][name], name
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+@pytest.mark.parametrize("include", [False, True])
+def test_usage_in_every_chunk(server: RunningServer, client: httpx2.Client, path: str, include: bool) -> None:
+    server.engine.script = lambda prompt, params: [70, 71, 72, 73, 74, 75]
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if path.startswith("chat") else {"prompt": "x"}
+    options = {"include_usage": include, "continuous_usage_stats": True}
+    request = {"model": "fake", **prompt, "max_tokens": 6, "n": 2, "stream": True, "stream_options": options}
+    chunks = events_of(client.post(f"/v1/{path}", json=request).text)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == 12 and len(set(counts)) > 6
+    assert all(chunk["usage"]["prompt_tokens"] > 0 for chunk in chunks)
+    assert all(
+        one["usage"]["total_tokens"] == one["usage"]["prompt_tokens"] + count
+        for one, count in zip(chunks, counts, strict=True)
+    )
+    assert (chunks[-1]["choices"] == []) is include
+
+
 def test_usage_in_a_stream(client: httpx2.Client) -> None:
     whole = complete(client)
     chunks = events_of(
@@ -194,7 +212,6 @@ def test_every_parameter_reaches_the_engine(server: RunningServer, client: httpx
         ({"max_tokns": 4}, "max_tokns", "not supported here"),
         ({"best_of": 3}, "best_of", "must equal n"),
         ({"echo": True, "logprobs": 1}, "echo", "not supported"),
-        ({"max_tokens": 257}, "max_tokens", "at most 256"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": "8"}, "max_tokens", "valid integer"),
         ({"max_tokens": True}, "max_tokens", "valid integer"),
@@ -214,7 +231,9 @@ def test_every_parameter_reaches_the_engine(server: RunningServer, client: httpx
         ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs 'stream'"),
         ({"stream": True, "stream_options": {"foo": 1}}, "stream_options.foo", "not supported here"),
-        ({"min_tokens": 9}, None, "min_tokens must be at most max_tokens"),
+        ({"min_tokens": 9}, "min_tokens", "min_tokens must be at most max_tokens"),
+        ({"stop_token_ids": [400]}, "stop_token_ids", "0 to 399; got 400"),
+        ({"logit_bias": {"400": 1}}, "logit_bias", "0 to 399; got 400"),
         ({"store": True}, "store", "must be false"),
         ({"store": 0}, "store", "valid boolean"),
         ({"seed": 1.5}, "seed", "valid integer"),
@@ -225,6 +244,12 @@ def test_every_parameter_reaches_the_engine(server: RunningServer, client: httpx
 def test_refusals(client: httpx2.Client, fields: dict[str, Any], param: str | None, message: str) -> None:
     error = refusal(client, **fields)
     assert message in error["message"] and error["param"] == param and error["type"] == "invalid_request_error"
+
+
+def test_what_says_nothing_is_accepted(server: RunningServer, client: httpx2.Client) -> None:
+    complete(client, no_such_field=None, top_k=-1, best_of=1, suffix="", logprobs=False, use_beam_search=False)
+    assert server.engine.params[-1].logprobs is None and server.engine.params[-1].top_k == 0
+    assert refusal(client, use_beam_search=1)["param"] == "use_beam_search"
 
 
 @pytest.mark.parametrize(
@@ -240,15 +265,15 @@ def test_more_ids_than_allowed(client: httpx2.Client, field: str, value: Any, me
     assert message in error["message"] and error["param"] == field
 
 
-def test_context_is_checked_against_what_is_asked(server: RunningServer, client: httpx2.Client) -> None:
+def test_more_than_fits_is_cut_to_the_room(server: RunningServer, client: httpx2.Client) -> None:
+    """The context has 3000 places, and the last token needs none; the server of these tests allows 256 tokens."""
     ids = [10] * 2988
-    assert complete(client, prompt=ids, max_tokens=13)["usage"]["completion_tokens"] == 13
-    error = refusal(client, prompt=ids, max_tokens=14)
-    assert (
-        error["code"] == "context_length_exceeded"
-        and error["param"] == "max_tokens"
-        and "leaves 13" in error["message"]
-    )
+    for asked, given in ((12, 12), (13, 13), (14, 13), (32_000, 13)):
+        answer = complete(client, prompt=ids, max_tokens=asked, ignore_eos=True)
+        assert answer["usage"]["completion_tokens"] == given and answer["choices"][0]["finish_reason"] == "length"
+    complete(client, prompt=ids[:5], max_tokens=32_000)
+    assert server.engine.params[-1].max_tokens == 256
+    assert refusal(client, prompt=[10] * 3001)["code"] == "context_length_exceeded"
 
 
 def test_unknown_model(client: httpx2.Client) -> None:

@@ -22,6 +22,7 @@ import pytest
 from megamoe.cli import main
 
 from .fakes import events_of
+from .test_stress import raw_request
 
 
 class Process:
@@ -125,6 +126,20 @@ def test_what_does_not_finish_is_told(signals: tuple[signal.Signals, ...]) -> No
             last = stream.result().strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert (code, err) == (0, "")
+
+
+def test_a_half_sent_body_leaves_no_traceback() -> None:
+    with serving() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(raw_request("/v1/completions", b"{", Content_Length="99"))
+            for _ in range(200):
+                if "megamoe_open_requests 1.0" in httpx2.get(f"{server.url}/metrics").text:
+                    break
+                time.sleep(0.02)
+            code, _, err = server.end(signal.SIGTERM)
+            assert b"503" in connection.recv(100)
+        assert (code, err) == (0, "")
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:

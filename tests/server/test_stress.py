@@ -191,11 +191,50 @@ def test_a_body_that_is_too_large(v4_directory: pathlib.Path) -> None:
         assert client.post("/v1/completions", json=COMPLETION).status_code == 200
 
 
+def test_a_body_that_fills_the_context_is_not_too_large(v4_directory: pathlib.Path) -> None:
+    """1 MiB and 16 bytes a token: a prompt of the longest tokens, escaped, comes through and is counted."""
+    with a_server(v4_directory, context=300) as server, httpx2.Client(base_url=server.url) as client:
+        limit = 2**20 + 16 * 300
+        for num_bytes, status in ((limit, 400), (limit + 1, 413)):
+            text = json.dumps({**COMPLETION, "prompt": ""})
+            body = text.replace('"prompt": ""', f'"prompt": "{"x" * (num_bytes - len(text))}"')
+            assert len(body) == num_bytes
+            answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+            assert answer.status_code == status, "the one is read and has too many tokens, the other is not read"
+
+
 def test_a_body_that_does_not_arrive(v4_directory: pathlib.Path) -> None:
     with a_server(v4_directory, body_timeout_s=0.2) as server, connect(server) as connection:
         connection.sendall(raw_request("/v1/completions", b'{"model":', Content_Length="500"))
         answer = b"".join(iter(lambda: connection.recv(2000), b""))
         assert b"408" in answer.split(b"\r\n")[0] and b"body_timeout" in answer
+
+
+def test_unfinished_bodies_are_counted_and_lock_nobody_out(v4_directory: pathlib.Path) -> None:
+    with (
+        a_server(v4_directory, max_open_requests=20) as server,
+        httpx2.Client(base_url=server.url) as client,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(20):
+            connection = stack.enter_context(connect(server))
+            connection.sendall(raw_request("/v1/completions", b'{"model":', Content_Length="500"))
+        server.wait_until(lambda: metric(client, "megamoe_open_requests") == 20)
+        assert client.post("/v1/completions", json=COMPLETION).json()["error"]["code"] == "too_many_requests"
+        for path in ("/v1/models", "/v1/models/fake"):
+            assert client.get(path).status_code == 200
+        stack.close()
+        server.wait_until(lambda: metric(client, "megamoe_open_requests") == 0)
+        assert client.post("/v1/completions", json=COMPLETION).status_code == 200
+
+
+def test_a_half_sent_body_is_told_that_the_server_ends(v4_directory: pathlib.Path) -> None:
+    with a_server(v4_directory) as server, connect(server) as connection:
+        connection.sendall(raw_request("/v1/completions", b'{"model":', Content_Length="500"))
+        server.wait_until(lambda: metric(httpx2.Client(base_url=server.url), "megamoe_open_requests") == 1)
+        server.loop.call_soon_threadsafe(server.state.ending.set)
+        answer = b"".join(iter(lambda: connection.recv(2000), b""))
+        assert b"503" in answer.split(b"\r\n")[0] and b"shutting_down" in answer
 
 
 def test_a_request_that_takes_too_long(v4_directory: pathlib.Path) -> None:

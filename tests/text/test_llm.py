@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts in, text out."""
+"""Prompts in, text out.
+
+Row C10 of docs/faults.md.
+"""
 
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import pytest
 
 import megamoe
+from megamoe.cli import main
 from megamoe.engine.sampling_params import SamplingParams
+from megamoe.models import BUNDLED, load
 from megamoe.text.llm import LLM, Completion
 
 from ..fakes import BOS, EOS, FakeConfig, FakeModel, next_after
@@ -122,3 +128,49 @@ def test_every_prompt_is_checked_before_the_first_token(llm: LLM) -> None:
 def test_tokenizer_of_another_model(tokenizer_directory: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"has ids up to \d+, but model 'fake' has 100 ids"):
         LLM.from_model(FakeModel(tokenizer_directory, config=FakeConfig(vocab_size=100)))
+
+
+def test_a_missing_tokenizer_is_told_before_the_weights_are_read(tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "model"
+    shutil.copytree(BUNDLED["tiny"], directory)
+    (directory / "tokenizer.json").unlink()
+    monkeypatch.setattr(load, "examine", None)  # would raise TypeError
+    with pytest.raises(ValueError, match=r"tokenizer: no file .*tokenizer.json. Copy tokenizer.json from the release"):
+        LLM(directory)
+    for command in (["generate", "--prompt", "x"], ["serve"]):
+        assert main([*command, "--model", str(directory)]) == 2
+        assert "Copy tokenizer.json from the release" in capsys.readouterr().err
+
+
+def test_logprobs_are_returned_where_they_were_asked_for(llm: LLM) -> None:
+    plain, asked = llm.generate(
+        ["def", "def"], [SamplingParams(max_tokens=5), SamplingParams(max_tokens=5, logprobs=2)]
+    )
+    assert plain.logprobs is None and plain.text == asked.text
+    assert asked.logprobs is not None and [one.token_id for one in asked.logprobs] == list(asked.token_ids)
+    assert all(len(one.top) == 2 and one.top[0] == (one.token_id, one.logprob) for one in asked.logprobs)
+    assert llm.generate("def", SamplingParams(max_tokens=0, logprobs=0))[0].logprobs == ()
+    pieces = list(llm.stream(llm.encode("def"), SamplingParams(max_tokens=5, logprobs=2)))
+    assert [piece.logprobs for piece in pieces] == list(asked.logprobs)
+
+
+def test_prompts_may_be_token_ids(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=6)
+    ids = llm.encode("def")
+    by_text = llm.generate("def", params)
+    for prompts in (ids, tuple(ids), [ids]):
+        assert llm.generate(prompts, params) == by_text
+    assert llm.generate([ids, "def", ids], params) == by_text * 3
+    for bad in ([ids, 3], [[1.0]], [True], b"def", [b"def"], [None]):
+        with pytest.raises(TypeError, match="a prompt must be text or a sequence of token ids"):
+            llm.generate(bad, params)  # type: ignore[arg-type]
+
+
+def test_every_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+    each = [SamplingParams(max_tokens=3), SamplingParams(max_tokens=6, temperature=1.0, seed=1)]
+    together = llm.generate(["def", "class"], each)
+    assert together == [llm.generate(prompt, one)[0] for prompt, one in zip(["def", "class"], each, strict=True)]
+    assert [len(one.token_ids) for one in together] == [3, 6]
+    with pytest.raises(ValueError, match="2 sampling parameters for 1 prompts"):
+        llm.generate("def", each)
+    assert llm.generate([], []) == []

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""inspect, load, serve and convert run one list of rules: over every damaged checkpoint they say the same."""
+"""inspect, load, serve and convert run one list of rules: over every damaged checkpoint they say the same.
+
+Row C2 of docs/faults.md.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inspecting checkpoints: clean layouts raise no alarm, every injected fault is found by its rule and named."""
+"""Inspecting checkpoints: clean layouts raise no alarm, every injected fault is found by its rule and named.
+
+Rows C1, C3, C7, C11, C12, C13, C14 and C16 of docs/faults.md.
+"""
 
 from __future__ import annotations
 
@@ -301,6 +304,12 @@ def nan_over_zeros_e8m0(files: Files) -> None:
     """The same in MXFP4."""
     zero(f"{EXPERT}.weight")(files)
     files.tensors[f"{EXPERT}.scale"].content = bytes([0xFF]) * len(files.tensors[f"{EXPERT}.scale"].content)
+
+
+def zero_with_its_scale(files: Files) -> None:
+    """A matrix of zeros whose amax was taken for its scale."""
+    zero(f"{EXPERT}.weight")(files)
+    files.put_float(f"{EXPERT}.weight_scale_2", 0.0)
 
 
 FALLBACK = ["heavily_compressed_attention"] * 3 + ["compressed_sparse_attention", "heavily_compressed_attention"]
@@ -683,6 +692,22 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         "over codes that are all zero",
     ),
     (
+        "tensor scale of a matrix of zeros",
+        "nvidia",
+        zero_with_its_scale,
+        "scalar-invalid",
+        f"{EXPERT}.weight_scale_2",
+        "0.0; a scale must be positive and finite. The codes are all zero: an amax of 0 was taken for a scale.",
+    ),
+    (
+        "zero table",
+        "preview",
+        zero("layers.0.ffn.gate.tid2eid"),
+        "values-zero",
+        "layers.0.ffn.gate.tid2eid",
+        "all zero",
+    ),
+    (
         "NaN values",
         "preview",
         poke("layers.2.attn.compressor.wkv.weight", 2, b"\xc0\x7f"),
@@ -949,7 +974,8 @@ ALONE = {
     "F4 of MXFP4", "F4 of FP8", "F5", "F5 packed along N", "F5 of a plain weight", "F7", "F7 negative", "F7 of MXFP4",
     "F7 of Base", "F15", "F15 of compressed-tensors", "zero scale", "infinite scale", "F17", "F20", "F20 to zero",
     "F20 to fp32", "scales of zero", "F20 dtype", "zero matrix", "zero expert", "zero of either sign", "zero embedding",
-    "zero norm", "zero expert of a fused tensor", "NaN values", "NaN values of FP8", "an expert that is not there",
+    "zero norm", "zero expert of a fused tensor", "zero table", "NaN values", "NaN values of FP8",
+    "an expert that is not there",
     "quant_method modelopt_fp4", "quant_method mxfp4", "quant_method None", "blocks of 32", "static activations",
     "quantization_config is a text", "layers as text",
     "a layer far out", "unknown tensor", "two spellings", "misshapen", "half precision", "layers, one short",
@@ -1235,7 +1261,7 @@ def test_alike_findings_are_one(layouts, tmp_path):
 def test_every_rule_is_exercised():
     found = {row[3] for row in FAULTS} | {row[2] for row in FILE_FAULTS}
     elsewhere = {"shard-gap", "shard-header"}  # tests/checkpoint/test_reader.py
-    elsewhere |= {"config-release"}  # tests/models/deepseek_v4/test_releases.py
+    elsewhere |= {"config-release", "file-hash"}  # models/deepseek_v4/test_releases.py, test_checkpoint_report.py
     elsewhere |= {"not-exact"}  # tests/models/deepseek_v4/test_weights.py
     assert set(RULES) == found | elsewhere
 

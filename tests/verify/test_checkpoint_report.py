@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`megamoe inspect`: what it prints, exit codes, JSON, the memory plan; its time and memory on a complete V4-Pro."""
+"""`megamoe inspect`: what it prints, exit codes, JSON, the memory plan; its time and memory on a complete V4-Pro.
+
+Rows C1 and C15 of docs/faults.md.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -75,7 +79,7 @@ def test_unreadable(tmp_path, good, capsys):
 
 def test_no_directory(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
-    assert "is not a directory. Pass a checkpoint's folder." in capsys.readouterr().err
+    assert "nowhere is not a directory, and bundled are tiny. Pass a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--gpu-memory", "--context", "--sequences"])
@@ -92,6 +96,69 @@ def test_the_bundled_model(capsys):
 def test_output_to_a_file_is_not_cut(good, capsys):
     _, out = printed(capsys, str(good))
     assert "…" not in out and max(len(line) for line in out.splitlines()) <= 120
+
+
+# Hub caches.
+
+
+def as_snapshot(good: pathlib.Path, root: pathlib.Path, commit: str = "abc123") -> pathlib.Path:
+    """Lay a checkpoint out as a hub cache does: links to blobs that are named by their hashes."""
+    snapshot, blobs = root / "snapshots" / commit, root / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir(exist_ok=True)
+    for path in good.iterdir():
+        content = path.read_bytes()
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        name = hashlib.sha256(content).hexdigest() if path.suffix == ".safetensors" else git
+        (blobs / name).write_bytes(content)
+        (snapshot / path.name).symlink_to(f"../../blobs/{name}")
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def test_blobs_are_proved_by_their_names(good, tmp_path, capsys):
+    snapshot = as_snapshot(good, tmp_path / "models--someone--v4")
+    (snapshot / "notes.txt").write_text("mine")
+    status, out = printed(capsys, str(snapshot), "--hash")
+    assert status == 0
+    assert f"hashes: {len(list(good.iterdir()))} files proved by the hash that names the blob; 1 file no link" in out
+    blob = (snapshot / "model-00002-of-00003.safetensors").resolve()
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    assert printed(capsys, str(snapshot))[0] == 0  # no sample shows one bit
+    status, out = printed(capsys, str(snapshot), "--hash", "--json")
+    (found,) = json.loads(out)["findings"]
+    assert status == 1 and found["rule"] == "file-hash" and found["tensors"] == ["model-00002-of-00003.safetensors"]
+    assert found["allowed"] == blob.name and "notes.txt" in json.loads(out)["hashes"]["not_compared"]
+
+
+def test_files_that_are_no_links_prove_nothing(good, capsys):
+    _, out = printed(capsys, str(good), "--hash")
+    assert "hashes: 0 files proved" in out
+
+
+def test_a_hub_cache_is_told_where_its_checkpoints_are(good, tmp_path, capsys):
+    repository = tmp_path / "hub" / "models--someone--v4"
+    old = as_snapshot(good, repository, "0000")
+    new = as_snapshot(good, repository, "abc123")
+    for directory in (repository, tmp_path / "hub"):
+        assert main(["inspect", str(directory)]) == 2
+        assert f"{directory} is a hub cache; the checkpoints lie in it. Pass {new}, {old}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect", ""], ["generate", "--prompt", "x", "--model", ""], ["serve", "--model="]]
+)
+def test_no_name_is_refused(command, capsys):
+    assert main(command) == 2
+    assert "no model named (got '')" in capsys.readouterr().err
+
+
+def test_a_home_directory_is_expanded(good, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(good.parent))
+    assert printed(capsys, f"~/{good.name}")[0] == 0
 
 
 # JSON.

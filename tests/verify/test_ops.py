@@ -13,20 +13,27 @@ from typing import Any
 import pytest
 import torch
 
+from megamoe.formats import fp8, mxfp4, nvfp4
+from megamoe.formats.cache_rows import CachePool
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
+from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels import KERNELS
-from megamoe.models.deepseek_v4.shapes import op_shapes
+from megamoe.models.deepseek_v4.shapes import TABLE, op_shapes
 from megamoe.ops import quantize, rms_norm, route_experts
+from megamoe.ops.read_cache import read_cache
 from megamoe.verify import ops as verifying
-from megamoe.verify.inputs import INPUTS, OpInputs, parts
+from megamoe.verify.comparisons import norm_and_quantized, routes
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.op_inputs import OpInputs
 from megamoe.verify.ops import (
     cases,
-    compare,
-    compare_routes,
     known_ops,
     token_counts,
     verify_case,
 )
+from megamoe.verify.tolerance import TOLERANCES
+from megamoe.verify.values import parts
 
 CALL = op_shapes("rms_norm")[0]
 (NORM,) = INPUTS["rms_norm"]
@@ -169,9 +176,9 @@ def test_fused_norm_and_quantization_must_agree_with_each_other(seed: int) -> No
     nudged = y.clone()
     largest = y.abs().argmax(-1, keepdim=True)  # decides the row's scale; one unit more is within the norm's tolerance
     nudged.view(torch.int16).scatter_add_(1, largest, torch.ones_like(largest, dtype=torch.int16))
-    compare("rms_norm_quantize_nvfp4", (nudged, quantize.quantize_nvfp4(nudged)), want, {})
+    norm_and_quantized("rms_norm_quantize_nvfp4", (nudged, quantize.quantize_nvfp4(nudged)), want, {})
     with pytest.raises(AssertionError, match="quantize_nvfp4: .* must have equal bits"):
-        compare("rms_norm_quantize_nvfp4", (nudged, q), want, {})
+        norm_and_quantized("rms_norm_quantize_nvfp4", (nudged, q), want, {})
 
 
 def routing() -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor]]:
@@ -182,7 +189,7 @@ def routing() -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor]]:
 
 def test_routes_of_the_reference_pass() -> None:
     arguments, want = routing()
-    compare_routes(want, want, arguments)
+    routes("route_experts", want, want, arguments)
 
 
 def test_a_worse_expert_is_found() -> None:
@@ -191,7 +198,7 @@ def test_a_worse_expert_is_found() -> None:
     free = [one for one in range(arguments["gate"].shape[0]) if one not in ids[3].tolist()]
     other[3, -1] = free[-1]
     with pytest.raises(AssertionError, match="token 3 slot 1: got expert"):
-        compare_routes((weights, other), (weights, ids), arguments)
+        routes("route_experts", (weights, other), (weights, ids), arguments)
 
 
 def test_equal_scores_in_the_wrong_order_are_found() -> None:
@@ -201,7 +208,7 @@ def test_equal_scores_in_the_wrong_order_are_found() -> None:
     swapped = ids.clone()
     swapped[tied[0]] = swapped[tied[0]].flip(-1)
     with pytest.raises(AssertionError, match="equal ones go to the lowest"):
-        compare_routes((weights, swapped), (weights, ids), arguments)
+        routes("route_experts", (weights, swapped), (weights, ids), arguments)
 
 
 def test_a_repeated_or_impossible_expert_is_found() -> None:
@@ -209,12 +216,12 @@ def test_a_repeated_or_impossible_expert_is_found() -> None:
     repeated = ids.clone()
     repeated[0, 1] = repeated[0, 0]
     with pytest.raises(AssertionError, match="same expert twice"):
-        compare_routes((weights, repeated), (weights, ids), arguments)
+        routes("route_experts", (weights, repeated), (weights, ids), arguments)
     repeated[0, 1] = 99
     with pytest.raises(AssertionError, match="an expert id is outside"):
-        compare_routes((weights, repeated), (weights, ids), arguments)
+        routes("route_experts", (weights, repeated), (weights, ids), arguments)
     with pytest.raises(AssertionError, match="route_experts: .* elements differ"):
-        compare_routes((weights * 1.01, ids), (weights, ids), arguments)
+        routes("route_experts", (weights * 1.01, ids), (weights, ids), arguments)
 
 
 # inputs
@@ -222,17 +229,30 @@ def test_a_repeated_or_impossible_expert_is_found() -> None:
 
 @pytest.mark.parametrize("op", sorted(INPUTS))
 def test_f7_inputs_are_quantized_data_and_not_random_bytes(op: str) -> None:
-    """Containers among the inputs decode: their scale bytes come from a quantizer."""
-    from megamoe.formats import nvfp4
-
+    """Containers and pools among the inputs decode: their scale bytes come from a quantizer."""
     for inputs in INPUTS[op]:
         arguments = inputs.make(op_shapes(op)[0].dims, 5, torch.Generator().manual_seed(0))
-        for value in arguments.values():
-            if isinstance(value, NvFp4Tensor):
-                assert nvfp4.dequantize(value).isfinite().all()
+        for name, value in arguments.items():
+            if isinstance(value, CachePool):
+                values = read_cache(value, torch.arange(value.num_slots))
+            elif isinstance(value, NvFp4Tensor | MxFp4Tensor | Fp8RowTensor | Fp8BlockTensor):
+                module: Any = {NvFp4Tensor: nvfp4, MxFp4Tensor: mxfp4}.get(type(value), fp8)
+                values = module.dequantize(value)
             elif isinstance(value, torch.Tensor) and value.is_floating_point():
-                assert value.float().isfinite().all() and value.float().count_nonzero() > 0
+                values = value.float()
+            else:
+                continue
+            allowed = values.isfinite() | ((values == -torch.inf) & (name == "logits"))  # tokens that must not be drawn
+            assert allowed.all() and values.count_nonzero() > 0, name
         assert all(name in arguments for name in inputs.per_token if name != "token_ids")
+
+
+def test_every_operation_that_a_model_calls_can_be_verified() -> None:
+    """With a kernel or without: a kernel added later needs one line of KERNELS."""
+    called = {name for ops, _, _ in TABLE for name in ops.split()}
+    assert set(INPUTS) == called
+    assert called <= set(TOLERANCES)
+    assert set(KERNELS) <= called
 
 
 def test_every_kernel_has_cases_at_the_edges() -> None:

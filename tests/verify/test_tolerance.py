@@ -87,6 +87,27 @@ def test_one_wrong_row_cannot_hide_in_a_large_tensor(seed: int) -> None:
         assert_within("linear", got, want)
 
 
+def test_a_few_huge_rows_hide_nothing() -> None:
+    want = torch.ones(9, 4)
+    want[6:] = 2.0**44
+    got = want.clone()
+    got[2, 1] *= 1 + 1e-3
+    with pytest.raises(AssertionError, match=r"compress_kv: 1 of 36 elements differ, first at \[2, 1\]"):
+        assert_within("compress_kv", got, want)
+    small = want.clone()
+    small[0] = 2.0**-40  # a row counts as at least as long as the median one
+    got = small.clone()
+    got[0] *= 2
+    assert_within("compress_kv", got, small)
+
+
+def test_bounds_grow_with_the_terms() -> None:
+    linear = TOLERANCES["linear"]
+    assert linear.bound() == linear.bound(4096) == 2e-5
+    assert linear.bound(21504) == pytest.approx(5.34e-5, rel=1e-3)
+    assert TOLERANCES["rms_norm"].bound(21504) == 1e-5
+
+
 def test_rows_of_zeros() -> None:
     want = torch.zeros(3, 4)
     assert_within("linear", want.clone(), want)

@@ -30,6 +30,7 @@ from megamoe.bench import report, timing
 from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats import fp8, nvfp4
+from megamoe.formats.cache_rows import CachePool
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
@@ -37,12 +38,15 @@ from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
 from megamoe.ops.rms_norm import rms_norm
-from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, rows_of
-from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, compare, known_ops, open_gpu
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.op_inputs import Arguments, OpInputs
+from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, known_ops, open_gpu
+from megamoe.verify.values import copied, mapped, moved
 
 NUM_TOKENS = (1, 64, 4096)
 MODELS = ("flash", "pro")
 SAMPLE = 12
+SETS_BYTES = 8 << 30
 MATRIX = 8192
 
 
@@ -259,10 +263,7 @@ BASELINES: dict[str, Baseline] = {
 }
 
 WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")
-"""Arguments that come from memory in every call of a model: rotated like tokens. Gates and norms stay."""
-
-LOOKED_UP = ("expert_table",)
-"""Arguments of which a call reads a row a token: too little to count."""
+"""Arguments that come from memory in every call of a model: rotated like tokens and pools. Gates and norms stay."""
 
 FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "route_experts": lambda dims, tokens: 2 * tokens * dims["E"] * dims["D"],
@@ -275,6 +276,7 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_weight_only_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
+    "sparse_attention": lambda dims, tokens: 4 * tokens * dims["H"] * dims["C"] * (dims["W"] + dims["J"]),
 }
 """Operation → products and sums that run on the matrix units; absent where memory alone counts."""
 
@@ -295,36 +297,65 @@ def check_sample(call: OpCall, inputs: OpInputs, arguments: Arguments, got: Any,
         AssertionError: one is wrong.
     """
     index = torch.unique(torch.linspace(0, num_tokens - 1, min(SAMPLE, num_tokens)).long())
-    sampled = {
-        name: moved(rows_of(value, index) if name in inputs.per_token else value, "cpu")
-        for name, value in arguments.items()
-    }
-    want = rows_of(inputs.door(**sampled), torch.arange(len(index)))  # scales in the order of rows, as picked ones
-    compare(call.op, moved(rows_of(got, index), "cpu"), want, sampled)
+    if inputs.together(arguments) > 1:
+        index = torch.arange(num_tokens - inputs.together(arguments), num_tokens)
+    sampled = {name: moved(value, "cpu") for name, value in inputs.only(arguments, index).items()}
+    before = dict(sampled)
+    for name in inputs.written:
+        sampled[name] = copied(sampled[name], "cpu")
+    want = inputs.part(inputs.run(sampled), sampled, torch.arange(len(index)))  # in the order of rows, as picked ones
+    inputs.rule(call.op, moved(inputs.part(got, arguments, index), "cpu"), want, before)
+
+
+def traffic(inputs: OpInputs, arguments: Arguments, result: Any) -> int:
+    """Return the bytes that a call must move: inputs read once, outputs written once, of pools the rows it names."""
+    whole = {name: value for name, value in arguments.items() if name not in inputs.partly}
+    changed = [whole[name] for name in inputs.written if name in whole]
+    return (
+        tensor_bytes(whole)
+        + tensor_bytes(tuple(changed))
+        + inputs.partly_bytes(arguments)
+        + tensor_bytes(inputs.returned(result))
+    )
 
 
 def bench_case(
-    call: OpCall, inputs: OpInputs, num_tokens: int, copy_gbps: float, tflops: float, baseline: Baseline | None
+    call: OpCall,
+    inputs: OpInputs,
+    num_tokens: int,
+    copy_gbps: float,
+    tflops: float,
+    baseline: Baseline | None,
+    device: str = "cuda",
 ) -> report.Row:
     """Check and time one case.
+
+    Args:
+        call, inputs, num_tokens: the case.
+        copy_gbps, tflops: ceilings of this run.
+        baseline: what the kernel is interleaved with.
+        device: where the kernel runs; a test of this function itself has none.
 
     Raises:
         AssertionError: the kernel is wrong, so there is no time.
     """
-    generator = torch.Generator("cuda").manual_seed(num_tokens)
+    generator = torch.Generator(device).manual_seed(num_tokens)
     arguments = inputs.make(call.dims, num_tokens, generator)
-    got = inputs.door(**arguments)
+    got = inputs.run({**arguments, **{name: copied(arguments[name], device) for name in inputs.written}})
     check_sample(call, inputs, arguments, got, num_tokens)
-    rotating = {name: one for name, one in arguments.items() if name in (*inputs.per_token, *WEIGHTS)}
+    turns = (*inputs.per_token, *inputs.written, *WEIGHTS)
+    rotating = {name: one for name, one in arguments.items() if name in turns or isinstance(one, CachePool)}
     has_weights = not rotating.keys().isdisjoint(WEIGHTS)
     shared = {name: value for name, value in arguments.items() if name not in rotating}
-    read = {name: value for name, value in arguments.items() if name not in LOOKED_UP}
-    num_bytes = tensor_bytes(read) + tensor_bytes(got)
-    rotated = tensor_bytes(rotating) + tensor_bytes(got)
+    num_bytes, returned = traffic(inputs, arguments, got), tensor_bytes(inputs.returned(got))
+    touched = {name: value for name, value in rotating.items() if name not in inputs.partly}
+    rotated = tensor_bytes(touched) + inputs.partly_bytes(arguments) + returned
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    count = timing.num_sets(rotated, l2_bytes, 8 << 30, has_weights=has_weights)
+    room = max(timing.MIN_SETS, SETS_BYTES // max(1, tensor_bytes(rotating) + returned))
+    count = min(room, timing.num_sets(rotated, l2_bytes, SETS_BYTES, has_weights=has_weights))
     from_l2 = count * rotated < 2 * l2_bytes
-    sets = [{**one, **shared} for one in (rotating, *(_map_values(rotating, torch.clone) for _ in range(count - 1)))]
+    copies = ({name: mapped(one, torch.clone) for name, one in rotating.items()} for _ in range(count - 1))
+    sets = [{**one, **shared} for one in (rotating, *copies)]
     public_name, public = bound(call.op, sets, got)
     del got
     calls = max(count, timing.CALLS if rotated < (64 << 20) else count)
@@ -352,22 +383,6 @@ def bench_case(
         times.get("public"),
         public if isinstance(public, str) else "",
     )
-
-
-def _map_values(arguments: Arguments, function: Callable[[torch.Tensor], torch.Tensor]) -> Arguments:
-    return {name: _mapped(value, function) for name, value in arguments.items()}
-
-
-def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(_mapped(one, function) for one in value)
-    if hasattr(value, "codes"):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        tensors = {key: function(one) for key, one in fields.items() if isinstance(one, torch.Tensor)}
-        return dataclasses.replace(value, **tensors)
-    return value
 
 
 def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str]) -> list[tuple[OpCall, OpInputs, int]]:

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from megamoe.formats import fp8, nvfp4
-from megamoe.verify.inputs import Arguments, parts
+from megamoe.verify.op_inputs import Arguments
+from megamoe.verify.values import parts
 
 NEAR = 0.25
 """Relative L2 of the median token between results that round weights differently; a wrong call is above 1."""

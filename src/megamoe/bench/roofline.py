@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megamoe.verify.inputs import parts
+from megamoe.verify.values import parts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ from megamoe.checkpoint.byte_range import (
     read_range,
     write_from,
 )
+from megamoe.checkpoint.hashing import hash_file
 from megamoe.checkpoint.headers import INDEX_NAME
 from megamoe.checkpoint.manifest import Manifest, Record, fingerprint, refuse_changed
 from megamoe.checkpoint.problem import CheckpointError
@@ -211,6 +212,12 @@ class Plan:
         """Bytes of all tensors to write."""
         return sum(output.num_bytes for shard in self.shards for output in shard.outputs)
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all other files."""
+        contents = self.files.values()
+        return sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in contents)
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -219,13 +226,15 @@ class Result:
     Attributes:
         records: what steps reported, in the order of the plan.
         source_bytes: tensor bytes read in this run.
-        shards_kept: files that an earlier run had finished.
+        shards_kept: files that an earlier run had finished; they were not read.
+        records_kept: records of weights in them.
         seconds: time of this run.
     """
 
     records: tuple[Record, ...]
     source_bytes: int
     shards_kept: int
+    records_kept: int
     seconds: float
 
 
@@ -274,14 +283,17 @@ def run(
             },
         }
         with disk_errors(destination, 0):
-            if [shard.name for shard in plan.shards] != ["model.safetensors"]:
-                write_bytes(destination / INDEX_NAME, [encode_json(index)])
-            for name, content in {**plan.files, **finish(records)}.items():
+            has_index = [shard.name for shard in plan.shards] != ["model.safetensors"]
+            made: dict[str, bytes] = {INDEX_NAME: encode_json(index)} if has_index else {}
+            for name, encoded in made.items():
+                write_bytes(destination / name, [encoded])
+            finished = finish(records)
+            for name, content in {**plan.files, **finished}.items():
                 if name != "config.json":
                     _write_file(destination / name, content)
-            manifest.close_job()
+            manifest.close_job({**plan.files, **made, **finished})
             _write_file(destination / "config.json", plan.files["config.json"])
-    return Result(records, writer.source_bytes, writer.num_kept, time.monotonic() - started)
+    return Result(records, writer.source_bytes, writer.num_kept, writer.num_records_kept, time.monotonic() - started)
 
 
 def _write_file(path: pathlib.Path, content: bytes | pathlib.Path) -> None:
@@ -347,13 +359,17 @@ class _OpenShard:
             self.descriptor = -1
         self.temporary.unlink(missing_ok=True)
 
-    def publish(self) -> None:
-        """Flush the file to the disk and give it its name."""
-        os.fsync(self.descriptor)
+    def publish(self) -> str:
+        """Flush the file to the disk and give it its name; return the SHA-256 of its bytes."""
+        with concurrent.futures.ThreadPoolExecutor(1, "flush") as pool:
+            flushed = pool.submit(os.fsync, self.descriptor)  # the disk is busy meanwhile, the processor is not
+            sha256 = hash_file(self.temporary)
+            flushed.result()
         os.close(self.descriptor)
         self.descriptor = -1
         os.replace(self.temporary, self.path)
         flush_folder(self.path.parent)
+        return sha256
 
     @property
     def header_sha256(self) -> str:
@@ -409,6 +425,7 @@ class _ShardWriter:
         self.progress = progress
         self.source_bytes = 0
         self.num_kept = 0
+        self.num_records_kept = 0
         self._ready = threading.Condition()
         self._memory = 0
         self._open: dict[str, _OpenShard] = {}
@@ -422,6 +439,7 @@ class _ShardWriter:
         for shard in self.plan.shards:
             if self._is_finished(shard):
                 self.num_kept += 1
+                self.num_records_kept += len(self.manifest.records[shard.name])
                 self._kept_bytes += shard.source_bytes
             else:
                 todo.append(shard)
@@ -446,7 +464,7 @@ class _ShardWriter:
         """Say whether the manifest's entry of a shard and the file under its name agree."""
         known = self.manifest.shards.get(shard.name)
         path = self.destination / shard.name
-        if known is None or not path.is_file() or path.stat().st_size != known["size"]:
+        if known is None or "sha256" not in known or not path.is_file() or path.stat().st_size != known["size"]:
             return False
         with open(path, "rb") as file:
             start = file.read(8)
@@ -455,10 +473,11 @@ class _ShardWriter:
 
     def _refuse_full_disk(self, todo: Sequence[Shard]) -> None:
         """Refuse before the first byte when the files will not fit."""
-        wanted = sum(output.num_bytes for shard in todo for output in shard.outputs)
+        wanted = sum(output.num_bytes for shard in todo for output in shard.outputs) + self.plan.file_bytes
         state = os.statvfs(self.destination)
         free = state.f_bavail * state.f_frsize
-        replaced = sum(path.stat().st_size for s in todo if (path := self.destination / s.name).is_file())
+        names = [*(shard.name for shard in todo), *self.plan.files]
+        replaced = sum(path.stat().st_size for name in names if (path := self.destination / name).is_file())
         if wanted > free + replaced:
             raise CheckpointError(
                 f"convert: {self.destination} needs {wanted:,} more bytes and its disk has {free:,} free. Free some "
@@ -512,9 +531,8 @@ class _ShardWriter:
             self.progress(done, self._total)
         if is_last:
             refuse_changed(self.plan.source, self.sources)
-            file.publish()
-            self.manifest.add(
-                shard.name, file.size, file.header_sha256, [one for part in file.records for one in part or []]
-            )
+            sha256 = file.publish()
+            records = [one for part in file.records for one in part or []]
+            self.manifest.add(shard.name, file.size, file.header_sha256, sha256, records)
             with self._ready:
                 del self._open[shard.name]

@@ -47,6 +47,7 @@ class ProgressLine:
         """End the line on a terminal."""
         if self.is_terminal and self._shown:
             print(file=sys.stderr)
+            self._shown = False
 
 
 def _duration(seconds: float) -> str:

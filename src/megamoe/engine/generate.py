@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
 from megamoe.engine.model import BatchModel
-from megamoe.engine.outputs import FinishReason
+from megamoe.engine.outputs import FinishReason, TokenLogprobs
+from megamoe.engine.request import NewRequest
 from megamoe.engine.sampling_params import SamplingParams
 
 
@@ -26,11 +27,13 @@ class GeneratedToken:
         finish_reason: None, or why it is the last one: "stop" (it is an end-of-sequence or stop id) or "length"
             (`max_tokens` or the context is reached).
         prompt_idx: the prompt it follows.
+        logprobs: its log-probability and the alternatives, or None where none were asked for.
     """
 
     token_id: int
     finish_reason: FinishReason | None
     prompt_idx: int = 0
+    logprobs: TokenLogprobs | None = None
 
 
 def generate_tokens(
@@ -51,32 +54,40 @@ def generate_tokens(
 
 
 def generate_batch(
-    model: BatchModel, prompts: Sequence[Sequence[int]], params: SamplingParams, config: EngineConfig | None = None
+    model: BatchModel,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    config: EngineConfig | None = None,
 ) -> Iterator[GeneratedToken]:
     """Yield the tokens that follow several prompts, as they come; those of one prompt in order.
 
     Args:
         model: a loaded model.
         prompts: as in `generate_tokens`, any number.
-        params: for every prompt alike; each draws its own numbers, so its tokens do not depend on the others.
+        params: for every prompt alike, or one for each; each prompt draws its own numbers, so its tokens do not
+            depend on the others.
         config: of the engine; by default one whose caches fit these prompts.
 
     Raises:
-        ValueError: as in `generate_tokens`, before any token is generated.
+        ValueError: as in `generate_tokens`, before any token is generated, or not one of `params` for each prompt.
     """
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(prompts):
+        raise ValueError(
+            f"generate: {len(each)} sampling parameters for {len(prompts)} prompts. Pass one for all, or one for each."
+        )
     if not prompts:
         return iter(())
-    engine = Engine(model, config or config_for(model, prompts, params))
-    for idx, prompt_ids in enumerate(prompts):
-        engine.add(str(idx), prompt_ids, params)
+    engine = Engine(model, config or config_for(model, prompts, each))
+    engine.add_all([NewRequest(str(idx), ids, one) for idx, (ids, one) in enumerate(zip(prompts, each, strict=True))])
     return _run(engine)
 
 
-def config_for(model: BatchModel, prompts: Sequence[Sequence[int]], params: SamplingParams) -> EngineConfig:
+def config_for(model: BatchModel, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> EngineConfig:
     """Return a configuration whose caches hold these prompts, eight at a time, and nothing for later ones."""
     context = model.config.max_position_embeddings
-    longest = min(max(map(len, prompts)) + max(params.max_tokens - 1, 0), context)
-    longest = max(longest, 1)
+    pairs = zip(prompts, params, strict=True)
+    longest = max(1, *(min(len(ids) + max(one.max_tokens - 1, 0), context) for ids, one in pairs))
     num_sequences = min(len(prompts), 8)
     return EngineConfig(
         max_sequences=num_sequences,
@@ -91,7 +102,8 @@ def _run(engine: Engine) -> Iterator[GeneratedToken]:
         for output in engine.step():
             if output.error is not None:
                 raise output.error
-            for token_id in output.token_ids[:-1]:
-                yield GeneratedToken(token_id, None, int(output.request_id))
-            if output.token_ids:
-                yield GeneratedToken(output.token_ids[-1], output.finish_reason, int(output.request_id))
+            last = len(output.token_ids) - 1
+            for place, token_id in enumerate(output.token_ids):
+                reason = output.finish_reason if place == last else None
+                logprobs = None if output.logprobs is None else output.logprobs[place]
+                yield GeneratedToken(token_id, reason, int(output.request_id), logprobs)

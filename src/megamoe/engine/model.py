@@ -165,6 +165,13 @@ class BatchModel(LanguageModel, Protocol):
         ...
 
 
+def model_directory(model: str | os.PathLike[str]) -> pathlib.Path:
+    """Return where a model's files lie, before it is loaded; errors are those of `megamoe.load`."""
+    from megamoe.models import find_checkpoint  # imported late: importing the engine loads no architecture
+
+    return find_checkpoint(model, "load")
+
+
 def load_model(
     model: str | os.PathLike[str],
     *,

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-Word = TypeVar("Word", int, Any)
-"""An integer, or an array of uint64, which numpy's types call signed after arithmetic with a Python integer."""
+Word = TypeVar("Word", int, npt.NDArray[Any])
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -47,7 +46,7 @@ def uniform(seed: int, index: int) -> float:
     (seed mod 2^32, seed div 2^32). Both are below 2^64.
     """
     word = philox((index & _MASK, index >> 32, 0, 0), (seed & _MASK, seed >> 32))[0]
-    return int(word >> 8) * 2.0**-24
+    return (word >> 8) * 2.0**-24
 
 
 def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> npt.NDArray[np.float32]:
@@ -55,7 +54,6 @@ def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> npt.NDArray[np.flo
     if len(seeds) < _FEW:
         return np.array([uniform(*pair) for pair in zip(seeds, indices, strict=True)], dtype=np.float32)
     seed, index = np.array(seeds, dtype=np.uint64), np.array(indices, dtype=np.uint64)
-    mask, half, zero = np.uint64(_MASK), np.uint64(32), np.zeros_like(index)
-    word = philox((index & mask, index >> half, zero, zero), (seed & mask, seed >> half))[0]
-    numbers: npt.NDArray[np.float32] = (word >> 8).astype(np.float32) * np.float32(2.0**-24)
-    return numbers
+    zero = np.zeros_like(index)
+    word = philox((index & _MASK, index >> 32, zero, zero), (seed & _MASK, seed >> 32))[0]
+    return (word >> 8).astype(np.float32) * np.float32(2.0**-24)

@@ -9,18 +9,19 @@ from collections.abc import Iterable
 
 import torch
 
-from megamoe.checkpoint.reader import CheckpointError, CheckpointReader
+from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.fragment_layout import CodeLayout
-from megamoe.models import BUNDLED
+from megamoe.models import BUNDLED, find_checkpoint
 from megamoe.models.deepseek_v4.calls import model_calls, pairs, weight_ops
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.rules import check_accept
-from megamoe.models.deepseek_v4.weights import WeightLoader
+from megamoe.models.deepseek_v4.weights import WeightLoader, bytes_when_loaded
 from megamoe.models.recipe import Recipe, get_recipe
+from megamoe.models.room import no_room_is_told, require_room
 from megamoe.ops import dispatch
 
 __all__ = ["BUNDLED", "load"]
@@ -53,9 +54,9 @@ def load(
         The model: `logits`, `new_cache`, `step`.
 
     Raises:
-        ValueError: unknown model, recipe, device or dtype; CheckpointError (a ValueError) when the checkpoint is
-            damaged, incomplete or not DeepSeek-V4, naming the tensors; PackError (a ValueError) when the pack is
-            damaged or foreign.
+        ValueError: unknown model, recipe, device or dtype; no memory for the weights; CheckpointError (a ValueError)
+            when the checkpoint is damaged, incomplete or not DeepSeek-V4, naming the tensors; PackError (a ValueError)
+            when the pack is damaged or foreign.
         NotImplementedError: the device has no kernel for operations of the model.
     """
     chosen = get_recipe(recipe)
@@ -65,12 +66,16 @@ def load(
             "A recipe fixes its own dtypes: leave dtype out."
         )
     where = _check_device(device)
-    directory = _find(model)
+    directory = find_checkpoint(model, "load")
     accepted = check_accept(accept)
     examined = examine(directory)
     warnings = examined.refuse(accepted)
     config = examined.usable_config
     _check_recipe(chosen, config)
+    assert examined.stored is not None and examined.claims is not None
+    dtype_held = chosen.activation_dtype if chosen.dequantize_weights else None
+    num_bytes = bytes_when_loaded(examined.stored, examined.claims, dtype_held)
+    what = f"load: model {str(model)!r} with recipe {chosen.name}"
     with CheckpointReader(directory, examined.headers) as reader:
         loader = WeightLoader(
             reader,
@@ -81,9 +86,10 @@ def load(
             examined=examined,
         )
         calls = model_calls(config, loader.formats, chosen)
-        what = f"load: model {str(model)!r} with recipe {chosen.name}"
         dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
-        weights = loader.load(_layouts(chosen, where))
+        require_room(what, num_bytes, examined.headers.num_bytes, where)
+        with no_room_is_told(what, num_bytes):
+            weights = loader.load(_layouts(chosen, where))
     notes = tuple(f"{finding.rule}: {finding}" for finding in (*warnings, *examined.told))
     return Model(config, weights, chosen, where, name=str(model), directory=directory, warnings=notes)
 
@@ -92,19 +98,6 @@ def _layouts(recipe: Recipe, device: torch.device) -> dict[str, CodeLayout]:
     """Return in which order each kind of NVFP4 weight is wanted: that of the operation which will multiply by it."""
     ops = weight_ops(Format.NVFP4, recipe)
     return {kind: dispatch.weight_layout(op, device) for kind, op in ops.items()}
-
-
-def _find(model: str | os.PathLike[str]) -> pathlib.Path:
-    """Return the checkpoint directory a name stands for."""
-    if isinstance(model, str) and model in BUNDLED:
-        return BUNDLED[model]
-    directory = pathlib.Path(model)
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"load: no model {str(model)!r}: neither a bundled model ({', '.join(BUNDLED)}) nor a directory. "
-            "Pass a directory with config.json and safetensors files."
-        )
-    return directory
 
 
 def _check_device(device: str | torch.device) -> torch.device:

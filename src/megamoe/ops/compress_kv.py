@@ -180,8 +180,6 @@ def reference(
     """Compute the operation's meaning in plain torch; `rotate` is what write_index_keys adds to it."""
     _store_raw_rows(raw, ape, positions, state if step is None else step, state_slots, ratio)
     done = (entry_slots >= 0).nonzero().squeeze(1)  # the tokens that complete a block
-    if not done.shape[0]:
-        return
     firsts = None if step is None else first_idx[done]
     num_rows = (2 if overlap else 1) * ratio
     in_state, in_step = recent_slots(
@@ -224,6 +222,8 @@ def entries_of(
         eps: of the norm.
         out_dtype: bf16 or fp32.
     """
+    if not entry_pos.shape[0]:
+        return torch.empty(0, norm_weight.shape[0], dtype=out_dtype, device=entry_pos.device)
     pool, slots = sources[0]
     group = max(1, GATHER_BYTES // (4 * slots.shape[1] * pool.width))
     parts = [slice(first, first + group) for first in range(0, slots.shape[0], group)]

@@ -203,8 +203,7 @@ def reference(
         lengths = positions + 1
         visible = lengths // kind.ratio
         slots.num_visible.copy_(visible)
-        completes = (visible * kind.ratio == lengths) & (lengths > 0)
-        entry_idx = torch.where(completes, visible - 1, -1)
+        entry_idx = torch.where(visible * kind.ratio == lengths, visible - 1, -1)  # nobody's length is 0: entry -1
         if entry_idx.numel() and int(entry_idx.max()) >= kind.entries.capacity:
             raise ValueError(
                 f"plan_slots: entry {int(entry_idx.max())} lies beyond the block table of "

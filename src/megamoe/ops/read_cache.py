@@ -84,7 +84,8 @@ def as_bytes(words: torch.Tensor) -> torch.Tensor:
 
 
 def as_words(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return uint8 rows [T, row bytes] in the words of a row view."""
+    """Return uint8 rows [T, row bytes] in the words of a row view; rows that start between two words are copied."""
+    data = data.clone() if data.storage_offset() % dtype.itemsize else data
     return data.view(dtype)
 
 

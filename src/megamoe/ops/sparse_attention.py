@@ -21,8 +21,8 @@ Numerics   rows are decoded exactly; products and sums in fp32; one rounding of 
            A token with no item gives 0, and so does a sink of +inf (or one that lies more than about 88, with fp16 78,
            above every logit: its true result is below 1e-38, with fp16 1e-33).
            Columns are taken in blocks of 64, window first, each multiplied at one fixed size and added in column order.
-           A token's bits therefore depend on its own query, rows and the columns they stand in: not on other tokens,
-           on pages, or on how many -1 columns follow. Moving an item to another column may change the last bits.
+           A head's bits therefore depend on its own query, rows and the columns they stand in: not on other tokens or
+           heads, on pages, or on how many -1 columns follow. Moving an item to another column may change the last bits.
 Memory     tokens are taken in groups whose gathered rows, products and logits take at most 16 MiB, and the distinct
            rows of a group are decoded once (at most as large again); always at least one token
 Tolerance  verify/tolerance.py, "sparse_attention": sums of up to J terms in another order; with fp16, weights beside a
@@ -49,6 +49,7 @@ from megamoe.ops.rope import reference as rotate
 from megamoe.ops.row_slots import recent_slots, row_slots
 
 COLUMN_BLOCK = 64
+HEAD_GROUP = 4
 GROUP_BYTES = 16 * 2**20
 INT32: tuple[torch.dtype, ...] = (torch.int32,)
 NO_ENTRIES = "entries, entry_tables and num_visible go together"
@@ -330,22 +331,31 @@ def _attend(
     tiles = rows.view(num_tiles, COLUMN_BLOCK, width)
     q = _rounded(q, operand_dtype)
     q_tiles = q[:, None].expand(-1, num_blocks, -1, -1).reshape(num_tiles, num_heads, width)
-    logits = batched_matmul(q_tiles, tiles.transpose(1, 2)).mul_(scale)  # [T * blocks, H, 64]
+    logits = _by_head_groups(q_tiles, tiles.transpose(1, 2)).mul_(scale)  # [T * blocks, H, 64]
     logits.masked_fill_(~is_item.view(num_tiles, 1, COLUMN_BLOCK), -torch.inf)
     per_token = logits.view(num_tokens, num_blocks, num_heads, COLUMN_BLOCK)
     top = per_token.amax(dim=(1, 3))  # [T, H]
     top = top.masked_fill(top == -torch.inf, 0.0)  # no item: every weight below is 0
     if operand_dtype == torch.float16:
-        top = (torch.ceil(top * LOG2_E) - FP16_HEADROOM) * LN2
-    weights = torch.exp(per_token - top[:, None, :, None])
+        top = top.mul_(LOG2_E).ceil_().sub_(FP16_HEADROOM).mul_(LN2)
+    weights = (per_token - top[:, None, :, None]).exp_()
     weight_sums = sum_by_halves(weights, -1)  # [T, blocks, H]
-    weights = _rounded(weights, operand_dtype).view(num_tiles, num_heads, COLUMN_BLOCK)
-    values = batched_matmul(weights, tiles).view(num_tokens, num_blocks, num_heads, width)
+    weights = _rounded(weights, operand_dtype).reshape(num_tiles, num_heads, COLUMN_BLOCK)
+    values = _by_head_groups(weights, tiles).view(num_tokens, num_blocks, num_heads, width)
     total, y = torch.exp(sink - top), torch.zeros_like(q)
     for block in range(num_blocks):
-        total = total + weight_sums[:, block]
-        y = y + values[:, block]
-    return y / total.masked_fill(total == 0.0, 1.0)[..., None]
+        total += weight_sums[:, block]
+        y += values[:, block]
+    return y.div_(total.masked_fill_(total == 0.0, 1.0)[..., None])
+
+
+def _by_head_groups(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Multiply [B, H, K] by [B, K, N], HEAD_GROUP rows a call: ranks cut heads, and a BLAS chooses by their number."""
+    num_heads = x.shape[1]
+    if num_heads == HEAD_GROUP:
+        return batched_matmul(x, y)
+    x = torch.nn.functional.pad(x, (0, 0, 0, -num_heads % HEAD_GROUP))
+    return torch.cat([batched_matmul(group, y) for group in x.split(HEAD_GROUP, dim=1)], dim=1)[:, :num_heads]
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

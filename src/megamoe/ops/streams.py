@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from megamoe.formats.division import divide
 from megamoe.ops.check import FLOATS, check
 from megamoe.ops.dispatch import pick
 
@@ -67,7 +68,7 @@ def reference_mean(x: torch.Tensor, out: torch.Tensor) -> None:
     total = x[:, 0].float()
     for stream in range(1, x.shape[1]):
         total = total + x[:, stream].float()
-    out.copy_(total / x.shape[1])
+    out.copy_(divide(total, x.shape[1]))
 
 
 def reference_add(x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:

@@ -80,6 +80,7 @@ class State:
 
     Attributes:
         is_ready: set after warm-up, cleared when the server begins to shut down.
+        ending: set when the server begins to shut down.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class State:
         self.fingerprint = f"megamoe-{version}-{settings.recipe}"
         self.started = int(time.time())
         self.is_ready = False
+        self.ending = asyncio.Event()
         self._grammars: GrammarCompiler | None = None
 
     def grammars(self) -> GrammarCompiler:
@@ -125,10 +127,12 @@ def build_app(state: State, *, version: str) -> FastAPI:
     _add_pages(app)
     _add_errors(app)
     _describe_chunks(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.largest_body_bytes, timeout_s=settings.body_timeout_s, ending=state.ending
+    )
     if settings.api_key is not None:
         app.add_middleware(ApiKey, key=settings.api_key)
-    app.add_middleware(OpenRequests, limit=settings.max_open_requests)
+    app.add_middleware(OpenRequests, limit=settings.max_open_requests, gauge=state.metrics.open_requests)
     return app
 
 
@@ -146,7 +150,6 @@ def _add_api(app: FastAPI, state: State) -> None:
     async def serve(request: Request, endpoint: str, stream: bool, prepare: Callable[[], _Prepared]) -> Response:
         arrival = time.monotonic()
         metrics = state.metrics
-        metrics.open_requests.inc()
         status = "error"
         is_streaming = False
         generation: Generation[Any] | None = None
@@ -154,7 +157,6 @@ def _add_api(app: FastAPI, state: State) -> None:
         def done() -> None:
             if generation is not None:
                 generation.cancel()  # whichever way this ended, nothing goes on for it
-            metrics.open_requests.dec()
             metrics.requests.labels(endpoint, status).inc()
             metrics.request_s.observe(time.monotonic() - arrival)
 

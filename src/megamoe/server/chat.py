@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from megamoe.engine.outputs import TokenLogprobs
-from megamoe.server.completions import token_text, usage
+from megamoe.server.completions import StreamUsage, token_text, usage
 from megamoe.server.errors import ApiError
 from megamoe.server.generation import Generation
 from megamoe.server.prepare import (
@@ -34,6 +34,7 @@ from megamoe.server.protocol import (
     FunctionCallDelta,
     JsonObjectFormat,
     JsonSchemaFormat,
+    MalformedCall,
     NamedTool,
     TokenLogprob,
     Tool,
@@ -49,7 +50,9 @@ from megamoe.text.chat_format import (
     ChatFormat,
     ContentDelta,
     Event,
+    Fault,
     Malformed,
+    Mended,
     ReasoningDelta,
     ToolCallArguments,
     ToolCallEnd,
@@ -59,8 +62,11 @@ from megamoe.text.chat_format import (
 )
 from megamoe.text.grammar import CallableTool, Grammar, GrammarCompiler, json_rules, tool_call_rules
 from megamoe.text.prompts import PromptEncoder
+from megamoe.text.schema import SchemaError, checked
 from megamoe.text.service import Piece, Request
 from megamoe.text.tokenizer import Tokenizer
+
+IGNORED = ("name", "annotations", "parsed", "malformed_calls")  # of messages: no prompt shows them
 
 
 class Chat:
@@ -82,7 +88,7 @@ class Chat:
         """
         check_model(request, settings)
         check_common(request)
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             raise _refused("top_logprobs needs 'logprobs': true.", "top_logprobs")
         self._n = num_choices(request, 1, settings)
         self._request = request
@@ -97,9 +103,13 @@ class Chat:
         thinking, effort = _thinking(request, chat_format, settings)
         schema = _schema(request)
         try:
+            shown = read_tools([tool.model_dump(exclude_unset=True) for tool in tools])
+        except ValueError as error:
+            raise _refused(str(error), "tools") from error
+        try:
             prompt = chat_format.encode(
                 read_messages([_message(message) for message in request.messages]),
-                tools=read_tools([tool.model_dump(exclude_unset=True) for tool in tools]),
+                tools=shown,
                 thinking=thinking,
                 effort=effort,
                 response_format=schema,
@@ -108,24 +118,23 @@ class Chat:
             raise _refused(str(error), "messages") from error
         self._num_prompt = len(prompt.ids)
         self._think_end = encoder.tokenizer.added_ids.get(THINK_END) if prompt.thinking else None
-        param = "max_tokens" if request.max_tokens is not None else "max_completion_tokens"
         if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
             raise _refused("max_tokens and max_completion_tokens differ. Send the second only.", "max_tokens")
         asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-        limit = max_new_tokens(
-            asked, settings.max_tokens, self._num_prompt, settings, param=param, prompt_param="messages"
-        )
+        limit = max_new_tokens(asked, None, self._num_prompt, settings, prompt_param="messages")
         grammar = _grammar(request, tools, schema, encoder.tokenizer, self._think_end, grammars)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         self.requests: list[Request[list[Event]]] = []
         for choice in range(self._n):
             reader = chat_format.parser(
-                thinking=prompt.thinking, stops=stop_strings(request), min_tokens=request.min_tokens or 0
+                thinking=prompt.thinking, tools=shown, stops=stop_strings(request), min_tokens=request.min_tokens or 0
             )
             self.requests.append(
                 Request(
                     prompt.ids,
-                    sampling_params(request, max_tokens=limit, logprobs=logprobs, choice=choice),
+                    sampling_params(
+                        request, max_tokens=limit, logprobs=logprobs, choice=choice, vocab_size=encoder.vocab_size
+                    ),
                     reader,
                     logits_filter=None if grammar is None else grammar.filter(),
                     timeout_s=settings.request_timeout_s,
@@ -134,7 +143,7 @@ class Chat:
 
     async def answer(self, generation: Generation[list[Event]]) -> dict[str, Any]:
         """Return the whole answer."""
-        choices = self._choices()
+        choices = self._choices(generation)
         async for idx, piece in generation.pieces():
             choices[idx].read(piece)
         answer = ChatAnswer(
@@ -147,28 +156,29 @@ class Chat:
 
     async def events(self, generation: Generation[list[Event]]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the answer's chunks."""
-        choices = self._choices()
-        include_usage = self._request.stream_options is not None and self._request.stream_options.include_usage
-        nothing: dict[str, Any] = {"usage": None} if include_usage else {}
+        choices = self._choices(generation)
+        stats = StreamUsage(self._request.stream_options, lambda: self._usage(generation, choices))
         for choice in choices:
-            yield self._chunk([choice.chunk(ChatDelta(role="assistant", content=""))], nothing)
+            yield self._chunk([choice.chunk(ChatDelta(role="assistant", content=""))], stats.of_chunk())
         pieces = generation.pieces()
         try:
             async for idx, piece in pieces:
                 for chunk in choices[idx].read(piece):
-                    yield self._chunk([chunk], nothing)
+                    yield self._chunk([chunk], stats.of_chunk())
         finally:
             await pieces.aclose()
-        if include_usage:
+        if stats.ends_with_usage:
             yield self._chunk([], {"usage": self._usage(generation, choices)})
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: dict[str, Any]) -> dict[str, Any]:
         chunk = ChatChunk(**self._head, object="chat.completion.chunk", choices=choices, **usage)
         return chunk.model_dump(mode="json", exclude_unset=True)
 
-    def _choices(self) -> list[_Choice]:
+    def _choices(self, generation: Generation[list[Event]]) -> list[_Choice]:
         wants_logprobs = bool(self._request.logprobs)
-        return [_Choice(idx, self._tokenizer, self._think_end, wants_logprobs) for idx in range(self._n)]
+        return [
+            _Choice(idx, self._tokenizer, self._think_end, wants_logprobs, generation.report) for idx in range(self._n)
+        ]
 
     def _usage(self, generation: Generation[list[Event]], choices: Sequence[_Choice]) -> Usage:
         reasoning = sum(choice.num_reasoning for choice in choices)
@@ -185,7 +195,11 @@ def _refused(message: str, param: str) -> ApiError:
 def _message(message: Any) -> dict[str, Any]:
     """Return a message as the chat format reads it: what OpenAI calls developer is V4's system."""
     fields: dict[str, Any] = message.model_dump(exclude_none=True)
-    fields.pop("annotations", None)
+    for name in IGNORED:
+        fields.pop(name, None)
+    for call in fields.get("tool_calls", ()):
+        call.pop("index", None)
+        call["function"].pop("parsed_arguments", None)
     if fields["role"] == "developer":
         fields["role"] = "system"
     return fields
@@ -196,7 +210,7 @@ def _tools(request: ChatRequest) -> tuple[Tool, ...]:
     tools = tuple(request.tools or ())
     choice = request.tool_choice
     if choice is not None and not tools:
-        if choice == "none":
+        if choice in ("none", "auto"):
             return ()
         raise _refused("tool_choice needs tools.", "tool_choice")
     if isinstance(choice, NamedTool) and choice.function.name not in {tool.function.name for tool in tools}:
@@ -251,19 +265,21 @@ def _grammar(
             "where the answer ends. Leave them out.",
             "ignore_eos" if request.ignore_eos else "min_tokens",
         )
+    if schema is not None:
+        schema = _checked(schema, "response_format.json_schema.schema")
     try:
         if schema is not None and not tools:
             return grammars().compile(json_rules(schema, after=think_end))
         named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
-        callable_ = [
-            CallableTool(
-                tool.function.name,
-                tool.function.parameters,
-                is_strict=is_forced if tool.function.strict is None else tool.function.strict,
-            )
-            for tool in tools
-            if named in (None, tool.function.name)
-        ]
+        callable_ = []
+        for idx, tool in enumerate(tools):
+            if named not in (None, tool.function.name):
+                continue
+            parameters: Mapping[str, Any] | None = tool.function.parameters
+            is_strict = is_forced if tool.function.strict is None else tool.function.strict
+            if is_strict and parameters is not None:
+                parameters = _checked(parameters, f"tools.{idx}.function.parameters")
+            callable_.append(CallableTool(tool.function.name, parameters, is_strict=is_strict))
         dsml = tokenizer.added_ids[DSML]
         rules = tool_call_rules(
             callable_, dsml, after=think_end, is_forced=is_forced, is_single=is_single, schema=schema
@@ -271,6 +287,15 @@ def _grammar(
         return grammars().compile(rules)
     except ValueError as error:
         raise _refused(str(error), "tools" if tools else "response_format") from error
+
+
+def _checked(schema: Mapping[str, Any], param: str) -> Mapping[str, Any]:
+    """Return a schema that a grammar can be made of, or name the place in it that is wrong."""
+    try:
+        result: Mapping[str, Any] = checked(schema)
+    except SchemaError as error:
+        raise _refused(str(error), f"{param}.{error.place}" if error.place else param) from error
+    return result
 
 
 # to the answer
@@ -283,7 +308,6 @@ class _Call:
     id: str
     name: str
     arguments: str = ""
-    is_complete: bool = False
 
 
 class _Choice:
@@ -293,7 +317,14 @@ class _Choice:
         num_reasoning: tokens up to the end of thinking.
     """
 
-    def __init__(self, index: int, tokenizer: Tokenizer, think_end: int | None, wants_logprobs: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        think_end: int | None,
+        wants_logprobs: bool,
+        report: Callable[[Malformed | Mended], None],
+    ) -> None:
         self.num_reasoning = 0
         self._index = index
         self._tokenizer = tokenizer
@@ -302,6 +333,9 @@ class _Choice:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[_Call] = []
+        self._malformed: list[MalformedCall] = []
+        self._has_lost_calls = False
+        self._report = report
         self._finish_reason: Any = None
 
     def read(self, piece: Piece[list[Event]]) -> list[ChatChunkChoice]:
@@ -317,10 +351,15 @@ class _Choice:
             new = [self._entry(one) for one in piece.logprobs]
             self._logprobs += new
         if piece.finish_reason is not None:
-            is_called = bool(self._calls) and all(call.is_complete for call in self._calls)
-            self._finish_reason = "tool_calls" if piece.finish_reason == "stop" and is_called else piece.finish_reason
+            self._finish_reason = piece.finish_reason
+            if self._has_lost_calls:  # "stop" would say that the answer is complete, "tool_calls" that its calls are
+                self._finish_reason = "length"
+            elif piece.finish_reason == "stop" and self._calls:
+                self._finish_reason = "tool_calls"
         if not deltas and (new or piece.finish_reason is not None):
             deltas = [ChatDelta()]
+        if piece.finish_reason is not None and self._malformed:
+            deltas[-1].malformed_calls = self._malformed
         chunks = [self.chunk(delta) for delta in deltas]
         if new:
             chunks[0].logprobs = ChatLogprobs(content=new, refusal=None)
@@ -333,11 +372,10 @@ class _Choice:
         return ChatChunkChoice(index=self._index, delta=delta, logprobs=None, finish_reason=None)
 
     def whole(self) -> ChatChoice:
-        """Return the complete choice. A call that was never completed must not be executed, so it is left out."""
+        """Return the complete choice: what its chunks add up to, calls that broke off included."""
         calls = [
             ToolCall(id=call.id, type="function", function=FunctionCall(name=call.name, arguments=call.arguments))
             for call in self._calls
-            if call.is_complete
         ]
         content = "".join(self._content)
         message: dict[str, Any] = {"content": None if calls and not content else content}
@@ -350,6 +388,7 @@ class _Choice:
             message=ChatMessage(role="assistant", refusal=None, **message),
             logprobs=None if self._logprobs is None else ChatLogprobs(content=self._logprobs, refusal=None),
             finish_reason=self._finish_reason,
+            **({"malformed_calls": self._malformed} if self._malformed else {}),
         )
 
     def _delta(self, event: Event) -> ChatDelta | None:
@@ -371,9 +410,15 @@ class _Choice:
                 more = ToolCallDelta(index=event.call_idx, function=FunctionCallDelta(arguments=event.text))
                 return ChatDelta(tool_calls=[more])
             case ToolCallEnd():
-                self._calls[event.call_idx].is_complete = True
                 return None
             case Malformed():
+                if event.fault is not Fault.STRAY_CONTROL:
+                    self._malformed.append(MalformedCall(text=event.text, reason=event.fault.value))
+                    self._report(event)
+                self._has_lost_calls |= event.fault.loses_call
+                return None
+            case Mended():
+                self._report(event)
                 return None
 
     def _entry(self, one: TokenLogprobs) -> TokenLogprob:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from megamoe.engine.outputs import TokenLogprobs
@@ -27,6 +27,7 @@ from megamoe.server.protocol import (
     CompletionLogprobs,
     CompletionRequest,
     PromptDetails,
+    StreamOptions,
     Usage,
 )
 from megamoe.server.settings import ServerSettings
@@ -95,11 +96,15 @@ class Completion:
             self._prompt_ids.append(ids)
         self.requests: list[Request[str]] = []
         for ids in self._prompt_ids:
-            limit = max_new_tokens(
-                request.max_tokens, DEFAULT_MAX_TOKENS, len(ids), settings, param="max_tokens", prompt_param="prompt"
-            )
+            limit = max_new_tokens(request.max_tokens, DEFAULT_MAX_TOKENS, len(ids), settings, prompt_param="prompt")
             for choice in range(n):
-                params = sampling_params(request, max_tokens=limit, logprobs=request.logprobs, choice=choice)
+                params = sampling_params(
+                    request,
+                    max_tokens=limit,
+                    logprobs=request.logprobs,
+                    choice=choice,
+                    vocab_size=encoder.vocab_size,
+                )
                 reader = TextStream(encoder.tokenizer, stop_strings(request), min_tokens=request.min_tokens or 0)
                 self.requests.append(Request(ids, params, reader, timeout_s=settings.request_timeout_s))
 
@@ -130,12 +135,11 @@ class Completion:
     async def events(self, generation: Generation[str]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the answer's chunks."""
         builders = self._builders()
-        include_usage = self._request.stream_options is not None and self._request.stream_options.include_usage
-        nothing: dict[str, Any] = {"usage": None} if include_usage else {}
+        stats = StreamUsage(self._request.stream_options, lambda: self._usage(generation))
         for idx in range(len(builders)):
             if self._request.echo:
                 first = CompletionChoice(index=idx, text=self._echo(idx), logprobs=None, finish_reason=None)
-                yield self._chunk([first], nothing)
+                yield self._chunk([first], stats.of_chunk())
         pieces = generation.pieces()
         try:
             async for idx, piece in pieces:
@@ -143,10 +147,10 @@ class Completion:
                 text = piece.read + (piece.rest or "")
                 if text or part is not None or piece.finish_reason is not None:
                     choice = CompletionChoice(index=idx, text=text, logprobs=part, finish_reason=piece.finish_reason)
-                    yield self._chunk([choice], nothing)
+                    yield self._chunk([choice], stats.of_chunk())
         finally:
             await pieces.aclose()
-        if include_usage:
+        if stats.ends_with_usage:
             yield self._chunk([], {"usage": self._usage(generation)})
 
     def _chunk(self, choices: Sequence[CompletionChoice], usage: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +176,25 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int, reason
         prompt_tokens_details=PromptDetails(cached_tokens=cached_tokens),
         completion_tokens_details=CompletionDetails(reasoning_tokens=reasoning_tokens),
     )
+
+
+class StreamUsage:
+    """What the chunks of a stream say of the usage.
+
+    Attributes:
+        ends_with_usage: the last chunk has the usage and no choices.
+    """
+
+    def __init__(self, options: StreamOptions | None, count: Callable[[], Usage]) -> None:
+        self.ends_with_usage = options is not None and options.include_usage
+        self._is_continuous = options is not None and options.continuous_usage_stats
+        self._count = count
+
+    def of_chunk(self) -> dict[str, Any]:
+        """Return the field `usage` of a chunk with choices: the tokens of all choices so far, null, or no field."""
+        if self._is_continuous:
+            return {"usage": self._count()}
+        return {"usage": None} if self.ends_with_usage else {}
 
 
 def _prompts(request: CompletionRequest) -> list[str | list[int]]:

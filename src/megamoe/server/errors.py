@@ -110,14 +110,20 @@ def _path(location: Sequence[int | str], *, last_is_a_field: bool) -> str:
         is_field = last_is_a_field and place == len(location) - 1
         if place == 0 and part in ("body", "query", "path", "header"):
             continue
-        if isinstance(part, str) and not is_field and _is_union_member(part, parts):
+        if isinstance(part, str) and not is_field and _is_union_member(part, parts, location[place - 1]):
             continue
         parts.append(str(part))
     return ".".join(parts)
 
 
-def _is_union_member(part: str, before: Sequence[str]) -> bool:
-    """Return whether pydantic put a type's name or a tag there: `str`, `list[int]`, `TextPart`, a message's role."""
-    if before[-1:] == ["response_format"] or (len(before) == 2 and before[0] == "messages"):
+def _is_union_member(part: str, before: Sequence[str], last: int | str) -> bool:
+    """Return whether pydantic put a type's name or a tag there: `str`, `list[int]`, `TextPart`, a message's role.
+
+    Args:
+        part: what may be one.
+        before: the path so far.
+        last: what stands before it in pydantic's location: a tag and the field of its name follow each other.
+    """
+    if last == "response_format" or (len(before) == 2 and before[0] == "messages" and isinstance(last, int)):
         return part in ("text", "json_object", "json_schema", "system", "developer", "user", "assistant", "tool")
     return part in ("str", "int", "float", "bool") or part[:1].isupper() or "[" in part or "-" in part

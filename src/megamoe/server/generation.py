@@ -12,7 +12,9 @@ from typing import Generic, TypeVar
 from megamoe.engine.outputs import QueueFull
 from megamoe.server.errors import ApiError
 from megamoe.server.metrics import Metrics
+from megamoe.text.chat_format import Malformed, Mended
 from megamoe.text.service import (
+    LOG,
     FilterFailed,
     Piece,
     Request,
@@ -47,7 +49,7 @@ class Generation(Generic[T]):
     """Several sequences that answer one request.
 
     Attributes:
-        num_tokens: tokens generated so far, per sequence.
+        num_tokens: tokens of the pieces given out so far, per sequence.
     """
 
     def __init__(self, service: Service, metrics: Metrics, requests: Sequence[Request[T]], *, arrival: float) -> None:
@@ -57,6 +59,7 @@ class Generation(Generic[T]):
         self._arrival = arrival
         self._streams: list[RequestStream[T]] = []
         self.num_tokens = [0] * len(requests)
+        self._has_begun = [False] * len(requests)
 
     @property
     def cached_tokens(self) -> int:
@@ -73,6 +76,19 @@ class Generation(Generic[T]):
             self._streams = await self._service.submit_all(self._requests)
         except ServiceError as error:
             raise as_api_error(error) from error
+
+    def report(self, event: Malformed | Mended) -> None:
+        """Log and count what a model wrote that does not follow the grammar of tool calls.
+
+        What was written is the client's and not logged.
+        """
+        request_id = self._streams[0].request_id if self._streams else "?"
+        if isinstance(event, Malformed):
+            LOG.warning("request %s: malformed tool call, %s: %s", request_id, event.fault.value, event.detail)
+            self._metrics.malformed_calls.labels(event.fault.value).inc()
+        else:
+            LOG.info("request %s: tool call read in spite of %s: %s", request_id, event.slip.value, event.detail)
+            self._metrics.mended_calls.labels(event.slip.value).inc()
 
     def cancel(self) -> None:
         """Give up what has not ended."""
@@ -97,6 +113,7 @@ class Generation(Generic[T]):
                     raise piece
                 if piece.finish_reason is not None:
                     num_open -= 1
+                self.num_tokens[idx] += len(piece.token_ids)
                 yield idx, piece
         finally:
             self.cancel()
@@ -119,11 +136,11 @@ class Generation(Generic[T]):
 
     def _observe(self, idx: int, piece: Piece[T], seconds: float) -> None:
         new = len(piece.token_ids)
-        if new and self.num_tokens[idx] == 0:
+        if new and not self._has_begun[idx]:
+            self._has_begun[idx] = True
             self._metrics.first_token_s.observe(seconds)
         else:
             for _ in range(new):  # of a step that brought several tokens, each took its share
                 self._metrics.token_s.observe(seconds / new)
-        self.num_tokens[idx] += new
         if piece.finish_reason is not None:
             self._metrics.finished.labels(piece.finish_reason).inc()

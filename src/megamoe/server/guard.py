@@ -10,25 +10,33 @@ import asyncio
 import hashlib
 import hmac
 
+from prometheus_client import Gauge
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megamoe.server.errors import ApiError
 
 API_PREFIX = "/v1/"
+MODELS_PREFIX = "/v1/models/"
 
 
 class OpenRequests:
-    """Refuses API requests above a number that are open at the same time."""
+    """Refuses API requests above a number that are open at the same time, and counts them.
 
-    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+    A request is open from its first line: those whose bodies have not arrived hold connections as well. Looking at the
+    list of models is not limited, so that a client can always see whether there is a server.
+    """
+
+    def __init__(self, app: ASGIApp, *, limit: int, gauge: Gauge) -> None:
         self._app = app
         self._limit = limit
+        self._gauge = gauge
         self._num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 429."""
-        if scope["type"] != "http" or not scope["path"].startswith(API_PREFIX):
+        path = scope.get("path", "")
+        if scope["type"] != "http" or not path.startswith(API_PREFIX) or f"{path}/".startswith(MODELS_PREFIX):
             await self._app(scope, receive, send)
             return
         if self._num_open >= self._limit:
@@ -41,10 +49,12 @@ class OpenRequests:
             await error.response()(scope, receive, send)
             return
         self._num_open += 1
+        self._gauge.inc()
         try:
             await self._app(scope, receive, send)
         finally:
             self._num_open -= 1
+            self._gauge.dec()
 
 
 class ApiKey:
@@ -80,10 +90,14 @@ def _digest(key: bytes) -> bytes:
 
 
 class BodyLimit:
-    """Refuses bodies above a number of bytes, announced or not, without reading on, and bodies that take too long."""
+    """Refuses bodies above a number of bytes, announced or not, without reading on, and bodies that take too long.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float) -> None:
+    When the server begins to shut down, nobody waits for the rest of a body any more.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float, ending: asyncio.Event) -> None:
         self._app = app
+        self._ending = ending
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
 
@@ -105,11 +119,9 @@ class BodyLimit:
             nonlocal error, num_bytes, is_read
             if is_read:
                 return await receive()  # waits for the client to leave
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                error = self._too_slow()
+            message = await self._receive(receive, deadline)
+            if message is None:
+                error = _shutting_down() if self._ending.is_set() else self._too_slow()
                 return {"type": "http.disconnect"}
             is_read = message["type"] != "http.request" or not message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
@@ -126,6 +138,19 @@ class BodyLimit:
         if error is not None:
             await error.response()(scope, receive, send)
 
+    async def _receive(self, receive: Receive, deadline: float) -> Message | None:
+        """Return the next part of a body, or None when it did not come in time or the server ends."""
+        loop = asyncio.get_running_loop()
+        receiving, ending = asyncio.ensure_future(receive()), asyncio.ensure_future(self._ending.wait())
+        try:
+            left_s = max(0.0, deadline - loop.time())
+            await asyncio.wait((receiving, ending), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            return receiving.result() if receiving.done() else None
+        finally:
+            for task in (receiving, ending):
+                task.cancel()
+            await asyncio.gather(receiving, ending, return_exceptions=True)
+
     def _too_large(self) -> ApiError:
         return ApiError(
             413,
@@ -141,3 +166,12 @@ class BodyLimit:
             code="body_timeout",
             headers={"Connection": "close"},
         )
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(
+        503,
+        "The server is shutting down, and the body had not arrived.",
+        code="shutting_down",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )

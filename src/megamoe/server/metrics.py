@@ -23,10 +23,12 @@ class Metrics:
     """Everything /metrics shows.
 
     Attributes:
-        open_requests: requests whose answer is not complete.
+        open_requests: requests whose body or answer is not complete.
         requests: answers by endpoint and HTTP status.
         disconnects: clients that left before their answer was complete.
         finished: choices by finish reason.
+        malformed_calls: tool calls, or parts of them, that could not be read, by reason.
+        mended_calls: tool calls that were read in spite of a slip, by reason.
         first_token_s: from arrival to the first token of each choice.
         token_s: per token after the first, what a step took that brought it.
         request_s: from arrival to the end of the answer.
@@ -47,6 +49,12 @@ class Metrics:
         )
         self.finished = Counter(
             "megamoe_choices", "Choices that were completed, by finish reason.", ("reason",), registry=self._registry
+        )
+        self.malformed_calls = Counter(
+            "megamoe_malformed_calls", "Tool calls that could not be read.", ("reason",), registry=self._registry
+        )
+        self.mended_calls = Counter(
+            "megamoe_mended_calls", "Tool calls read in spite of a slip.", ("reason",), registry=self._registry
         )
         self.first_token_s = Histogram(
             "megamoe_time_to_first_token_seconds",

@@ -56,16 +56,17 @@ def num_choices(request: Sampling, num_prompts: int, settings: ServerSettings) -
 
 
 def max_new_tokens(
-    asked: int | None, default: int, num_prompt: int, settings: ServerSettings, *, param: str, prompt_param: str
+    asked: int | None, default: int | None, num_prompt: int, settings: ServerSettings, *, prompt_param: str
 ) -> int:
-    """Return how many tokens may be generated, after checking the prompt and the limit.
+    """Return how many tokens may be generated, after checking the prompt: what is asked for, cut to the room left.
+
+    Clients ask for more than fits as a way of saying "as many as there are", and are told by the finish reason.
 
     Args:
         asked: what the request says.
-        default: what it gets when it says nothing and the context allows it.
+        default: what it gets when it says nothing; None for all the room.
         num_prompt: tokens of the prompt.
         settings: the limits.
-        param: the name of the field that asks.
         prompt_param: the name of the field that has the prompt.
     """
     if num_prompt > settings.longest_prompt:
@@ -75,34 +76,34 @@ def max_new_tokens(
             param=prompt_param,
             code="context_length_exceeded",
         )
-    if asked is not None and asked > settings.max_tokens:
+    room = settings.context - num_prompt + 1  # the last token is never fed back
+    if settings.max_tokens is not None:
+        room = min(room, settings.max_tokens)
+    wanted = default if asked is None else asked
+    return room if wanted is None else min(wanted, room)
+
+
+def sampling_params(
+    request: Sampling, *, max_tokens: int, logprobs: int | None, choice: int, vocab_size: int
+) -> SamplingParams:
+    """Return the parameters of one choice; a seeded request's choices draw with seeds that follow each other."""
+    check_ids(request.stop_token_ids or (), vocab_size, "stop_token_ids")
+    check_ids([int(token_id) for token_id in request.logit_bias or ()], vocab_size, "logit_bias")
+    if request.min_tokens and request.min_tokens > max_tokens:
         raise ApiError(
             400,
-            f"{param} must be at most {settings.max_tokens} on this server; got {asked}.",
-            param=param,
+            f"min_tokens must be at most max_tokens and what the context leaves, {max_tokens} here; got "
+            f"{request.min_tokens}. Lower it.",
+            param="min_tokens",
             code="invalid_value",
         )
-    room = settings.context - num_prompt + 1  # the last token is never fed back
-    if asked is not None and asked > room:
-        raise ApiError(
-            400,
-            f"The context is {settings.context} tokens; the prompt has {num_prompt}, which leaves {room}, and {param} "
-            f"asks for {asked}. Shorten the prompt or ask for less.",
-            param=param,
-            code="context_length_exceeded",
-        )
-    return min(default if asked is None else asked, settings.max_tokens, room)
-
-
-def sampling_params(request: Sampling, *, max_tokens: int, logprobs: int | None, choice: int) -> SamplingParams:
-    """Return the parameters of one choice; a seeded request's choices draw with seeds that follow each other."""
     seed = None if request.seed is None else (request.seed + choice) % 2**63
     try:
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=DEFAULT_TEMPERATURE if request.temperature is None else float(request.temperature),
             top_p=_or(request.top_p, 1.0),
-            top_k=request.top_k or 0,
+            top_k=max(request.top_k or 0, 0),
             min_p=_or(request.min_p, 0.0),
             presence_penalty=_or(request.presence_penalty, 0.0),
             frequency_penalty=_or(request.frequency_penalty, 0.0),

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenAI's request and response types, as far as they mean something here, and our extensions.
 
-Every type refuses fields it does not know. A field of OpenAI's that is listed but does nothing says so; one that would
-change the answer and is not implemented is not listed. Types are strict: "5" is no number.
+Every type refuses fields it does not know, unless they say nothing: null, or a value of the table OFF that means that
+the feature is not wanted. A field of OpenAI's that is listed but does nothing says so; one that would change the answer
+and is not implemented is not listed. Types are strict: "5" is no number.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -17,7 +19,9 @@ from pydantic import (
     Field,
     StringConstraints,
     WithJsonSchema,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from megamoe.engine.sampling_params import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 
@@ -28,6 +32,11 @@ MAX_TOP_LOGPROBS = 20
 def _integral(value: Any) -> Any:
     """Return 5 for 5.0: JSON has one kind of number, and both are its integer 5."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _off_if_false(value: Any) -> Any:
+    """Return None for false: a number says how many, and false asks for none."""
+    return None if value is False else value
 
 
 def _not_stored(value: bool) -> bool:
@@ -42,13 +51,92 @@ Int: TypeAlias = Annotated[int, BeforeValidator(_integral)]
 Count: TypeAlias = Annotated[Int, Field(ge=1, le=2**31 - 1)]
 TokenId: TypeAlias = Annotated[Int, Field(ge=0, le=2**31 - 1)]
 Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+NumLogprobs: TypeAlias = Annotated[
+    Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None,
+    BeforeValidator(_off_if_false),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": 20}, {"const": False}, {"type": "null"}]}),
+]
+# What clients send back with a conversation and no prompt shows.
+Ignored: TypeAlias = Annotated[Any, Field(description="Accepted and without effect.")]
 StopString: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
 
-class Strict(BaseModel):
-    """A part of a request."""
+# Fields of other servers and of the other API, with the values that ask for nothing. Others are refused by name.
+OFF: Final[dict[str, tuple[Any, ...]]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "dry_multiplier": (0,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logprobs": (False,),
+    "mirostat": (0,),
+    "mm_processor_kwargs": ({},),
+    "n_probs": (0,),
+    "no_repeat_ngram_size": (0,),
+    "priority": (0,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "separate_reasoning": (True,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stream_reasoning": (True,),
+    "suffix": ("",),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "vllm_xargs": ({},),
+    "xtc_probability": (0,),
+}
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+def _is_off(name: str, value: Any, neutral: Mapping[str, tuple[Any, ...]]) -> bool:
+    """Return whether an unknown field says nothing. True is not 1 here."""
+    same = (one for one in neutral.get(name, ()) if isinstance(one, bool) == isinstance(value, bool))
+    return value is None or any(one == value for one in same)
+
+
+def _describe_off(schema: dict[str, Any], kind: type[BaseModel]) -> None:
+    """Say in the API's description which unknown fields are accepted."""
+    schema["additionalProperties"] = {"type": "null"}
+    for name, values in kind.off.items():  # type: ignore[attr-defined]
+        if name not in kind.model_fields:
+            description = "Accepted where it asks for nothing."
+            schema["properties"][name] = {"enum": [*values, None], "description": description}
+
+
+class Strict(BaseModel):
+    """A part of a request.
+
+    Attributes:
+        off: unknown fields with the values that mean nothing.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, json_schema_extra=_describe_off
+    )
+    off: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, fields: Any) -> Any:
+        """Leave out unknown fields that say nothing, so that all others can be refused by their names."""
+        if not isinstance(fields, dict):
+            return fields
+        known = {name for field, info in cls.model_fields.items() for name in (field, info.alias)}
+        return {name: one for name, one in fields.items() if name in known or not _is_off(name, one, cls.off)}
 
 
 class Answer(BaseModel):
@@ -64,16 +152,21 @@ class StreamOptions(Strict):
     """How to stream."""
 
     include_usage: bool = Field(False, description="End with a chunk that has no choices and the usage.")
+    continuous_usage_stats: bool = Field(False, description="Extension: every chunk has the usage so far.")
     include_obfuscation: bool = Field(False, description="Accepted and without effect: nothing is padded here.")
 
 
 class Sampling(Strict):
     """What both APIs share: sampling, limits, and fields that identify a caller."""
 
+    off = OFF
+
     model: Annotated[str, StringConstraints(min_length=1, max_length=512)] = Field(description="As in /v1/models.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default 1.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Int | None = Field(None, ge=0, le=2**31 - 1, description="Extension: keep this many tokens; 0 keeps all.")
+    top_k: Int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="Extension: keep this many tokens; 0 and -1 keep all."
+    )
     min_p: float | None = Field(
         None, ge=0, le=1, description="Extension: keep tokens at least this probable, relative to the most probable."
     )
@@ -106,6 +199,19 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+    cache_control: Ignored = None
+    prompt_cache_breakpoint: Ignored = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, fields: Any) -> Any:
+        """Say what an image, a sound or a file is refused for: not the field it comes in."""
+        kind = fields.get("type") if isinstance(fields, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError(
+                "not_text", "this model reads text only; got a part of type {kind}", {"kind": kind}
+            )
+        return fields
 
 
 Content: TypeAlias = str | Annotated[list[TextPart], Field(min_length=1)]
@@ -116,6 +222,7 @@ class SystemMessage(Strict):
 
     role: Literal["system"]
     content: Content
+    name: Ignored = None
 
 
 class DeveloperMessage(Strict):
@@ -123,6 +230,7 @@ class DeveloperMessage(Strict):
 
     role: Literal["developer"]
     content: Content
+    name: Ignored = None
 
 
 class UserMessage(Strict):
@@ -130,21 +238,26 @@ class UserMessage(Strict):
 
     role: Literal["user"]
     content: Content
+    name: Ignored = None
 
 
 class CalledFunction(Strict):
-    """A function the model called."""
+    """A function the model called. Its name is what the model wrote, which need not be one of a tool."""
 
-    name: Name
-    arguments: str = Field(description="A JSON object.")
+    name: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    arguments: str | None = Field(
+        None, description="A JSON object. Empty and null are none; JSON that was cut off is closed where it ends."
+    )
+    parsed_arguments: Ignored = None
 
 
 class CalledTool(Strict):
     """A tool call of an earlier turn."""
 
     id: str
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     function: CalledFunction
+    index: Ignored = None
 
 
 class AssistantMessage(Strict):
@@ -158,7 +271,10 @@ class AssistantMessage(Strict):
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    name: Ignored = None
+    annotations: Ignored = None
+    parsed: Ignored = None
+    malformed_calls: Ignored = None
 
 
 class ToolMessage(Strict):
@@ -167,6 +283,7 @@ class ToolMessage(Strict):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
+    name: Ignored = None
 
 
 Message: TypeAlias = Annotated[
@@ -218,7 +335,9 @@ class JsonObjectFormat(Strict):
 class JsonSchema(Strict):
     """A schema with a name."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, populate_by_name=True, json_schema_extra=_describe_off
+    )
 
     name: Name
     schema_: dict[str, Any] = Field(alias="schema", description="JSON schema; what cannot be enforced is refused.")
@@ -270,7 +389,7 @@ class CompletionRequest(Sampling):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=128)]
     ) = Field(description="One text or several, or their token ids. BOS is put before a text, not before ids.")
     max_tokens: Count | None = Field(None, description="Default 16.")
-    logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: NumLogprobs = None
     echo: bool | None = Field(None, description="Put the prompt before the completion; not with logprobs.")
     best_of: Int | None = Field(None, ge=1, le=128, description="Only equal to n.")
 
@@ -351,6 +470,13 @@ class ToolCall(Answer):
     function: FunctionCall
 
 
+class MalformedCall(Answer):
+    """What a model wrote where a tool call should be, and why it could not be read as one."""
+
+    text: str
+    reason: str
+
+
 class ChatMessage(Answer):
     """The model's answer."""
 
@@ -368,6 +494,7 @@ class ChatChoice(Answer):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    malformed_calls: list[MalformedCall] | None = None
 
 
 class ChatAnswer(Answer):
@@ -405,6 +532,7 @@ class ChatDelta(Answer):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    malformed_calls: list[MalformedCall] | None = None
 
 
 class ChatChunkChoice(Answer):

@@ -176,6 +176,7 @@ async def _end_on_signal(state: State, server: HttpServer, say: Callable[[str], 
         first = asyncio.create_task(signals.get())
         await asyncio.wait((failed, first), return_when=asyncio.FIRST_COMPLETED)
         state.is_ready = False
+        state.ending.set()
         if failed.done():
             say("the engine failed; stopping")
             first.cancel()

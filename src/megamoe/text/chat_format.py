@@ -32,9 +32,11 @@ from megamoe.models.deepseek_v4.chat import (
     Fault,
     LatestReminder,
     Malformed,
+    Mended,
     Message,
     ReasoningDelta,
     Release,
+    Slip,
     SystemMessage,
     Tool,
     ToolCall,
@@ -67,10 +69,12 @@ __all__ = [  # messages and events besides the formats: whoever stands above tex
     "Fault",
     "LatestReminder",
     "Malformed",
+    "Mended",
     "Message",
     "PlainFormat",
     "ReasoningDelta",
     "Release",
+    "Slip",
     "SystemMessage",
     "Tool",
     "ToolCall",
@@ -186,12 +190,19 @@ class ChatFormat(abc.ABC):
 
     @abc.abstractmethod
     def parser(
-        self, *, thinking: bool, stops: Iterable[str] = (), include_stop_str: bool = False, min_tokens: int = 0
+        self,
+        *,
+        thinking: bool,
+        tools: Sequence[Tool] = (),
+        stops: Iterable[str] = (),
+        include_stop_str: bool = False,
+        min_tokens: int = 0,
     ) -> AnswerStream:
         """Return a parser for one answer.
 
         Args:
             thinking: `EncodedPrompt.thinking` of its prompt.
+            tools: what the model was shown; their schemas say what a call does not say of its parameters.
             stops: the request's stop strings; they end the content, and are looked for nowhere else.
             include_stop_str: the content ends with the stop string of the request that was found, instead of before
                 it.
@@ -344,20 +355,28 @@ class DeepSeekV4Format(ChatFormat):
             response_format=response_format,
         )
         if prompt.pieces[-1] == Control(EOS):
-            raise ValueError("chat: the last message is a finished answer. Add a user message, or make it an open one.")
+            raise ValueError(
+                'chat: the last message is a finished answer. Add a user message, or say "prefix": true in it for an '
+                "answer that goes on with it."
+            )
         ids: list[int] = []
         for piece in prompt.pieces:
             ids += self._tokenizer.encode_text(piece) if isinstance(piece, str) else [self._ids[piece.token]]
         return EncodedPrompt(ids, prompt.text, prompt.thinking)
 
     def parser(
-        self, *, thinking: bool, stops: Iterable[str] = (), include_stop_str: bool = False, min_tokens: int = 0
+        self,
+        *,
+        thinking: bool,
+        tools: Sequence[Tool] = (),
+        stops: Iterable[str] = (),
+        include_stop_str: bool = False,
+        min_tokens: int = 0,
     ) -> AnswerStream:
         """Return a parser, see ChatFormat. Every added token of the tokenizer is a control token."""
         matcher = StopMatcher(stops, include_stop_str=include_stop_str)
-        return AnswerStream(
-            self._tokenizer, AnswerParser(thinking=thinking), self._controls, matcher, min_tokens=min_tokens
-        )
+        reader = AnswerParser(thinking=thinking, texts={tool.name: tool.text_parameters for tool in tools})
+        return AnswerStream(self._tokenizer, reader, self._controls, matcher, min_tokens=min_tokens)
 
 
 class PlainFormat(ChatFormat):
@@ -420,7 +439,8 @@ class PlainFormat(ChatFormat):
             if message.is_open != (idx + 1 == num_messages):
                 raise ValueError(
                     f"chat: message {idx} is {'open, but not' if message.is_open else 'a finished answer, and'} the "
-                    "last. Only the last answer can be open, and a finished one needs a user message after it."
+                    'last. Only the last answer can be open ("prefix": true), and a finished one needs a user message '
+                    "after it."
                 )
             return f"Assistant: {message.content}"
         raise ValueError(
@@ -429,7 +449,13 @@ class PlainFormat(ChatFormat):
         )
 
     def parser(
-        self, *, thinking: bool, stops: Iterable[str] = (), include_stop_str: bool = False, min_tokens: int = 0
+        self,
+        *,
+        thinking: bool,
+        tools: Sequence[Tool] = (),
+        stops: Iterable[str] = (),
+        include_stop_str: bool = False,
+        min_tokens: int = 0,
     ) -> AnswerStream:
         """Return a parser, see ChatFormat. White space before the answer is not part of it."""
         if thinking:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class GrammarFilter:
 
     def _note_error(self) -> None:
         if self.error is None and self._matcher.is_error():
-            self.error = self._matcher.get_error().strip() or "the grammar's parser failed"
+            self.error = _reason(self._matcher.get_error()) or "the grammar's parser failed"
 
 
 class Grammar:
@@ -94,8 +95,14 @@ class GrammarCompiler:
         """
         matcher = self._llguidance.LLMatcher(self._tokenizer, self._llguidance.LLMatcher.grammar_from_lark(rules))
         if matcher.is_error():
-            raise ValueError(f"grammar: {' '.join(matcher.get_error().split())}")
+            raise ValueError(f"grammar: {_reason(matcher.get_error())}")
         return Grammar(matcher, self._vocab_size)
+
+
+def _reason(error: str) -> str:
+    """Return what llguidance says is wrong, without where in our rules, and without the rules and its state."""
+    said = re.split(r"^\s*\d+ \| |<state>|\n\n", error.strip(), maxsplit=1, flags=re.MULTILINE)[0]
+    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", " ".join(said.split()))[:300]
 
 
 class _Vocabulary:

@@ -14,17 +14,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from megamoe.engine.generate import GeneratedToken, generate_batch, generate_tokens
-from megamoe.engine.model import BatchModel, load_model
-from megamoe.engine.outputs import FinishReason
+from megamoe.engine.model import BatchModel, load_model, model_directory
+from megamoe.engine.outputs import FinishReason, TokenLogprobs
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.engine.warm_up import explain, warm_up_model
 from megamoe.text.detokenizer import Detokenizer
-from megamoe.text.tokenizer import Tokenizer
+from megamoe.text.tokenizer import Tokenizer, check_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Completion:
         token_ids: the generated ids, the stop id included where there was one.
         prompt_tokens: number of prompt tokens, BOS included.
         finish_reason: "stop" (an end-of-sequence or stop id) or "length" (`max_tokens` or the context reached).
+        logprobs: per generated id, or None where `SamplingParams.logprobs` did not ask for them.
     """
 
     text: str
     token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +54,13 @@ class TextPiece:
         text: new text, possibly empty; the last piece brings everything held back.
         token_id: the token.
         finish_reason: None, or why this is the last piece.
+        logprobs: of the token, or None where none were asked for.
     """
 
     text: str
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
 
 
 class LLM:
@@ -82,6 +86,7 @@ class LLM:
         On a CUDA device all kernels are loaded, run once at every batch size and sealed before this returns
         (engine/warm_up.py); one that is asked for later raises.
         """
+        check_tokenizer(model_directory(model))  # before the weights, which take minutes
         self._set(load_model(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept))
 
     @classmethod
@@ -132,36 +137,62 @@ class LLM:
             text = detokenizer.add(token.token_id)
             if token.finish_reason is not None:
                 text += detokenizer.finish()
-            yield TextPiece(text, token.token_id, token.finish_reason)
+            yield TextPiece(text, token.token_id, token.finish_reason, token.logprobs)
 
-    def generate(self, prompts: str | Sequence[str], params: SamplingParams | None = None) -> list[Completion]:
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
         """Complete prompts, several at a time.
 
         Args:
-            prompts: one or more texts.
-            params: for every prompt alike; each prompt draws from its own generator, so its completion does not
-                depend on the others. Default: greedy.
+            prompts: one or more, each a text or token ids. BOS is put before a text, ids are taken as they are.
+            params: for every prompt alike, or one for each; each prompt draws from its own generator, so its completion
+                does not depend on the others. Default: greedy.
 
         Returns:
             One completion per prompt, in order.
 
         Raises:
-            ValueError: a prompt is not valid Unicode or longer than the context; nothing has been generated then.
+            TypeError: a prompt is neither text nor integers.
+            ValueError: a prompt is not valid Unicode or longer than the context, or there is not one of `params` for
+                each; nothing has been generated then.
         """
-        params = params or SamplingParams()
-        all_ids = [self.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        params = SamplingParams() if params is None else params
+        all_ids = [self._ids(prompt) for prompt in _each(prompts)]
         tokens: list[list[GeneratedToken]] = [[] for _ in all_ids]
         for token in generate_batch(self.model, all_ids, params):  # checks every prompt before the first token
             tokens[token.prompt_idx].append(token)
-        streams = [self._pieces(iter(found)) for found in tokens]
-        return [_complete(len(ids), pieces) for ids, pieces in zip(all_ids, streams, strict=True)]
+        each = [params] * len(all_ids) if isinstance(params, SamplingParams) else params
+        return [
+            _complete(len(ids), self._pieces(iter(found)), one.logprobs is not None)
+            for ids, found, one in zip(all_ids, tokens, each, strict=True)
+        ]
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.encode(prompt)
+        ids: list[Any] | None = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else None
+        if ids is None or not all(type(one) is int for one in ids):
+            raise TypeError(f"generate: a prompt must be text or a sequence of token ids; got {prompt!r:.100}.")
+        return ids
 
 
-def _complete(prompt_tokens: int, stream: Iterator[TextPiece]) -> Completion:
+def _each(prompts: str | Sequence[int] | Sequence[str | Sequence[int]]) -> list[str | Sequence[int]]:
+    """Return the prompts as a list: a text or a sequence of integers is one prompt."""
+    if isinstance(prompts, str | bytes):  # bytes are refused as a prompt, not read as ids
+        return [prompts]
+    several: list[Any] = list(prompts)
+    return [several] if several and all(type(one) is int for one in several) else several
+
+
+def _complete(prompt_tokens: int, stream: Iterator[TextPiece], has_logprobs: bool) -> Completion:
     pieces = list(stream)
     return Completion(
         text="".join(piece.text for piece in pieces),
         token_ids=tuple(piece.token_id for piece in pieces),
         prompt_tokens=prompt_tokens,
         finish_reason=(pieces[-1].finish_reason if pieces else None) or "length",  # max_tokens 0 has no last piece
+        logprobs=tuple(piece.logprobs for piece in pieces if piece.logprobs is not None) if has_logprobs else None,
     )

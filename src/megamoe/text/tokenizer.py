@@ -23,6 +23,20 @@ import tokenizers
 FILE_NAME = "tokenizer.json"
 
 
+def check_tokenizer(directory: pathlib.Path) -> None:
+    """Refuse a checkpoint without tokenizer.json; cheap, so that it can come before the weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"tokenizer: no file {path}. Copy tokenizer.json from the release that the weights come from: conversions "
+            "and quantizations keep it."
+        )
+
+
 class Tokenizer:
     """A byte-level tokenizer.
 

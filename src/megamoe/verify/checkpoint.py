@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megamoe.checkpoint.hashing import Hashed
 from megamoe.checkpoint.headers import ITEM_BYTES
 from megamoe.models.deepseek_v4.config import ModelConfig
 from megamoe.models.deepseek_v4.examine import Examined, examine
@@ -25,6 +26,7 @@ from megamoe.models.deepseek_v4.observed import DraftFound
 from megamoe.models.deepseek_v4.releases import release_of
 from megamoe.models.deepseek_v4.rules import Finding, group
 from megamoe.models.deepseek_v4.samples import Sampled
+from megamoe.verify.vllm_view import VllmView, vllm_view
 
 
 class Verdict(enum.Enum):
@@ -73,6 +75,8 @@ class Inspection:
         num_draft_layers: sliding-window layers of the draft.
         weights: bytes by how they can be divided over GPUs.
         verdict: good, findings or unreadable.
+        hashed: what hashes prove, where they were asked for.
+        vllm: how vLLM reads it, where it could be compared with an inventory.
     """
 
     directory: pathlib.Path
@@ -93,6 +97,8 @@ class Inspection:
     num_draft_layers: int
     weights: WeightBytes | None
     verdict: Verdict
+    hashed: Hashed | None = None
+    vllm: VllmView | None = None
 
 
 def inspect_checkpoint(directory: str | os.PathLike[str]) -> Inspection:
@@ -205,6 +211,7 @@ class _Inspector:
             num_draft_layers=draft.num_mtp + draft.num_dspark if draft is not None else 0,
             weights=self.weights,
             verdict=verdict,
+            vllm=vllm_view(examined),
         )
 
     def release(self, raw: Mapping[str, Any]) -> tuple[str, tuple[int, int] | None]:

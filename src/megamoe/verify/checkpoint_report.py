@@ -8,7 +8,6 @@ import dataclasses
 import gc
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +17,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from megamoe.models import BUNDLED
+from megamoe.checkpoint.hashing import Hashed, check_hashes
+from megamoe.checkpoint.progress import ProgressLine
+from megamoe.models import find_checkpoint
 from megamoe.models.deepseek_v4.memory import CACHE_FORMATS, CachePlan, Split, cache_plan, can_split
-from megamoe.models.deepseek_v4.rules import MAX_NAMED, Finding
+from megamoe.models.deepseek_v4.rules import MAX_NAMED, Finding, group
 from megamoe.verify.checkpoint import GroupCount, Inspection, Verdict, inspect_checkpoint
+from megamoe.verify.vllm_view import VERSION, VllmView
 
 DEFAULT_GPUS = (1, 2, 4, 8)
 DEFAULT_GPU_MEMORY_GB = (80.0, 141.0, 192.0)
@@ -69,20 +71,33 @@ class Fit:
     sequences: dict[int, int]
 
 
-def run(directory: str | os.PathLike[str], request: PlanRequest, *, as_json: bool) -> int:
+def run(
+    directory: str | os.PathLike[str],
+    request: PlanRequest,
+    *,
+    as_json: bool,
+    with_hashes: bool = False,
+    with_vllm: bool = False,
+) -> int:
     """Inspect a checkpoint and print what was found.
 
     Args:
         directory: a checkpoint's folder, or "tiny" for the bundled model.
         request: what the memory plan is asked for.
         as_json: print one JSON object.
+        with_vllm: say what vLLM takes the checkpoint for.
+        with_hashes: read every file that a hub cache names by its hash, and compare.
 
     Returns:
         Exit code: 0 good, 1 findings, 2 unreadable.
     """
-    where = BUNDLED.get(str(directory), pathlib.Path(directory))
+    where = find_checkpoint(directory, "inspect")
     with _no_garbage_collection():
         inspection = inspect_checkpoint(where)
+    if with_hashes:
+        inspection = add_hashes(inspection)
+    if not with_vllm:
+        inspection = dataclasses.replace(inspection, vllm=None)
     if as_json:
         print(json.dumps(report(inspection, request)))
     else:
@@ -96,6 +111,18 @@ def run(directory: str | os.PathLike[str], request: PlanRequest, *, as_json: boo
             for line in capture.get().splitlines():
                 print(line.rstrip())
     return inspection.verdict.value
+
+
+def add_hashes(inspection: Inspection) -> Inspection:
+    """Return an inspection with what the names of blobs in a hub cache prove."""
+    line = ProgressLine("hash")
+    try:
+        hashed = check_hashes(inspection.directory, line)
+    finally:
+        line.close()
+    findings = (*inspection.findings, *group(hashed.problems))
+    verdict = Verdict.FINDINGS if findings and inspection.verdict is Verdict.GOOD else inspection.verdict
+    return dataclasses.replace(inspection, findings=findings, verdict=verdict, hashed=hashed)
 
 
 @contextlib.contextmanager
@@ -166,8 +193,14 @@ def report(inspection: Inspection, request: PlanRequest) -> dict[str, Any]:
         "findings": [finding.as_json() for finding in inspection.findings],
         "notes": [note.as_json() for note in inspection.notes],
         "sampled": dataclasses.asdict(inspection.sampled) if inspection.sampled else None,
+        "hashes": None if inspection.hashed is None else _hashes_json(inspection.hashed),
+        "vllm": None if inspection.vllm is None else {"version": VERSION, **dataclasses.asdict(inspection.vllm)},
         "memory": _memory_json(inspection, request),
     }
+
+
+def _hashes_json(hashed: Hashed) -> dict[str, Any]:
+    return {"proved": list(hashed.proved), "not_compared": list(hashed.not_compared)}
 
 
 def _group_json(count: GroupCount) -> dict[str, Any]:
@@ -237,6 +270,14 @@ def _print(inspection: Inspection, request: PlanRequest, console: Console) -> No
             f"{sampled.scales:,} block-scale tensors and of {sampled.values:,} matrices, norms and tables "
             f"({sampled.num_bytes:,} bytes); load reads all of them"
         )
+    if inspection.vllm is not None:
+        _print_vllm(inspection.vllm, console)
+    if inspection.hashed is not None:
+        proved, others = inspection.hashed.proved, inspection.hashed.not_compared
+        console.print(
+            f"hashes: {_count(len(proved), 'file')} proved by the hash that names the blob; "
+            f"{_count(len(others), 'file')} no link to such a blob, not compared"
+        )
     if inspection.config is not None and inspection.weights is not None:
         _print_memory(inspection, request, console)
     words = {
@@ -273,6 +314,21 @@ def _print_summary(inspection: Inspection, console: Console) -> None:
             said += " and published" if found == published == expected else f", published {published:,}"
         table.add_row(name, said)
     console.print(table)
+
+
+def _print_vllm(view: VllmView, console: Console) -> None:
+    console.print(Text(f"read by vLLM {VERSION}", style="bold"))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name in ("architecture", "quantization", "experts", "linears", "draft", "cache"):
+        table.add_row(f"  {name}", getattr(view, name))
+    console.print(table)
+    for one in view.differences:
+        console.print(Padding(Text(f"differs: {one}"), (0, 0, 0, 2), expand=False))
+    if not view.differences:
+        console.print("  no difference: it reads every weight as what it is")
+    console.print()
 
 
 def _groups_table(inspection: Inspection) -> Table:

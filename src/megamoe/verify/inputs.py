@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for every operation that has a kernel: one table, read by verify, by bench and by the tests.
+"""Inputs for every operation: one table, read by verify, by bench and by the tests.
 
 Sizes come from models/*/shapes.py; the number of tokens is the caller's. Values are random with a spread of row
 magnitudes, never zeros alone, and the first rows hold what goes wrong: zeros of both signs, ties, values near the
@@ -8,14 +8,13 @@ ends of the range. The same generator state gives the same inputs.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from megamoe.formats import fp8, nvfp4
-from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
+from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.kernels.experts import expert_stream
@@ -23,11 +22,17 @@ from megamoe.kernels.fp8 import fp8_linear as fp8_linear_kernel
 from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT
 from megamoe.kernels.linear.linear_stream import stream_limit
 from megamoe.kernels.router.route_tiles import MANY_TOKENS
+from megamoe.ops.embed_streams import embed_streams
+from megamoe.ops.experts import experts
+from megamoe.ops.fp8_experts import fp8_experts
 from megamoe.ops.fp8_linear import fp8_linear
 from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
+from megamoe.ops.hadamard import hadamard
 from megamoe.ops.hyper_connection import (
     hyper_connection_head,
+    hyper_connection_head_norm,
     hyper_connection_post,
+    hyper_connection_post_pre_norm,
     hyper_connection_pre,
     hyper_connection_pre_norm,
 )
@@ -36,90 +41,38 @@ from megamoe.ops.nvfp4_experts import nvfp4_experts
 from megamoe.ops.nvfp4_linear import nvfp4_linear
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
 from megamoe.ops.nvfp4_weight_only_linear import nvfp4_weight_only_linear
-from megamoe.ops.quantize import quantize_fp8_rows, quantize_nvfp4
+from megamoe.ops.quantize import quantize_fp8_rows, quantize_mxfp4, quantize_nvfp4
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rms_norm_quantize_nvfp4 import rms_norm_quantize_nvfp4
+from megamoe.ops.rope import rope, rope_table
+from megamoe.ops.rotate_queries import rotate_queries
 from megamoe.ops.route_experts import route_experts
+from megamoe.ops.streams import add_to_streams, mean_of_streams
 from megamoe.ops.swiglu import clamped_swiglu
-
-Arguments = dict[str, Any]
+from megamoe.ops.yarn_scaling import YarnScaling
+from megamoe.verify.cache_inputs import CACHE_INPUTS
+from megamoe.verify.comparisons import norm_and_quantized, products, routes
+from megamoe.verify.op_inputs import Arguments, OpInputs, activations, finite_squares, scaled
+from megamoe.verify.sampling_inputs import SAMPLING_INPUTS
 
 MOST_ROWS = 8256
 """Rows of a plain weight that is made on the CPU, for verify: the head's 129,280 would take the reference minutes, and
 a kernel knows their number only as the end of a loop."""
 
 
-@dataclasses.dataclass(frozen=True)
-class OpInputs:
-    """How to call an operation.
-
-    Attributes:
-        door: the operation.
-        make: (dims, number of tokens, generator) → keyword arguments on the generator's device.
-        per_token: the arguments whose first dimension is the tokens; each token's result depends on its rows alone.
-        tile: tokens that share a block at most; verify runs one below, at and above it.
-        order_until: dims → number of tokens up to which sums have one order and beyond which they have another; None
-            where the order never changes. A token's bits do not depend on its neighbours on either side of it.
-    """
-
-    door: Callable[..., Any]
-    make: Callable[[Mapping[str, int], int, torch.Generator], Arguments]
-    per_token: tuple[str, ...]
-    tile: int = 16
-    order_until: Callable[[Mapping[str, int]], int] | None = None
-
-
-def activations(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    """Return bf16 values [*shape]: rows of different magnitude, a few outliers, hard rows first."""
-    device = generator.device
-    x = torch.randn(shape, generator=generator, device=device)
-    magnitude = torch.randint(-6, 7, (*shape[:-1], 1), generator=generator, device=device).float().exp2()
-    outlier = torch.rand(shape, generator=generator, device=device) > 0.999
-    x = torch.where(outlier, x * 30.0, x) * magnitude
-    x = x.to(torch.bfloat16)
-    for index, row in enumerate(_hard_rows(shape[-1], device)):
-        if shape[0] > index + 1:  # the first row stays random, so that one token is not a special case
-            x[index + 1] = row.to(torch.bfloat16)
-    return x
-
-
-def _hard_rows(width: int, device: torch.device) -> list[torch.Tensor]:
-    column = torch.arange(width, device=device)
-    sign = torch.where(column % 3 == 0, -1.0, 1.0)
-    quarters = sign * (column % 97) / 16.0  # with an amax of 6 every threshold of E2M1 is hit exactly
-    return [
-        torch.zeros(width, device=device) * sign,  # zeros of both signs
-        quarters,
-        quarters * 2.0**-130,  # subnormal in bf16 and fp32
-        quarters.clamp(-6, 6) * 2.0**124,  # near the largest finite value
-        torch.where(column == width - 1, 1.0, 2.0**-20 * sign),  # one value far above the others
-        sign * 2.0 ** (column % 24 - 12).float(),
-    ]
-
-
-def scaled(generator: torch.Generator, *shape: int, scale: float = 1.0) -> torch.Tensor:
-    """Return fp32 Gaussian values of a scale."""
-    return torch.randn(shape, generator=generator, device=generator.device) * scale
-
-
 def _heads(dims: Mapping[str, int], num_tokens: int) -> tuple[int, ...]:
     """Return the leading sizes of a row operation: tokens, and heads, groups or streams where the call has them."""
-    return (num_tokens, *(dims[name] for name in ("H", "G", "X") if name in dims))
+    return (num_tokens, *(dims[name] for name in ("H", "Hi", "G", "X") if name in dims))
 
 
 def _rms_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     weight = None if "H" in dims else (1.0 + scaled(generator, dims["K"], scale=0.2)).bfloat16()
-    return {"x": _finite_squares(activations(generator, *_heads(dims, num_tokens), dims["K"])), "weight": weight}
-
-
-def _finite_squares(x: torch.Tensor) -> torch.Tensor:
-    """Return x with values whose squares overflow made smaller: no norm is defined for them."""
-    return torch.where(x.abs() > 2.0**56, x * 2.0**-80, x)
+    return {"x": finite_squares(activations(generator, *_heads(dims, num_tokens), dims["K"])), "weight": weight}
 
 
 def _rms_norm_quantize(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     return {
-        "x": _finite_squares(activations(generator, num_tokens, dims["K"])),
+        "x": finite_squares(activations(generator, num_tokens, dims["K"])),
         "weight": (1.0 + scaled(generator, dims["K"], scale=0.2)).bfloat16(),
     }
 
@@ -141,6 +94,33 @@ def _quantize_nvfp4_tiled(dims: Mapping[str, int], num_tokens: int, generator: t
 
 def _quantize_fp8_rows(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     return {"x": activations(generator, num_tokens, dims["K"])}
+
+
+def _quantize_mxfp4(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": activations(generator, *_heads(dims, num_tokens), dims["K"])}
+
+
+def _hadamard(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": finite_squares(activations(generator, *_heads(dims, num_tokens), dims["n"]))}
+
+
+def _hadamard_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {**_hadamard(dims, num_tokens, generator), "out_dtype": torch.float32}
+
+
+def _rope(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """Return arguments at positions up to a million, under the frequencies of a compressed layer."""
+    yarn = YarnScaling(factor=16.0, beta_fast=32.0, beta_slow=1.0, original_max_pos=65536)
+    return {
+        "x": scaled(generator, *_heads(dims, num_tokens), dims["C"]).bfloat16(),
+        "pos": torch.randint(2**20, (num_tokens,), generator=generator, device=generator.device),
+        "table": rope_table(dims["R"], 160000.0, yarn, generator.device),
+    }
+
+
+def _rope_inverse(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _rope(dims, num_tokens, generator)
+    return {**arguments, "x": arguments["x"].float() * 1.001, "inverse": True}
 
 
 def _streams(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> torch.Tensor:
@@ -170,6 +150,50 @@ def _hyper_connection_pre_norm(dims: Mapping[str, int], num_tokens: int, generat
 
 def _hyper_connection_head(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     return _mixing(dims, num_tokens, generator, dims["X"], 1)
+
+
+def _post_pre_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    following = _hyper_connection_pre_norm(dims, num_tokens, generator)
+    return {**following, **_hyper_connection_post(dims, num_tokens, generator)}
+
+
+def _head_norm(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    weight = (1.0 + scaled(generator, dims["D"], scale=0.2)).bfloat16()
+    return {**_hyper_connection_head(dims, num_tokens, generator), "weight": weight}
+
+
+def _head_norm_rows(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """Return arguments of a few rows of many; some are nobody's."""
+    num_streams = num_tokens + 5
+    rows = torch.randperm(num_streams, generator=generator, device=generator.device)[:num_tokens]
+    rows[2::6] = -1
+    return {**_head_norm(dims, num_streams, generator), "rows": rows}
+
+
+def _embed_streams(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    vocab_size, device = min(dims["V"], MOST_ROWS), generator.device
+    token_ids = torch.randint(vocab_size, (num_tokens,), generator=generator, device=device)
+    token_ids[2::6] = -1
+    table = scaled(generator, vocab_size, dims["D"]).bfloat16()
+    return {"table": table, "token_ids": token_ids, "num_streams": dims["X"]}
+
+
+def _mean_of_streams(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": _streams(dims, num_tokens, generator)}
+
+
+def _add_to_streams(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    return {"x": _streams(dims, num_tokens, generator), "e": scaled(generator, num_tokens, dims["D"]).bfloat16()}
+
+
+def _rotate_queries(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _rope(dims, num_tokens, generator)
+    return {name: arguments[name] for name in ("pos", "table")} | {"q": arguments["x"]}
+
+
+def _rotate_queries_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    arguments = _rotate_queries(dims, num_tokens, generator)
+    return {**arguments, "q": arguments["q"].float() * 1.001}
 
 
 def _mixing(
@@ -229,7 +253,7 @@ def _quantized_weight(generator: torch.Generator, *shape: int) -> NvFp4Tensor:
 
 
 def _weight_only_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
-    x = _finite_squares(activations(generator, num_tokens, dims["K"]))
+    x = finite_squares(activations(generator, num_tokens, dims["K"]))
     w = _quantized_weight(generator, dims["N"], dims["K"])
     if "scales" in dims:  # a stack: rows of the first matrices have another tensor scale than those of the last
         factor = torch.where(torch.arange(dims["N"], device=x.device) < dims["N"] // 3, 0.25, 3.0)
@@ -244,7 +268,7 @@ def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Gen
 
 def _fp8_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     w = _fp8_weight(generator, dims["N"], dims["K"])
-    return {"x": fp8.quantize_rows(_finite_squares(activations(generator, num_tokens, dims["K"]))), "w": w}
+    return {"x": fp8.quantize_rows(finite_squares(activations(generator, num_tokens, dims["K"]))), "w": w}
 
 
 def _fp8_weight(generator: torch.Generator, num_rows: int, width: int) -> Fp8BlockTensor:
@@ -274,11 +298,8 @@ def _linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator
     num_rows, width = dims["N"], dims["K"]
     if generator.device.type == "cpu":
         num_rows = min(num_rows, MOST_ROWS)
-    x = _finite_squares(activations(generator, num_tokens, width))
-    w = scaled(generator, num_rows, width, scale=width**-0.5).bfloat16()
-    if num_rows == 1:  # a token's only output: terms of both signs can cancel, and no error relative to it is defined
-        w = w.abs()
-    return {"x": x, "w": w}
+    x = finite_squares(activations(generator, num_tokens, width))
+    return {"x": x, "w": scaled(generator, num_rows, width, scale=width**-0.5).bfloat16()}
 
 
 def _linear_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
@@ -287,12 +308,12 @@ def _linear_fp32(dims: Mapping[str, int], num_tokens: int, generator: torch.Gene
 
 def _grouped_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     num_groups, num_rows, width = dims["G"], dims["N"], dims["K"]
-    x = _finite_squares(activations(generator, num_tokens, num_groups, width))
+    x = finite_squares(activations(generator, num_tokens, num_groups, width))
     return {"x": x, "w": scaled(generator, num_groups, num_rows, width, scale=width**-0.5).bfloat16()}
 
 
 def _weight_only_grouped_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
-    x = _finite_squares(activations(generator, num_tokens, dims["G"], dims["K"]))
+    x = finite_squares(activations(generator, num_tokens, dims["G"], dims["K"]))
     return {"x": x, "w": _quantized_weight(generator, dims["G"], dims["N"], dims["K"])}
 
 
@@ -344,6 +365,28 @@ def _experts_shared(dims: Mapping[str, int], num_tokens: int, generator: torch.G
     return {**_experts(dims, num_tokens, generator), "shared_weights": shared}
 
 
+def _plain_experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """The same with bf16 weights, and the shared expert's output."""
+    arguments, width, inner_size = _experts({**dims, "D": 64, "F": 64}, num_tokens, generator), dims["D"], dims["F"]
+    num_experts = len(arguments["w1"])
+    shapes = {"w1": (inner_size, width), "w3": (inner_size, width), "w2": (width, inner_size)}
+    for name, shape in shapes.items():
+        arguments[name] = scaled(generator, num_experts, *shape, scale=shape[1] ** -0.5).bfloat16()
+    arguments["x"] = scaled(generator, num_tokens, width).bfloat16()
+    return {**arguments, "shared_output": scaled(generator, num_tokens, width).bfloat16()}
+
+
+def _fp8_experts(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """The same with FP8 weights, whose scales are all fp32 or all E8M0."""
+    arguments = _plain_experts(dims, num_tokens, generator)
+    for name in ("w1", "w3", "w2"):
+        num_experts, num_rows, width = arguments[name].shape
+        weights = [_fp8_weight(generator, num_rows, width) for _ in range(num_experts)]
+        scales = torch.stack([one.scales.float() for one in weights])
+        arguments[name] = Fp8BlockTensor(torch.stack([one.codes for one in weights]), scales)
+    return arguments
+
+
 def _streamed(dims: Mapping[str, int]) -> int:
     return stream_limit(dims["N"])
 
@@ -385,82 +428,85 @@ def _clamped_swiglu(dims: Mapping[str, int], num_tokens: int, generator: torch.G
 
 
 INPUTS: dict[str, tuple[OpInputs, ...]] = {
+    **CACHE_INPUTS,
+    **SAMPLING_INPUTS,
     "rms_norm": (OpInputs(rms_norm, _rms_norm, ("x",)),),
-    "rms_norm_quantize_nvfp4": (OpInputs(rms_norm_quantize_nvfp4, _rms_norm_quantize, ("x",)),),
+    "rms_norm_quantize_nvfp4": (
+        OpInputs(rms_norm_quantize_nvfp4, _rms_norm_quantize, ("x",), rule=norm_and_quantized),
+    ),
     "quantize_nvfp4": (
         OpInputs(quantize_nvfp4, _quantize_nvfp4, ("x",)),
         OpInputs(quantize_nvfp4, _quantize_nvfp4_static, ("x",)),
         OpInputs(quantize_nvfp4, _quantize_nvfp4_tiled, ("x",), tile=128),
     ),
     "quantize_fp8_rows": (OpInputs(quantize_fp8_rows, _quantize_fp8_rows, ("x",)),),
-    "clamped_swiglu": (OpInputs(clamped_swiglu, _clamped_swiglu, ("gate", "up")),),
-    "route_experts": (
-        OpInputs(route_experts, _route_experts, ("x", "token_ids"), tile=512, order_until=_untiled_routes),
-        OpInputs(route_experts, _route_experts_biased, ("x", "token_ids"), tile=512, order_until=_untiled_routes),
+    "quantize_mxfp4": (OpInputs(quantize_mxfp4, _quantize_mxfp4, ("x",)),),
+    "hadamard": (OpInputs(hadamard, _hadamard, ("x",)), OpInputs(hadamard, _hadamard_fp32, ("x",))),
+    "rope": (OpInputs(rope, _rope, ("x", "pos")), OpInputs(rope, _rope_inverse, ("x", "pos"))),
+    "rotate_queries": tuple(
+        OpInputs(rotate_queries, make, ("q", "pos")) for make in (_rotate_queries, _rotate_queries_fp32)
     ),
-    "nvfp4_linear": (OpInputs(nvfp4_linear, _nvfp4_linear, ("x",), order_until=_streamed),),
+    "embed_streams": (
+        OpInputs(
+            embed_streams,
+            _embed_streams,
+            ("token_ids",),
+            partly=("table",),
+            partly_bytes=lambda arguments: int((arguments["token_ids"] >= 0).sum()) * arguments["table"][0].nbytes,
+        ),
+    ),
+    "mean_of_streams": (OpInputs(mean_of_streams, _mean_of_streams, ("x",)),),
+    "add_to_streams": (OpInputs(add_to_streams, _add_to_streams, ("x", "e")),),
+    "hyper_connection_post_pre_norm": (
+        OpInputs(hyper_connection_post_pre_norm, _post_pre_norm, ("y", "x", "post", "comb")),
+    ),
+    "hyper_connection_head_norm": (
+        OpInputs(hyper_connection_head_norm, _head_norm, ("x",)),
+        OpInputs(hyper_connection_head_norm, _head_norm_rows, ("rows",)),
+    ),
+    "experts": (OpInputs(experts, _plain_experts, (*EXPERTS_PER_TOKEN, "shared_output"), EXPERT_TILE),),
+    "fp8_experts": (OpInputs(fp8_experts, _fp8_experts, (*EXPERTS_PER_TOKEN, "shared_output"), EXPERT_TILE),),
+    "clamped_swiglu": (OpInputs(clamped_swiglu, _clamped_swiglu, ("gate", "up")),),
+    "route_experts": tuple(
+        OpInputs(
+            route_experts,
+            make,
+            ("x", "token_ids"),
+            tile=512,
+            order_until=_untiled_routes,
+            rule=routes,
+            partly=("expert_table",),  # a row a token: too little to count
+        )
+        for make in (_route_experts, _route_experts_biased)
+    ),
+    "nvfp4_linear": (OpInputs(nvfp4_linear, _nvfp4_linear, ("x",), order_until=_streamed, rule=products),),
     "nvfp4_weight_only_linear": (
-        OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed),
+        OpInputs(nvfp4_weight_only_linear, _weight_only_linear, ("x",), order_until=_streamed, rule=products),
     ),
     "nvfp4_experts": _expert_calls(nvfp4_experts),
     "nvfp4_weight_only_experts": _expert_calls(nvfp4_weight_only_experts),
-    "fp8_linear": (OpInputs(fp8_linear, _fp8_linear, ("x",), order_until=_fp8_streamed),),
+    "fp8_linear": (OpInputs(fp8_linear, _fp8_linear, ("x",), order_until=_fp8_streamed, rule=products),),
     "linear": (
-        OpInputs(linear, _linear, ("x",)),
-        OpInputs(linear, _linear_fp32, ("x",)),
+        OpInputs(linear, _linear, ("x",), rule=products),
+        OpInputs(linear, _linear_fp32, ("x",), rule=products),
     ),
-    "grouped_linear": (OpInputs(grouped_linear, _grouped_linear, ("x",)),),
+    "grouped_linear": (OpInputs(grouped_linear, _grouped_linear, ("x",), rule=products),),
     "nvfp4_grouped_linear": (
-        OpInputs(nvfp4_grouped_linear, _nvfp4_grouped_linear, ("x",), order_until=_grouped_streamed),
+        OpInputs(nvfp4_grouped_linear, _nvfp4_grouped_linear, ("x",), order_until=_grouped_streamed, rule=products),
     ),
     "nvfp4_weight_only_grouped_linear": (
-        OpInputs(nvfp4_weight_only_grouped_linear, _weight_only_grouped_linear, ("x",), order_until=_grouped_streamed),
+        OpInputs(
+            nvfp4_weight_only_grouped_linear,
+            _weight_only_grouped_linear,
+            ("x",),
+            order_until=_grouped_streamed,
+            rule=products,
+        ),
     ),
     "hyper_connection_pre": (OpInputs(hyper_connection_pre, _hyper_connection_pre, ("x",)),),
     "hyper_connection_pre_norm": (OpInputs(hyper_connection_pre_norm, _hyper_connection_pre_norm, ("x",)),),
     "hyper_connection_head": (OpInputs(hyper_connection_head, _hyper_connection_head, ("x",)),),
     "hyper_connection_post": (OpInputs(hyper_connection_post, _hyper_connection_post, ("y", "x", "post", "comb")),),
 }
-"""Operation → the ways it is called. Every operation of KERNELS is here (a test sees to it)."""
-
-
-def moved(value: Any, device: torch.device | str) -> Any:
-    """Return an argument or a result on a device; tensors and containers move, everything else stays."""
-    if isinstance(value, tuple):
-        return tuple(moved(one, device) for one in value)
-    return value.to(device) if isinstance(value, torch.Tensor) or hasattr(value, "codes") else value
-
-
-def rows_of(value: Any, index: torch.Tensor) -> Any:
-    """Return some tokens of an argument or a result whose first dimension is the tokens."""
-    if isinstance(value, tuple):
-        return tuple(rows_of(one, index) for one in value)
-    index = index.to(value.device)
-    if isinstance(value, NvFp4Tensor):
-        row_major = value.row_major().scales
-        return dataclasses.replace(
-            value,
-            codes=value.codes[index],
-            scales=row_major.view(torch.uint8)[index].view(row_major.dtype),
-            scale_layout=ScaleLayout.ROW_MAJOR,
-            tensor_scale=value.tensor_scale[index] if value.tensor_scale.dim() else value.tensor_scale,
-        )
-    if isinstance(value, Fp8RowTensor):
-        codes, scales = value.codes.view(torch.uint8)[index], value.scales.view(torch.uint8)[index]
-        return Fp8RowTensor(codes.view(value.codes.dtype), scales.view(value.scales.dtype), value.group)
-    return value[index]
-
-
-def parts(value: Any, name: str = "y") -> dict[str, torch.Tensor]:
-    """Return the tensors of a result by name: containers and tuples are taken apart."""
-    if isinstance(value, tuple):
-        return {key: part for index, one in enumerate(value) for key, part in parts(one, f"{name}{index}").items()}
-    if isinstance(value, NvFp4Tensor):
-        return {
-            f"{name}.codes": value.codes,
-            f"{name}.scales": value.scales,
-            f"{name}.tensor_scale": value.tensor_scale,
-        }
-    if isinstance(value, Fp8RowTensor | Fp8BlockTensor):
-        return {f"{name}.codes": value.codes, f"{name}.scales": value.scales}
-    return {name: value}
+"""Operation → the ways it is called. Every operation that a model calls is here, with a kernel or without (a test sees
+to it)."""

@@ -2,8 +2,9 @@
 """Kernels against their references, on a GPU: megamoe verify OP… (or all).
 
 Every operation in KERNELS runs at the sizes of models/*/shapes.py with 0 and 1 tokens, one below, at and above a
-tile, and a few tiles. For each: the CPU reference of the same inputs within verify/tolerance.py; outputs poisoned and
-fenced (verify/guards.py); a second run over other poison and other addresses gives the same bits; inputs with other
+tile, and a few tiles. For each: the CPU reference of the same inputs, by the operation's rule (verify/comparisons.py,
+verify/tolerance.py); outputs poisoned and fenced (verify/guards.py), what is written in place compared with all that
+lies around it; a second run over other poison and other addresses gives the same bits; inputs with other
 strides and alignments, too; and the last token alone gives the bits it had among the others. Where an operation adds in
 another order beyond some number of tokens (OpInputs.order_until), the last tokens are that many and one.
 
@@ -29,9 +30,11 @@ import megamoe
 from megamoe.kernels import KERNELS
 from megamoe.kernels.store import KernelStore, store_for, target_of
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
-from megamoe.verify.guards import GuardedOutputs
-from megamoe.verify.inputs import INPUTS, Arguments, OpInputs, moved, parts, rows_of
-from megamoe.verify.tolerance import TOLERANCES, assert_within
+from megamoe.ops import use
+from megamoe.verify.guards import GuardedOutputs, check_fences, fenced
+from megamoe.verify.inputs import INPUTS
+from megamoe.verify.op_inputs import Arguments, OpInputs
+from megamoe.verify.values import copied, plain, strided
 
 DONE, WRONG, NO_GPU = 0, 1, 2
 POISONS = (0xFF, 0x5A)
@@ -113,124 +116,52 @@ def verify_case(call: OpCall, inputs: OpInputs, num_tokens: int, device: str = "
     op = call.op
     generator = torch.Generator().manual_seed(zlib.crc32(f"{call} {num_tokens}".encode()))
     arguments = inputs.make(call.dims, num_tokens, generator)
-    want = inputs.door(**arguments)
+    with use("reference"):
+        want = inputs.run(_renewed(inputs, arguments, arguments, "cpu"))
     runs = []
     for poison in POISONS:
-        on_device = {name: moved(value, device) for name, value in arguments.items()}  # addresses differ each time
+        on_device = {name: copied(value, device) for name, value in arguments.items()}  # addresses differ each time
+        on_device = _renewed(inputs, arguments, on_device, device)
         with GuardedOutputs(poison) as guards:
-            got = inputs.door(**on_device)
+            got = inputs.run(on_device)
         if device == "cuda":
             torch.cuda.synchronize()
-        if guards.num_outputs == 0:
+        if guards.num_outputs == 0 and not inputs.written:
             raise AssertionError(f"{op}: allocated no output with torch.empty, so that none could be guarded")
         guards.check(op)
-        compare(op, got, want, arguments)
+        for name in inputs.written:
+            check_fences(op, name, on_device[name])
+        inputs.rule(op, got, want, arguments)
         runs.append(got)
     _require_equal(op, runs[0], runs[1], "a second run over other memory gives other bits")
     for shift_bytes in (16, 0):
-        strided = {name: _strided(value, shift_bytes) for name, value in on_device.items()}
+        again = _renewed(inputs, arguments, on_device, device)
+        shifted = {name: strided(value, shift_bytes) for name, value in again.items()}
         what = "16-byte aligned rows" if shift_bytes else "unaligned rows"
-        _require_equal(op, runs[0], inputs.door(**strided), f"the same values in {what} at other strides differ")
+        _require_equal(op, runs[0], inputs.run(shifted), f"the same values in {what} at other strides differ")
     if num_tokens > 1:
         until = math.inf if inputs.order_until is None else inputs.order_until(call.dims)
         fewest = 1 if num_tokens <= until else int(until) + 1  # of the same order of sums
+        fewest = max(fewest, inputs.together(arguments))
         last = torch.arange(num_tokens - fewest, num_tokens)
-        alone = {name: rows_of(value, last) if name in inputs.per_token else value for name, value in on_device.items()}
-        among = _plain(rows_of(runs[0], last))  # tiled scales become row-major: tokens are apart there
-        single = _plain(inputs.door(**alone))
+        alone = inputs.only(_renewed(inputs, arguments, on_device, device), last)
+        among = plain(inputs.part(runs[0], on_device, last))
+        single = plain(inputs.part(inputs.run(alone), alone, torch.arange(fewest)))  # by rows on either side
         for name, part in among.items():
             if not torch.equal(part, single[name]):
                 raise AssertionError(f"{op}: {name} of the last token depends on the tokens beside it")
 
 
-def compare(op: str, got: Any, want: Any, arguments: Arguments) -> None:
-    """Compare a result with the reference's by the operation's own rule.
-
-    Raises:
-        AssertionError: it is not within the tolerance.
-    """
-    if op == "rms_norm_quantize_nvfp4":
-        from megamoe.ops.quantize import quantize_nvfp4
-
-        y, quantized = got
-        assert_within("rms_norm", y, want[0])
-        compare("quantize_nvfp4", quantized, quantize_nvfp4(y.cpu()), arguments)
-        return
-    if op == "route_experts":
-        compare_routes(got, want, arguments)
-        return
-    got_parts, want_parts = parts(got), parts(want)
-    for name, part in want_parts.items():
-        assert_within(op, got_parts[name], part)
-
-
-def compare_routes(got: Any, want: Any, arguments: Arguments) -> None:
-    """Compare expert choices: fp32 sums in another order may swap experts whose scores are that close, no others.
-
-    Raises:
-        AssertionError: an expert was chosen before a clearly better or an equal, lower one; or a weight is wrong.
-    """
-    op = "route_experts"
-    weights, ids = got[0].cpu(), got[1].cpu()
-    if arguments.get("expert_table") is not None or ids.numel() == 0:
-        assert_within("sample", ids, want[1])  # a lookup: every bit
-        assert_within(op, weights, want[0])
-        return
-    logits = arguments["x"].cpu().double() @ arguments["gate"].cpu().double().T
-    scores = torch.nn.functional.softplus(logits).sqrt()
-    bias = arguments.get("bias")
-    keys = scores if bias is None else scores + bias.cpu().double()
-    if int(ids.min()) < 0 or int(ids.max()) >= keys.shape[1]:
-        raise AssertionError(f"{op}: an expert id is outside 0..{keys.shape[1] - 1}: {ids.aminmax()}")
-    if bool((ids.sort(-1).values.diff(dim=-1) == 0).any()):
-        raise AssertionError(f"{op}: a token has the same expert twice")
-    lost = keys.gather(1, want[1]) - keys.gather(1, ids)  # [T, A]
-    close = TOLERANCES[op].relative_l2 * keys.abs().amax(-1, keepdim=True)
-    different = ids != want[1]
-    wrong = (lost > close) | (different & (lost.abs() < EQUAL))
-    if bool(wrong.any()):
-        token, slot = wrong.nonzero()[0].tolist()
-        raise AssertionError(
-            f"{op}: token {token} slot {slot}: got expert {int(ids[token, slot])} with "
-            f"{float(keys[token, ids[token, slot]])!r}, want {int(want[1][token, slot])} with "
-            f"{float(keys[token, want[1][token, slot]])!r}; equal ones go to the lowest"
-        )
-    chosen = scores.gather(1, ids)
-    expected = chosen / chosen.sum(-1, keepdim=True) * arguments["routed_scaling"]
-    assert_within(op, weights, expected.float())
-
-
-EQUAL = 1e-12
-"""Two experts whose fp64 scores are this close have the same gate row and bias."""
-
-
-def _plain(value: Any) -> dict[str, torch.Tensor]:
-    """Return a result's tensors as bytes or numbers that torch compares and indexes."""
-    return {
-        name: part.view(torch.uint8) if part.dtype.itemsize == 1 else part.view(_INTEGER[part.dtype.itemsize])
-        for name, part in parts(value).items()
-    }
-
-
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _renewed(inputs: OpInputs, arguments: Arguments, used: Arguments, device: str) -> Arguments:
+    """Return used arguments with those that are written in place as they were before, between fences."""
+    return {**used, **{name: fenced(arguments[name], device) for name in inputs.written}}
 
 
 def _require_equal(op: str, got: Any, want: Any, what: str) -> None:
-    want_parts = _plain(want)
-    for name, part in _plain(got).items():
+    want_parts = plain(want)
+    for name, part in plain(got).items():
         if not torch.equal(part, want_parts[name]):
             raise AssertionError(f"{op}: {name}: {what}")
-
-
-def _strided(value: Any, shift_bytes: int) -> Any:
-    """Return a tensor of the same values whose rows lie further apart: by some bytes, or by one element for 0."""
-    if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.numel() == 0:
-        return value
-    step = max(1, shift_bytes // value.element_size())
-    wide = torch.empty((*value.shape[:-1], value.shape[-1] + step), dtype=value.dtype, device=value.device)
-    view = wide[..., step:]
-    view.copy_(value)
-    return view
 
 
 def verify_ops(names: Sequence[str], *, seconds: float = math.inf, log: TextIO | None = None) -> list[Outcome]:

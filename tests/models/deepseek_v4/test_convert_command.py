@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `megamoe convert`: what it prints, its exit codes, and a process that is killed from outside."""
+"""The command `megamoe convert`: what it prints, its exit codes, and a process that is killed from outside.
+
+Rows C6, C8, C9 and C15 of docs/faults.md.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import os
 import pathlib
 import random
 import re
@@ -18,8 +23,9 @@ import pytest
 import torch
 
 from megamoe.checkpoint import CheckpointReader, write_safetensors
-from megamoe.checkpoint.manifest import MANIFEST_NAME
 from megamoe.checkpoint.overlay import write_overlay
+from megamoe.checkpoint.steps import Mxfp4ToNvfp4
+from megamoe.checkpoint.stopped import MANIFEST_NAME
 from megamoe.cli import main
 from megamoe.models.deepseek_v4.convert import SearchChoice
 from megamoe.models.deepseek_v4.convert_command import read_calibration
@@ -46,11 +52,132 @@ def test_what_it_prints(official, tmp_path, capsys):
     assert re.fullmatch(
         rf"wrote {re.escape(str(out))}: 0\.002 GB -> 0\.002 GB in 1 file\(s\); weights: .*48 nvfp4.*", lines[0]
     )
-    assert lines[1].startswith("48 of 48 converted weights proved equal to the source, block by block; report: ")
-    assert re.fullmatch(r"\d+\.\d s, \d+\.\d\d GB/s of source read", lines[2]) and len(lines) == 3
+    assert lines[1] == "and 2 other file(s) of 0.0 MB"  # config.json, hf_quant_config.json
+    assert lines[2].startswith("48 of 48 converted weights proved equal to the source, block by block; report: ")
+    assert re.fullmatch(r"\d+\.\d s, \d+\.\d\d GB/s of source read", lines[3]) and len(lines) == 4
     assert "no calibration: weights that become NVFP4 get input_scale 0.125" in printed.err
     assert main(["convert", str(official), str(out)]) == 0
-    assert "0.00 GB/s of source read; 1 file(s) were finished before" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "0.00 GB/s of source read" in again and "48 of 48 converted weights proved" not in again
+    assert (
+        "0 of 48 converted weights were read and written in this run; 48 are in files that were kept and not" in again
+    )
+    assert "read: 1 file(s) were finished before, --verify reads them" in again
+
+
+def flip(path: pathlib.Path, offset: int) -> None:
+    """Change one byte of a file; its size, and its header, stay."""
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_verify_reads_what_was_written(official, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["convert", str(official), str(out)]
+    assert main([*command, "--verify"]) == 2
+    assert "is no conversion; there is nothing to compare with" in capsys.readouterr().err
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--verify"]) == 0
+    files = len([path for path in out.rglob("*") if path.is_file()]) - 1  # all but the manifest
+    assert f"{files} files, 0.002 GB: every byte is as it was written" in capsys.readouterr().out
+    flip(out / "model.safetensors", -7)
+    (out / "report.html").unlink()
+    assert main([*command, "--verify"]) == 1
+    told = capsys.readouterr().out
+    assert "model.safetensors: its bytes are not those that were written (SHA-256 differs)." in told
+    assert "report.html: missing." in told and f"2 of {files} files are not as they were written." in told
+    assert main([*command, "--verify", "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 2
+
+
+def test_the_manifest_has_the_sha256_of_every_file(official, tmp_path):
+    out = tmp_path / "out"
+    assert main(["convert", str(official), str(out)]) == 0
+    lines = [json.loads(line) for line in (out / "convert-manifest.jsonl").read_text().splitlines()]
+    for line in lines:
+        if name := line.get("shard", line.get("file")):
+            assert line["sha256"] == hashlib.sha256((out / name).read_bytes()).hexdigest(), name
+    named = {line.get("shard", line.get("file")) for line in lines} - {None}
+    assert named == {path.name for path in out.iterdir()} - {"convert-manifest.jsonl"}
+
+
+def test_weights_in_other_formats_stay_behind(official, tmp_path, capsys):
+    (official / "model-Q4.gguf").write_bytes(b"GGUF" * 1000)
+    (official / "LICENSE").write_text("free")
+    out = tmp_path / "out"
+    assert main(["convert", str(official), str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "note: weights in other formats are not carried over: model-Q4.gguf" in printed.err
+    assert "and 3 other file(s) of 0.0 MB" in printed.out
+    assert not (out / "model-Q4.gguf").exists() and (out / "LICENSE").read_text() == "free"
+    job = json.loads((out / "convert-manifest.jsonl").read_text().splitlines()[0])
+    assert sorted(job["sources"]) == ["LICENSE", "config.json", "model.safetensors"]
+
+
+def test_what_is_copied_must_fit_too(official, tmp_path, monkeypatch, capsys):
+    with open(official / "notes.txt", "wb") as file:
+        file.truncate(3_000_000)
+    free = os.statvfs(tmp_path)
+    small = os.statvfs_result([1, 1, 3_000_000, 3_000_000, 3_000_000, *list(free)[5:]])  # tensors alone fit
+    monkeypatch.setattr(os, "statvfs", lambda path: small)
+    assert main(["convert", str(official), str(tmp_path / "out")]) == 2
+    assert "its disk has 3,000,000 free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: f"model.{name}",
+        lambda name: f"{name}.weight",
+        lambda name: f"model.{name.replace('.attn.wq_a', '.self_attn.q_a_proj').replace('.ffn.', '.mlp.')}.weight",
+    ],
+)
+def test_a_calibration_is_read_in_every_spelling(official, tmp_path, spell):
+    modules = [f"layers.{layer}.ffn.experts.0.{name}" for layer in range(4) for name in ("w1", "w2", "w3")]
+    for name, words in (("plain", modules), ("spelled", [spell(module) for module in modules])):
+        calibration = tmp_path / f"{name}.json"
+        calibration.write_text(json.dumps(dict.fromkeys(words, 2.0)))
+        assert main(["convert", str(official), str(tmp_path / name), "--calibration", str(calibration)]) == 0
+    shards = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "spelled")]
+    assert shards[0] == shards[1]
+
+
+def test_a_calibration_that_does_not_fit_is_refused_in_a_few_lines(official, tmp_path, capsys):
+    calibration = tmp_path / "calibration.json"
+    for content, words in (
+        ({}, "it names no weight at all"),
+        ({f"blk.{layer}.{expert}.up": 1.0 for layer in range(40) for expert in range(99)}, "and 3,955 more"),
+        ({"layers.0.attn.wq_a": 1.0, "model.layers.0.attn.wq_a": 2.0}, "is named twice, with 1.0 and 2.0"),
+    ):
+        calibration.write_text(json.dumps(content))
+        assert main(["convert", str(official), str(tmp_path / "out"), "--calibration", str(calibration)]) == 2
+        told = capsys.readouterr().err
+        assert words in told and len(told) < 3000
+
+
+def test_names_that_stand_for_nothing_or_for_a_place(official, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(official.parent))
+    out = tmp_path / "out"
+    assert main(["convert", "", str(out)]) == 2
+    assert "no model named (got '')" in capsys.readouterr().err
+    assert main(["convert", str(official), ""]) == 2
+    assert "no destination named (got '')" in capsys.readouterr().err
+    assert main(["convert", "~/official", "~/out"]) == 0 and (out / "config.json").is_file()
+    capsys.readouterr()
+    assert main(["convert", "tiny", str(tmp_path / "tiny")]) == 2
+    assert re.search(r"nothing to convert: all \d+ are NVFP4 already", capsys.readouterr().err)
+    assert main(["convert", "tiny", str(tmp_path / "tiny"), "--dry-run"]) == 2
+
+
+def test_an_interrupt_says_how_to_go_on(official, tmp_path, monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Mxfp4ToNvfp4, "run", interrupt)
+    assert main(["convert", str(official), str(tmp_path / "out")]) == 130
+    assert "megamoe: stopped; give the same command again, and it goes on" in capsys.readouterr().err
 
 
 def test_json(official, tmp_path, capsys):

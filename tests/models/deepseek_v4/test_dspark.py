@@ -588,7 +588,7 @@ def predictable(seed: int) -> tuple[Tensors, dict[str, Any]]:
 
 def test_right_drafts_are_accepted(tmp_path: pathlib.Path) -> None:
     master, config = predictable(3)
-    model = load(master, tmp_path, config)
+    model = megamoe.load(save(tmp_path, master, config), "exact", accept=["values-zero"])  # zeros make it predictable
     plain, slow = generate(model, 0, PROMPTS, ignore_eos=True)
     drafted, fast = generate(model, BLOCK, PROMPTS, ignore_eos=True)
     assert drafted == plain

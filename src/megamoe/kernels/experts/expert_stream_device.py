@@ -433,7 +433,8 @@ class ExpertStream:
             position = first + cutlass.min(index, count - 1)
             if self.config.step == "down":  # h is stored by sorted position
                 return position
-            return self.token_of(load_global_int(order_base + Int64(position) * 4), route, expert)
+            pair = load_global_int(order_base + Int64(position) * 4)
+            return self.token_of(cutlass.max(pair, 0), route, expert)  # no pair where there is no work at all
 
         rows = [row_of(tile * TOKENS_PER_TILE + self.thread.row) for tile in range(self.plan.num_tiles)]
         arguments = (self.config.num_columns, 0, self.thread.column, rows)

@@ -90,7 +90,7 @@ def tile_experts(
         op: for messages.
         x: (bf16 [T, D],), or codes [T, D/2], scales [T, D/16] as bytes and tensor scale [T]; all contiguous.
         route_weights: [T, A] fp32.
-        expert_ids: [T, A] int64.
+        expert_ids: [T, A] int64, contiguous.
         weights: w1, w3 and w2 in fragment order.
         shared_weights: the shared expert's, or None.
         swiglu_limit: the clamp or None.
@@ -99,7 +99,7 @@ def tile_experts(
     (w1, w3, w2), (v1, v3, v2) = weights, shared_weights or (None, None, None)
     num_experts, inner_size, width = w1.shape
     size = pass_tokens_for(expert_ids.numel(), num_experts)
-    pairs = sort_pairs.sort_pairs(op, expert_ids.contiguous(), num_experts, size, shared_weights is not None)
+    pairs = sort_pairs.sort_pairs(op, expert_ids, num_experts, size, shared_weights is not None)
     rows = gather_rows.gather_rows(x, pairs.order, route_weights.contiguous())
     num_pairs, device = pairs.order.shape[0], expert_ids.device
     hidden_dtype = torch.bfloat16 if quantize is None else torch.float32

@@ -36,6 +36,7 @@ def gather_rows(x: tuple[torch.Tensor, ...], order: torch.Tensor, route_weights:
     Args:
         x: (bf16 [T, K],), or codes [T, K/2], scales [T, K/16] as bytes and tensor scale [T]; all contiguous.
         order: [pairs] int32, a pair is token * A + slot, or T * A + token of the shared expert, whose weight is 1.
+            Rows of no pair stay as they are.
         route_weights: [T, A] fp32, contiguous.
     """
     num_pairs, device = order.shape[0], order.device

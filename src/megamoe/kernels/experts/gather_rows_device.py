@@ -66,6 +66,14 @@ class GatherRows:
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         pair = load_global_int(order.iterator.toint() + Int64(position) * 4)
+        if pair >= 0:
+            self.gather(x, pair, position, route, rows, rows_scale, rows_route, num_slots, tid)
+
+    @cute.jit
+    def gather(
+        self, x, pair: Int32, position: Int32, route, rows, rows_scale, rows_route, num_slots: Int32, tid: Int32
+    ):
+        """Gather the row of a pair."""
         token, num_routed = pair // num_slots, route.shape[0]
         if pair >= num_routed:  # the shared expert's
             token = pair - num_routed

@@ -10,6 +10,7 @@ Shared     expert: one more expert of the same launches; where Hopper streams mo
 Limits     x bf16; weights in fragment order (w.fragments(), once at load); D and F multiples of 64 up to 8192; at most
            512 experts on a GPU
 Bound      memory: the bytes of chosen experts, 0.5625 a value; from some 100 pairs an expert on, the tensor cores
+Nobody     ids outside 0 .. E - 1 cost no weight bytes and add nothing; a token with nothing but -1 becomes 0
 Order      of additions: a function of D, F and the path; streaming, for the shared expert on either side of 64 tokens
 """
 
@@ -62,7 +63,7 @@ def run(
             f"{op}: the kernel takes bf16 activations; got {x.dtype}. Convert x, or run the reference: "
             'with megamoe.ops.use("reference").'
         )
-    x = aligned(x)
+    x, expert_ids = aligned(x), expert_ids.contiguous()
     if x.shape[0] == 0:
         return torch.empty(x.shape, dtype=out_dtype, device=x.device)
     limit = stream_limit(expert_ids.shape[1], w1.shape[0])
@@ -75,7 +76,7 @@ def run(
             None,
         )
         shared_output = shared_output if shared_weights is None else outputs[num_pairs:]
-        return sum_slots(outputs[:num_pairs], expert_ids.shape[1], shared_output, out_dtype)
+        return sum_slots(outputs[:num_pairs], expert_ids, w1.shape[0], shared_output, out_dtype)
     if shared_weights is not None and x.shape[0] > SHARED_TOKENS and takes_more(op, x.device):
         shared_output, shared_weights = _shared_expert(x, shared_weights, swiglu_limit), None
     return _stream(
@@ -98,7 +99,7 @@ def _stream(
     (w1, w3, w2), (v1, v3, v2) = weights, shared_weights or (None, None, None)
     (num_experts, inner_size, width), num_slots, num_pairs = w1.shape, expert_ids.shape[1], expert_ids.numel()
     num_tiles = tiles_for(width, inner_size, num_pairs, num_experts, "bf16")
-    pairs = sort_pairs(op, expert_ids.contiguous(), num_experts, num_tiles * TOKENS_PER_TILE, v1 is not None)
+    pairs = sort_pairs(op, expert_ids, num_experts, num_tiles * TOKENS_PER_TILE, v1 is not None)
     hidden = torch.empty(pairs.order.shape[0], inner_size, dtype=torch.bfloat16, device=x.device)
     gate_up(
         (x,), "bf16", route_weights.contiguous(), (w1, w3), (v1, v3), pairs, num_tiles, swiglu_limit, hidden, "bf16"
@@ -107,7 +108,7 @@ def _stream(
     down((hidden,), "bf16", w2, v2, pairs, num_slots, num_tiles, outputs)
     if shared_weights is not None:
         shared_output = outputs[num_pairs:]
-    return sum_slots(outputs[:num_pairs], num_slots, shared_output, out_dtype)
+    return sum_slots(outputs[:num_pairs], expert_ids, num_experts, shared_output, out_dtype)
 
 
 def _shared_expert(x: torch.Tensor, weights: Weights, swiglu_limit: float | None) -> torch.Tensor:

@@ -4,6 +4,9 @@
 A pass is one expert and at most `tokens_per_pass` of its pairs: what one streaming of that expert's weights serves.
 Experts without pairs have no pass. Nothing is read back by the host: sizes are bounds, the number of passes stays on
 the device. A shared expert, which every token visits, has a pair a token behind all others; its passes come last.
+
+An id outside 0 .. E - 1 (-1 for none, E or more for an expert of another rank) has no place in the order and no pass.
+A token all of whose ids are -1 is nobody: the shared expert has no pair for it, either.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class SortedPairs:
 
     Attributes:
         order: [pairs] int32, the pair at each sorted position; a pair is token * A + slot, or T * A + token of the
-            shared expert.
+            shared expert, whose pairs begin at T * A. Behind the last of either, NO_PAIR.
         passes: [bound, 4] int32: expert or SHARED_EXPERT, first sorted position, number of pairs, unused.
         num_passes: [3] int32: their number, and two counters that start at 0.
     """
@@ -46,7 +49,7 @@ def sort_pairs(
 
     Args:
         op: for messages.
-        expert_ids: [T, A] int64, each in 0 .. num_experts - 1 (not checked on the device).
+        expert_ids: [T, A] int64, contiguous; one outside 0 .. num_experts - 1 is nobody's.
         num_experts: E, at most 512.
         tokens_per_pass: see the module.
         with_shared: every token visits the shared expert, too.
@@ -65,5 +68,5 @@ def sort_pairs(
         torch.empty(NUM_COUNTERS, dtype=torch.int32, device=device),
     )
     launch = kernel(Config(num_experts, tokens_per_pass), expert_ids.device)
-    launch(expert_ids.reshape(-1), pairs.order, pairs.passes, pairs.num_passes)
+    launch(expert_ids.view(-1), pairs.order, pairs.passes, pairs.num_passes)
     return pairs

@@ -9,6 +9,7 @@ THREADS = 512
 PASS_FIELDS = 4  # expert, first sorted position, number of pairs, unused
 NUM_COUNTERS = 3
 SHARED_EXPERT = -1  # in the expert's place, for the passes of the shared one
+NO_PAIR = -1  # in the order, behind the routed pairs and behind the shared ones
 
 
 @dataclasses.dataclass(frozen=True)

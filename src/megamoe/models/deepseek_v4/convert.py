@@ -13,6 +13,7 @@ experts="requantize" allows it. Tensors keep their files; a weight is written in
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import copy
 import dataclasses
@@ -29,8 +30,8 @@ from megamoe.checkpoint import report
 from megamoe.checkpoint.byte_range import ByteRange, as_tensor, read_range
 from megamoe.checkpoint.convert import Output, Plan, Result, Shard, Step
 from megamoe.checkpoint.headers import INDEX_NAME
-from megamoe.checkpoint.manifest import Record, source_files
-from megamoe.checkpoint.problem import CheckpointError
+from megamoe.checkpoint.manifest import Record, other_weights, source_files
+from megamoe.checkpoint.problem import CheckpointError, Problem
 from megamoe.checkpoint.reader import DTYPES, CheckpointReader
 from megamoe.checkpoint.steps import (
     Carry,
@@ -53,7 +54,9 @@ from megamoe.formats.scale_search import ScaleSearch
 from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.inventory import COMPANIONS
 from megamoe.models.deepseek_v4.layout import Format
+from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.rules import Finding, refusal
+from megamoe.models.deepseek_v4.rules import group as grouped
 from megamoe.models.deepseek_v4.stored import StoredTensors
 from megamoe.models.deepseek_v4.weights import check_copies
 
@@ -73,6 +76,7 @@ _REPORTS = ("report.json", "report.html")
 _MADE_FILES = {"config.json", "hf_quant_config.json", INDEX_NAME, MANIFEST_NAME, *_REPORTS}
 _FEW_BLOCKS = 256  # codes of more blocks than that are read in one piece
 _MANY_LINES = 5
+_MENDED = ("config-format", "quant-config-disagrees")  # rules that a conversion mends even where no weight changes
 
 _FP8_CONFIG = {
     "quant_method": "fp8",
@@ -204,6 +208,7 @@ class Planned:
         inexact: weight -> blocks [row, block of 32] that have no equal and will be rounded, and how many in all.
         formats: weight -> format after the conversion.
         carried_bytes: bytes of tensors that are written as they are.
+        left_out: files of the source that hold weights in another format.
         warnings: rules of the source that are broken and stop nothing.
     """
 
@@ -212,6 +217,7 @@ class Planned:
     inexact: Mapping[str, tuple[int, list[list[int]]]]
     formats: Mapping[str, Format]
     carried_bytes: int
+    left_out: tuple[str, ...] = ()
     warnings: tuple[Finding, ...] = ()
 
 
@@ -317,7 +323,8 @@ def plan(
         check_copies(stored, claims.copies)
         if stored.problems:
             raise refusal(f"checkpoint {source}", stored.problems)
-        planner = _Planner(stored, claims.formats, source, options)
+        mends = any(finding.rule in _MENDED for finding in warnings)
+        planner = _Planner(stored, claims.formats, source, options, mends_declarations=mends)
         return dataclasses.replace(
             planner.make(jobs, progress or (lambda done, total: None)), warnings=(*warnings, *examined.told)
         )
@@ -325,8 +332,15 @@ def plan(
 
 class _Planner:
     def __init__(
-        self, stored: RangeTensors, formats: Mapping[str, Format], source: pathlib.Path, options: ConvertOptions
+        self,
+        stored: RangeTensors,
+        formats: Mapping[str, Format],
+        source: pathlib.Path,
+        options: ConvertOptions,
+        *,
+        mends_declarations: bool,
     ) -> None:
+        self.mends_declarations = mends_declarations
         self.stored = stored
         self.formats = formats
         self.source = source
@@ -337,12 +351,14 @@ class _Planner:
         self.after: dict[str, Format] = dict(formats)
 
     def make(self, jobs: int, progress: Callable[[int, int], None]) -> Planned:
+        self.calibration = native_calibration(self.options.calibration)
         goals = {module: self.goal(module) for module in self.formats}
         changed = {module: goal for module, goal in goals.items() if goal not in (None, self.formats[module])}
         self.after.update({module: goal for module, goal in changed.items() if goal is not None})
         self.input_scales = self.make_input_scales([m for m, goal in changed.items() if goal is Format.NVFP4])
         self.check_pairs(changed)
         self.stop_if_refused()
+        self.refuse_nothing(goals, changed)
         groups = [group for group in sharing_groups(changed) if self.formats[group[0]] in (Format.MXFP4, Format.NVFP4)]
         total = sum(self.scale_bytes(module) for group in groups for module in group)
         done = 0
@@ -364,6 +380,23 @@ class _Planner:
     def stop_if_refused(self) -> None:
         if self.problems:
             raise CheckpointError.listing(f"convert {self.source}", self.problems)
+
+    def refuse_nothing(self, goals: Mapping[str, Format | None], changed: Mapping[str, Format | None]) -> None:
+        """Refuse a conversion that would be a copy: no weight, no name and no declaration changes."""
+        if (
+            changed
+            or self.mends_declarations
+            or any(self.stored.source(name).name != name for name in self.stored.names)
+        ):
+            return
+        if not all(self.is_spelled_ours(module) for module in self.formats):
+            return
+        wanted = collections.Counter(goal for goal in goals.values() if goal is not None)
+        said = ", ".join(f"all {count:,} are {goal.value.upper()}" for goal, count in wanted.items())
+        raise CheckpointError(
+            f"convert {self.source}: nothing to convert: {said} already, and everything else is kept. Choose another "
+            "--to, --attention or --draft, or copy the folder."
+        )
 
     # What becomes of a weight
 
@@ -546,7 +579,8 @@ class _Planner:
             files=self.other_files(),
             options=self.options.as_json(),
         )
-        return Planned(plan, self.stored.reader.num_bytes, self.inexact, self.after, self.carried_bytes)
+        left_out = tuple(other_weights(self.source))
+        return Planned(plan, self.stored.reader.num_bytes, self.inexact, self.after, self.carried_bytes, left_out)
 
     def refuse_repeated_names(self, shards: tuple[Shard, ...]) -> None:
         names = [output.name for shard in shards for output in shard.outputs]
@@ -560,14 +594,18 @@ class _Planner:
     def carry(self, name: str, made: str, dtype: str) -> Carry:
         return Carry(Output(made, dtype, self.stored.shape(name)), self.stored.byte_range(name))
 
+    def is_spelled_ours(self, module: str) -> bool:
+        """Say whether a weight is spelled as DeepSeek and NVIDIA spell it."""
+        found = self.formats[module]
+        return self.stored.codes_name(module) == f"{module}.weight" and (
+            found in (Format.PLAIN, Format.NVFP4) or self.stored.scales_name(module, found) == f"{module}.scale"
+        )
+
     def keep(self, module: str) -> list[Step]:
         """Return steps that write a weight as it is, in DeepSeek's and NVIDIA's spelling."""
         found = self.formats[module]
         codes = self.stored.codes_name(module)
-        spelled_ours = codes == f"{module}.weight" and (
-            found in (Format.PLAIN, Format.NVFP4) or self.stored.scales_name(module, found) == f"{module}.scale"
-        )
-        if spelled_ours:
+        if self.is_spelled_ours(module):
             return [self.carry(name, name, self.stored.dtype(name)) for name in self.parts(module)]
         scales = self.stored.scales_name(module, found)
         if found is Format.MXFP4:
@@ -646,9 +684,9 @@ class _Planner:
 
     def make_input_scales(self, modules: list[str]) -> dict[str, float]:
         """Return the input scale of every weight that becomes NVFP4."""
-        if self.options.calibration is None:
+        if self.calibration is None:
             return dict.fromkeys(modules, UNCALIBRATED_INPUT_SCALE)
-        amax = input_amax(modules, self.options.calibration, set(self.formats))
+        amax = input_amax(modules, self.calibration, set(self.formats))
         return {module: value / nvfp4.TENSOR_SCALE_DIVISOR for module, value in amax.items()}
 
     def other_files(self) -> dict[str, bytes | pathlib.Path]:
@@ -722,14 +760,21 @@ def input_amax(modules: list[str], calibration: Mapping[str, float], known: set[
         known: all weights of the model.
 
     Raises:
-        ValueError: an amax is missing, negative or not finite, or names no weight.
+        CheckpointError: the calibration is empty, an amax is missing, negative or not finite, or names no weight.
     """
-    problems = [f"{name} is not a weight of this model" for name in sorted(set(calibration) - known)]
+    if not calibration:
+        raise CheckpointError("calibration: it names no weight at all. Calibrate again.")
+    problems = [
+        Problem("calibration", name, f"{name}: not a weight of this model.")
+        for name in sorted(set(calibration) - known)
+    ]
     out: dict[str, float] = {}
     for group in sharing_groups(modules):
         given = [float(calibration.get(module, 0.0)) for module in group]
         if not all(math.isfinite(value) and value >= 0 for value in given):
-            problems.append(f"{group[0]}: amax {given}")
+            problems.append(
+                Problem("calibration", group[0], f"{group[0]}: amax {given}; it must be finite and positive.")
+            )
             continue
         if max(given) == 0 and ".experts." in group[0]:
             layer, projection = group[0].split(".experts.")[0], group[0].rsplit(".", 1)[1]
@@ -740,10 +785,28 @@ def input_amax(modules: list[str], calibration: Mapping[str, float], known: set[
                 if name.startswith(f"{layer}.experts.") and name.rsplit(".", 1)[1] in names
             ] or [0.0]
         if max(given) == 0:
-            problems.append(f"{group[0]}: no amax")
+            problems.append(Problem("calibration", group[0], f"{group[0]}: no amax."))
         out.update(dict.fromkeys(group, max(given)))
     if problems:
-        raise ValueError(f"calibration: {'; '.join(problems)}. Calibrate again.")
+        lines = [str(finding) for finding in grouped(problems)]
+        raise CheckpointError.listing("calibration (calibrate again, or leave it out)", lines)
+    return out
+
+
+def native_calibration(calibration: Mapping[str, float] | None) -> dict[str, float] | None:
+    """Return a calibration under DeepSeek's names, however it spells them: all that the loader reads.
+
+    Raises:
+        CheckpointError: two spellings of one weight have different values.
+    """
+    if calibration is None:
+        return None
+    out: dict[str, float] = {}
+    for name, value in calibration.items():
+        native = native_name(f"{name.removesuffix('.weight')}.weight").removesuffix(".weight")
+        if native in out and out[native] != value:
+            raise CheckpointError(f"calibration: {native} is named twice, with {out[native]} and {value}. Remove one.")
+        out[native] = value
     return out
 
 

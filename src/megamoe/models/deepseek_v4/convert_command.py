@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from megamoe.checkpoint.manifest import verify_written
 from megamoe.checkpoint.problem import CheckpointError
 from megamoe.checkpoint.progress import ProgressLine
+from megamoe.models import find_checkpoint
 from megamoe.models.deepseek_v4.convert import (
     UNCALIBRATED_INPUT_SCALE,
     ConvertOptions,
@@ -25,8 +27,8 @@ from megamoe.models.deepseek_v4.rules import check_accept
 
 
 def run(
-    source: pathlib.Path,
-    destination: pathlib.Path,
+    source: str,
+    destination: str,
     *,
     to: str,
     experts: str,
@@ -38,14 +40,21 @@ def run(
     proof: str,
     accept: tuple[str, ...],
     dry_run: bool,
+    verify: bool,
     as_json: bool,
     version: str,
 ) -> int:
-    """Convert, or with dry_run only check; returns the exit code.
+    """Convert, or with dry_run only check, or with verify read what was written; returns the exit code.
 
     Raises:
         ValueError: anything the user can put right.
     """
+    if not destination.strip():
+        raise CheckpointError(f"convert: no destination named (got {destination!r}). Pass a folder to write.")
+    target = pathlib.Path(destination).expanduser()
+    if verify:
+        return _verify(target, as_json=as_json)
+    where = find_checkpoint(source, "convert")
     torch.set_num_threads(1)  # `jobs` threads share the cores already
     options = ConvertOptions(
         to=to,
@@ -66,22 +75,35 @@ def run(
 
     try:
         if dry_run:
-            planned = plan(source, options, jobs=jobs, progress=show("check"))
+            planned = plan(where, options, jobs=jobs, progress=show("check"))
             summary = _summary(planned)
         else:
-            planned, result = convert(source, destination, options, jobs=jobs, progress=show)
+            planned, result = convert(where, target, options, jobs=jobs, progress=show)
             summary = {
                 **_summary(planned),
                 "proved_exact": sum(1 for record in result.records if record["method"] == "recoded"),
                 "weights": len(result.records),
                 "shards_kept": result.shards_kept,
+                "weights_kept": result.records_kept,
                 "seconds": round(result.seconds, 3),
                 "gb_per_second": round(result.source_bytes / 1e9 / max(result.seconds, 1e-9), 3),
-                "report": str(destination / "report.html"),
+                "report": str(target / "report.html"),
             }
+    except KeyboardInterrupt:
+        for line in lines:
+            line.close()
+        if not dry_run:
+            told = "megamoe: stopped; give the same command again, and it goes on: finished files are kept"
+            print(told, file=sys.stderr)
+        raise
     finally:
         for line in lines:
             line.close()
+    if planned.left_out:
+        print(
+            f"megamoe: note: weights in other formats are not carried over: {', '.join(planned.left_out)}",
+            file=sys.stderr,
+        )
     for finding in planned.warnings:
         print(f"megamoe: note: {finding.rule}: {finding}", file=sys.stderr)
     if as_json:
@@ -93,7 +115,7 @@ def run(
             "which engines with one activation scale per token do not read",
             file=sys.stderr,
         )
-    for text in _sentences(summary, destination, dry_run=dry_run):
+    for text in _sentences(summary, target, dry_run=dry_run):
         print(text)
     return 0
 
@@ -121,6 +143,9 @@ def _summary(planned: Planned) -> dict[str, Any]:
         "source_bytes": planned.source_bytes,
         "made_bytes": planned.plan.num_bytes,
         "files": len(planned.plan.shards),
+        "other_files": len(planned.plan.files),
+        "other_file_bytes": planned.plan.file_bytes,
+        "left_out": list(planned.left_out),
         "formats": dict(sorted(counts.items())),
         "warnings": [finding.as_json() for finding in planned.warnings],
         "inexact": {
@@ -142,11 +167,46 @@ def _sentences(summary: dict[str, Any], destination: pathlib.Path, *, dry_run: b
             f"  {name}: {entry['blocks']} blocks, first [row, block] {entry['listed'][0]}"
             for name, entry in summary["inexact"].items()
         ]
+    texts.append(f"and {summary['other_files']} other file(s) of {summary['other_file_bytes'] / 1e6:.1f} MB")
     if not dry_run:
-        texts.append(
-            f"{summary['proved_exact']} of {summary['weights']} converted weights proved equal to the source, "
-            f"block by block; report: {summary['report']}"
-        )
-        kept = f"; {summary['shards_kept']} file(s) were finished before" if summary["shards_kept"] else ""
-        texts.append(f"{summary['seconds']:.1f} s, {summary['gb_per_second']:.2f} GB/s of source read{kept}")
+        texts += _proofs(summary)
+        texts.append(f"{summary['seconds']:.1f} s, {summary['gb_per_second']:.2f} GB/s of source read")
     return texts
+
+
+def _proofs(summary: dict[str, Any]) -> list[str]:
+    """Say what was proved, and what was kept and not read."""
+    kept, proved, weights = summary["weights_kept"], summary["proved_exact"], summary["weights"]
+    if not summary["shards_kept"]:
+        return [
+            f"{proved} of {weights} converted weights proved equal to the source, block by block; report: "
+            f"{summary['report']}"
+        ]
+    files = f"{summary['shards_kept']} file(s) were finished before"
+    return [
+        f"{weights - kept} of {weights} converted weights were read and written in this run; {kept} are in files that "
+        f"were kept and not read: {files}, --verify reads them",
+        f"{proved} of {weights} proved equal to the source when they were written; report: {summary['report']}",
+    ]
+
+
+def _verify(destination: pathlib.Path, *, as_json: bool) -> int:
+    """Compare what was written with the manifest and print the result; 1 when a file differs."""
+    line = ProgressLine("verify")
+    try:
+        found = verify_written(destination, line)
+    finally:
+        line.close()
+    if as_json:
+        print(json.dumps({"files": found.num_files, "bytes": found.num_bytes, "problems": list(found.problems)}))
+        return 1 if found.problems else 0
+    for problem in found.problems:
+        print(problem)
+    if found.problems:
+        print(
+            f"{len(found.problems)} of {found.num_files} files are not as they were written. Remove them and convert "
+            "again."
+        )
+        return 1
+    print(f"{found.num_files} files, {found.num_bytes / 1e9:.3f} GB: every byte is as it was written (SHA-256)")
+    return 0

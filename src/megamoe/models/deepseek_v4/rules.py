@@ -64,6 +64,7 @@ RULES: dict[str, Rule] = {
     "shard-missing": _refused("", "every shard is there"),
     "index-unreadable": _refused("", "the index is a map of tensor names to shards in the same folder"),
     "index-disagrees": _refused("F14", "index and shards list the same tensors in the same places"),
+    "file-hash": _refused("", "a file that a hub cache names by its hash has that hash (looked at by inspect --hash)"),
     "conversion-unfinished": _refused("", "a conversion has come to its end"),
     "tensor-twice": _refused("", "a tensor is stored once, under one spelling of its name"),
     # tensors

@@ -154,7 +154,7 @@ class _Values:
         self.count += 1
         dtype = self.stored.dtype(name)
         sample = _sample(self.reader, self.stored, name, ITEM_BYTES[dtype])
-        if entry.role is Role.TABLE:
+        if entry.role is Role.TABLE and any(sample):
             return _check_table(self.stored, name, sample, ITEM_BYTES[dtype])
         if not sample.translate(None, _ZEROS[dtype] if dtype in _ZEROS else _FP4_ZEROS):
             if not sample or name.endswith(_MAY_BE_ZERO):
@@ -275,15 +275,22 @@ def _check_scalars(
     for name, value in scalars.items():
         module, _, leaf = name.rpartition(".")
         if not 0.0 < value < float("inf"):
-            if module in zero and not leaf.startswith("input"):
-                continue  # the scale of a matrix of zeros, which has been taken down
-            text = f"{stored.label(name)}: {value}; a scale must be positive and finite."
-            yield Problem("scalar-invalid", stored.stored_name(name), text, REDO, str(value), "positive and finite")
+            yield bad_scalar(stored, name, value, module in zero)
         else:
             multiplying[name] = 1.0 / value if leaf in _RECIPROCALS else value
     yield from _check_polarity(stored, multiplying, scalars)
     yield from _check_near_zero(stored, multiplying, scalars)
     yield from _check_pairs(stored, formats, multiplying, scalars)
+
+
+def bad_scalar(stored: StoredHeaders, name: str, value: float, is_zero: bool) -> Problem:
+    """Return the problem that a scalar scale means nothing, with the cause where the codes are all zero."""
+    text = f"{stored.label(name)}: {value}; a scale must be positive and finite."
+    remedy = REDO
+    if is_zero and not name.rpartition(".")[2].startswith("input"):
+        text += " The codes are all zero: an amax of 0 was taken for a scale."
+        remedy = "Export the weight again; if it is to be zero, store any positive scale."
+    return Problem("scalar-invalid", stored.stored_name(name), text, remedy, str(value), "positive and finite")
 
 
 def _check_polarity(

@@ -17,8 +17,8 @@ from megamoe.formats.e8m0 import e8m0_from_bytes
 from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.models.deepseek_v4.layout import REDO, Format, StoredHeaders
-from megamoe.models.deepseek_v4.samples import bad_scales, not_finite
+from megamoe.models.deepseek_v4.layout import Format, StoredHeaders
+from megamoe.models.deepseek_v4.samples import bad_scalar, bad_scales, not_finite
 
 __all__ = ["Format", "StoredTensors"]
 
@@ -68,17 +68,18 @@ class StoredTensors(StoredHeaders):
                     value = float(self._scalar(name))
                     smallest = _SMALLEST_RECIPROCAL if leaf.endswith("global_scale") else 0.0
                     if not smallest < value < float("inf"):
-                        text = f"{self.label(name)}: {value}; a scale must be positive and finite."
-                        self.problem("scalar-invalid", self.stored_name(name), text, REDO, got=str(value))
+                        self.take_down(bad_scalar(self, name, value, self._codes_are_zero(module)))
 
     def _check_none(self, module: str, name: str, bad: torch.Tensor, data: torch.Tensor, what: str) -> None:
         if bool(bad.any()):
             first = [int(index) for index in bad.nonzero()[0]]
-            codes = self.read(self.codes_name(module))
-            sign = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x77  # zero is zero of either sign
-            is_zero = not bool((codes.view(torch.uint8) & sign).any())
             said = f"{what}, at {first} ({int(bad.sum())} of {data.numel()} scales)"
-            self.take_down(bad_scales(self, name, said, is_zero))
+            self.take_down(bad_scales(self, name, said, self._codes_are_zero(module)))
+
+    def _codes_are_zero(self, module: str) -> bool:
+        codes = self.read(self.codes_name(module))
+        sign = 0x7F if codes.dtype == torch.float8_e4m3fn else 0x77  # zero is zero of either sign
+        return not bool((codes.view(torch.uint8) & sign).any())
 
     def _scalar(self, name: str) -> torch.Tensor:
         return self.read(name).reshape(())

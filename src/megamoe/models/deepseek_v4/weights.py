@@ -23,12 +23,14 @@ Draft      which draft there is, the tensors say. Classic MTP stages and DSpark 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from megamoe.checkpoint.headers import ITEM_BYTES
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.formats import fp8, mxfp4, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor
@@ -39,7 +41,7 @@ from megamoe.models.deepseek_v4.claims import Claims, claim_tensors
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.examine import Examined
 from megamoe.models.deepseek_v4.inventory import Role
-from megamoe.models.deepseek_v4.layout import Format, dspark_shape
+from megamoe.models.deepseek_v4.layout import FLOATS, Format, StoredHeaders, dspark_shape
 from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.observed import Observed, check_draft
 from megamoe.models.deepseek_v4.rules import RULES, Level, refusal
@@ -343,6 +345,36 @@ class WeightLoader:
             # Kernels may read a weight before the launch ahead of theirs has ended; from here on it is there.
             torch.cuda.synchronize(loader.device)
         return weights
+
+
+def bytes_when_loaded(stored: StoredHeaders, claims: Claims, dtype: torch.dtype | None) -> int:
+    """Return the bytes that loaded weights take.
+
+    Args:
+        stored: a checkpoint's tensors.
+        claims: which of them are loaded.
+        dtype: what weights are dequantized to, None where they stay in their containers.
+    """
+    total = 0
+    for entry in claims.loaded:
+        count = math.prod(entry.shape)
+        found = claims.formats.get(entry.name)
+        if entry.role is Role.TABLE:
+            total += 8 * count
+        elif entry.role is Role.FLOAT32:
+            total += 4 * count
+        elif dtype is not None:
+            total += dtype.itemsize * count
+        elif found is None or found is Format.PLAIN:
+            name = entry.name if found is None else stored.codes_name(entry.name)
+            total += ITEM_BYTES[stored.dtype(name)] * count
+        elif found is Format.FP8 and entry.name.endswith(".wo_a"):  # becomes bf16 where that is exact, else fp32
+            total += (4 if stored.dtype(stored.scales_name(entry.name, found)) in FLOATS else 2) * count
+        elif found is Format.FP8:
+            total += count + 4 * -(-count // 128**2)
+        else:  # MXFP4 becomes NVFP4
+            total += count // 2 + count // 16 + 4
+    return total
 
 
 def claim_stored(stored: StoredTensors, config: ModelConfig) -> Claims:

@@ -22,6 +22,7 @@ from megamoe.models.deepseek_v4.chat import (
     Event,
     Fault,
     Malformed,
+    Mended,
     Piece,
     ReasoningDelta,
     ToolCall,
@@ -47,6 +48,7 @@ class Answer:
     arguments: list[str] = dataclasses.field(default_factory=list)
     is_ended: list[bool] = dataclasses.field(default_factory=list)
     faults: list[Malformed] = dataclasses.field(default_factory=list)
+    slips: list[Mended] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> Answer:
@@ -79,6 +81,8 @@ class Answer:
                 assert isinstance(json.loads(self.arguments[-1]), dict)
             case Malformed():
                 self.faults.append(event)
+            case Mended():
+                self.slips.append(event)
 
 
 def read_spelled(pieces: Iterable[str], thinking: bool) -> tuple[Answer, str]:
@@ -113,6 +117,8 @@ def test_vectors(vector: dict[str, Any]) -> None:
     assert (answer.reasoning, answer.content) == (vector["reasoning"], vector["content"])
     assert [{"name": n, "arguments": a} for n, a in zip(answer.names, answer.arguments, strict=True)] == vector["calls"]
     assert [fault.fault.value for fault in answer.faults] == vector["faults"]
+    assert [fault.text for fault in answer.faults] == vector["malformed"]
+    assert [slip.slip.value for slip in answer.slips] == vector["slips"]
     assert withheld == vector["withheld"]
     broken = {fault.call_idx for fault in answer.faults} - {None}
     assert broken == {idx for idx, is_ended in enumerate(answer.is_ended) if not is_ended}
@@ -143,7 +149,7 @@ def test_every_beginning_of_every_vector(vector: dict[str, Any]) -> None:
         assert whole.names[: len(answer.names)] == answer.names
         assert all(a.startswith(b) for a, b in zip(whole.arguments, answer.arguments, strict=False))
         if not all(answer.is_ended):
-            assert answer.faults, "a call that did not end must be reported"
+            assert any(fault.fault.loses_call for fault in answer.faults), "a call that did not end must be reported"
 
 
 def test_text_goes_out_at_once() -> None:
@@ -195,7 +201,8 @@ def test_control_tokens_in_a_value_are_what_the_model_wrote() -> None:
 def test_unknown_control_tokens_are_withheld() -> None:
     answer, withheld = read_pieces(["a", Control("<｜place▁holder▁no▁7｜>"), "b"], thinking=False)
     assert answer.content == "ab" and withheld == "<｜place▁holder▁no▁7｜>"
-    assert answer.faults == [Malformed(Fault.STRAY_CONTROL, "<｜place▁holder▁no▁7｜> in content")]
+    token = "<｜place▁holder▁no▁7｜>"
+    assert answer.faults == [Malformed(Fault.STRAY_CONTROL, f"{token} in content", None, token)]
 
 
 @pytest.mark.parametrize("tag", ['invoke name="', 'parameter name="'])
@@ -209,10 +216,36 @@ def test_a_tag_that_does_not_end_is_not_held_for_ever(tag: str) -> None:
     for piece in [*begun, Control("｜DSML｜"), tag]:
         parser.text(piece) if isinstance(piece, str) else parser.control(piece.token)
     sent = 0
-    while not (events := parser.text("x" * 100)):
+    while not parser.withheld:
+        parser.text("x" * 100)
         sent += 100
-        assert sent <= MAX_TAG
+        assert sent <= MAX_TAG + 100
+    events = parser.finish()
     assert [event.fault for event in events if isinstance(event, Malformed)] == [Fault.BAD_TAG]
+
+
+def test_a_parameter_without_a_type_is_what_its_schema_says() -> None:
+    """Where the call does not say whether 42 is text, the tool's schema does."""
+    pieces = pieces_of(next(one["raw"] for one in VECTORS if one["name"] == "a parameter that is text by its schema"))
+    for texts, expected in (({"weather": {"city"}}, "42"), ({"weather": {"days"}}, 42), ({"other": {"city"}}, 42)):
+        parser = AnswerParser(thinking=False, texts=texts)
+        answer = Answer.of([event for piece in by_character(pieces) for event in feed(parser, piece)])
+        assert json.loads(answer.arguments[0]) == {"city": expected} and answer.is_ended == [True]
+
+
+def test_of_a_repeated_parameter_readers_take_the_last() -> None:
+    raw = next(one["raw"] for one in VECTORS if one["name"] == "a parameter twice among others")
+    answer, _ = read_spelled([raw], thinking=False)
+    assert json.loads(answer.arguments[0]) == {"city": "Oslo", "days": 1}
+
+
+def test_a_long_value_without_a_type_is_read_whole() -> None:
+    value = "x" * (2 * MAX_TAG)
+    call = f'<｜DSML｜invoke name="f"><｜DSML｜parameter name="p">{value}</｜DSML｜parameter></｜DSML｜invoke>'
+    raw = f"<｜DSML｜tool_calls>{call}</｜DSML｜tool_calls>"
+    for cut in ([raw], raw, [raw[:MAX_TAG], raw[MAX_TAG:]]):
+        answer, _ = read_spelled(cut, thinking=False)
+        assert json.loads(answer.arguments[0]) == {"p": value} and answer.is_ended == [True]
 
 
 # round trips
@@ -264,6 +297,12 @@ FRAGMENTS = [
     '["a", ',
     "]",
     "tool_calls>",
+    "<｜DSML｜function_calls>",
+    "</｜DSML｜function_calls>",
+    '<｜DSML｜invoke name="">',
+    '<｜DSML｜parameter name="r">',
+    "True",
+    "01",
     "text",
 ]
 MESSES = st.lists(st.sampled_from(FRAGMENTS) | st.text(alphabet='<>/｜DSMLtool_cas="\n x1]', max_size=4), max_size=24)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megamoe.models.deepseek_v4.chat.json_prefix import MAX_DEPTH, JsonPrefix
+from megamoe.models.deepseek_v4.chat.json_prefix import MAX_DEPTH, JsonPrefix, closed
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -127,3 +127,39 @@ def completed(text: str) -> str:
         else:
             return text
     return text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ('{"city": "Ro', {"city": "Ro"}),
+        ('{"a": [1, {"b": tru', {"a": [1, {}]}),
+        ('{"a": 1, "b', {"a": 1}),
+        ('{"a": 1, "b":', {"a": 1}),
+        ('{"a": 12', {"a": 12}),
+        ('{"a": 12.', {"a": 12}),
+        ('{"a": "x\\', {"a": "x"}),
+        ('{"a": "x\\u00', {"a": "x"}),
+        ('{"a": "x\\ud83d', {"a": "x"}),
+        ('{"a": "x\\\\ud83d', {"a": "x\\ud83d"}),
+        ('{"a": "x\\ud83d\\ude00', {"a": "x😀"}),
+        ('{"a": 0, "b": 01}', {"a": 0, "b": 0}),
+        ('{"a": NaN}', {}),
+        ("{", {}),
+    ],
+)
+def test_what_was_cut_off_is_closed(text: str, expected: object) -> None:
+    assert json.loads(closed(text)) == expected
+
+
+def test_nothing_is_left_of_what_is_no_json() -> None:
+    assert closed("") == closed("hello") == ""
+
+
+@given(value=JSON, end=st.integers(0, 200))
+def test_every_beginning_can_be_closed(value: object, end: int) -> None:
+    """And closing a whole value changes nothing."""
+    text = json.dumps({"a": value})
+    assert closed(text) == text
+    assert isinstance(json.loads(closed(text[: max(1, end)])), dict)

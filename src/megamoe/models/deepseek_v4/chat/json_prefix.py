@@ -8,6 +8,7 @@ readers recurse.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 MAX_DEPTH: Final = 128
@@ -16,6 +17,9 @@ _SPACE = " \t\n\r"
 _DIGITS = "0123456789"
 _HEX = "0123456789abcdefABCDEF"
 _LITERALS = {"t": "true", "f": "false", "n": "null"}
+
+# A character beyond U+FFFF is written as two escapes; the first alone is no Unicode.
+_HALF_A_PAIR = re.compile(r"(?<!\\)((?:\\\\)*)\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
 
 # What a number may continue with, by what it has so far: state → ((characters, next state), …).
 _NUMBER: Final[dict[str, tuple[tuple[str, str], ...]]] = {
@@ -49,6 +53,23 @@ class JsonPrefix:
     def is_complete(self) -> bool:
         """Whether the value may end here."""
         return self._state == "done" or not self._open and self._state in _WHOLE_NUMBER
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything but white space was accepted."""
+        return self._state != "value" or bool(self._open)
+
+    @property
+    def can_be_closed(self) -> bool:
+        """Whether `closing` after what was accepted makes it a whole value."""
+        if self._state == "string":
+            return not self._is_key
+        return self._state in ("done", "comma or end", "value or ]", "key or }") or self._state in _WHOLE_NUMBER
+
+    @property
+    def closing(self) -> str:
+        """What closes the string and the brackets that are open."""
+        return ('"' if self._state == "string" else "") + "".join(reversed(self._open))
 
     def accept(self, text: str) -> int:
         """Read on and return how many characters still are a beginning of JSON; less than all means: no further."""
@@ -137,3 +158,21 @@ class JsonPrefix:
 
     def _end_value(self) -> None:
         self._state = "comma or end" if self._open else "done"
+
+
+def closed(text: str) -> str:
+    """Return the longest beginning of a text that can be made one JSON value by closing what is open, so closed.
+
+    A string that was cut off ends where it was cut; a key without a value, and a number or word that is not whole, are
+    left out. "" if nothing remains.
+    """
+    reader = JsonPrefix()
+    length = 0
+    for idx, character in enumerate(text):
+        if not reader.accept(character):
+            break
+        if reader.can_be_closed:
+            length = idx + 1
+    reader = JsonPrefix()
+    reader.accept(text[:length])
+    return _HALF_A_PAIR.sub(r"\1", text[:length]) + reader.closing if length else ""

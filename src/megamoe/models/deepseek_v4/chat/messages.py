@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from megamoe.models.deepseek_v4.chat.json_prefix import closed
 from megamoe.models.deepseek_v4.chat.protocol import TASKS, Task
 
 # DSML has no escapes: a name is what stands between quotes, so it cannot hold a quote, a bracket or a line break.
@@ -47,6 +48,17 @@ class Tool:
     def name(self) -> str:
         """What calls name it by."""
         return str(self.function["name"])
+
+    @property
+    def text_parameters(self) -> frozenset[str]:
+        """The parameters that its schema says are text."""
+        parameters = self.function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        if not isinstance(properties, Mapping):
+            return frozenset()
+        return frozenset(
+            name for name, one in properties.items() if isinstance(one, Mapping) and one.get("type") == "string"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +242,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     Roles: system, developer (V4's, see DeveloperMessage), user (may have "task"), assistant (may have
     "reasoning_content", "tool_calls", and "prefix": true for an open one), tool, latest_reminder. Content is text, or
     a list of `{"type": "text", "text": …}` parts whose texts are joined by blank lines; null counts as empty for an
-    assistant. System and developer messages may have "tools" and "response_format". Other keys are refused.
+    assistant. Arguments of earlier calls may be absent or empty, and JSON that was cut off is closed where it ends.
+    System and developer messages may have "tools" and "response_format". Other keys are refused.
 
     Raises:
         ValueError: naming the message and what is wrong with it.
@@ -250,7 +263,10 @@ _KEYS = {
     "system": {"content", "tools", "response_format", "name"},
     "developer": {"content", "tools", "response_format", "name"},
     "user": {"content", "task", "name"},
-    "assistant": {"content", "reasoning_content", "tool_calls", "prefix", "name", "refusal", "audio", "function_call"},
+    "assistant": {
+        *("content", "reasoning_content", "tool_calls", "prefix", "name", "refusal", "audio", "function_call"),
+        *("annotations", "parsed", "malformed_calls"),  # of answers, and nothing the prompt shows
+    },
     "tool": {"content", "tool_call_id", "name"},
     "latest_reminder": {"content"},
 }
@@ -299,7 +315,23 @@ def _read_call(call: Any) -> ToolCall:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         _refuse("a tool call", call, '{"id": …, "type": "function", "function": {"name": …, "arguments": …}}')
-    return ToolCall(function.get("name", ""), function.get("arguments", ""), call.get("id"))
+    return ToolCall(function.get("name", ""), _read_arguments(function.get("arguments")), call.get("id"))
+
+
+def _read_arguments(arguments: Any) -> Any:
+    """Return the arguments of an earlier call as clients send them back: none at all, or cut off with their answer.
+
+    What has no JSON in it is returned as it is, to be refused by name.
+    """
+    if arguments is None or isinstance(arguments, str) and not arguments.strip():
+        return "{}"
+    if not isinstance(arguments, str) or not arguments.lstrip().startswith("{"):
+        return arguments
+    try:
+        json.loads(arguments, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return closed(arguments)
+    return arguments
 
 
 def check_tool_names(tools: Iterable[Tool]) -> None:
