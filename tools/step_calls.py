@@ -7,7 +7,8 @@
 
 The model is built of tensors without memory (torch's meta device), so that sizes of any model cost nothing and a host
 read is an error. Every operation call is recorded by `ops.watch` and answered with an empty result. Every other tensor
-operation that would be a launch, that is neither a view nor an allocation, is glue.
+operation that would be a launch, that is neither a view nor an allocation, is glue. What fills the plan
+on the host, and the one copy that takes it to the device, are not recorded.
 
 Nodes are what a call becomes in a CUDA graph. Where kernels exist the number is that of their host halves, read from
 kernels/; where none exists yet it is a plan, marked as such in NODES.
@@ -22,6 +23,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -40,22 +42,17 @@ from megamoe.models.deepseek_v4.cache import Cache
 from megamoe.models.deepseek_v4.config import ModelConfig, parse_config
 from megamoe.models.deepseek_v4.inventory import inventory
 from megamoe.models.deepseek_v4.model import Model
-from megamoe.models.deepseek_v4.weights import LinearWeight, ModelWeights
+from megamoe.models.deepseek_v4.stacked import LinearWeight
+from megamoe.models.deepseek_v4.weights import ModelWeights
 from megamoe.models.recipe import Recipe, get_recipe
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from fake_checkpoint import CONFIGS  # noqa: E402
 
 META = torch.device("meta")
-ALLOCATIONS = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "detach",
-    "alias",
-    "lift_fresh",
+NO_LAUNCH = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),  # allocations
+    *("detach", "alias", "lift_fresh", "_unsafe_view"),  # views that do not say so
 }
 
 
@@ -67,7 +64,8 @@ class _Shapes(loading._Loader):
 
     def __init__(self, config: ModelConfig, recipe: Recipe, *, plain: bool) -> None:
         dtype = torch.float32 if recipe.dequantize_weights else None
-        super().__init__(cast(Any, None), config, dtype, META)
+        no_claims = types.SimpleNamespace(formats={}, unused=())
+        super().__init__(cast(Any, None), cast(Any, no_claims), config, dtype, META)
         self._is_plain = plain or dtype is not None
         self._sizes = {entry.name: entry.shape for entry in inventory(config)}
 
@@ -189,11 +187,15 @@ OUTPUTS: dict[str, Callable[..., Any]] = {
     "nvfp4_experts": _experts,
     "nvfp4_weight_only_experts": _experts,
     "clamped_swiglu": lambda gate, *rest: _like(gate),
+    "plan_slots": lambda *rest: None,
+    "write_block_tables": lambda *rest: None,
     "write_cache": lambda *rest: None,
-    "compress_kv": lambda pool, row_slots, norm, pos, table, ratio, overlap, eps, dtype: _empty(
-        row_slots.shape[0], norm.shape[0], dtype=dtype
+    "compress_kv": lambda *rest: None,
+    "write_index_keys": lambda *rest: None,
+    "index_topk": lambda q, weights, keys, tables, requests, visible, top_k: _empty(
+        q.shape[0], top_k, dtype=torch.int32
     ),
-    "index_topk": lambda q, weights, keys, tables, starts, visible, top_k: _empty(q.shape[0], top_k, dtype=torch.int64),
+    "copy_cache": lambda *rest: None,
     "sparse_attention": lambda q, *rest: _like(q),
 }
 """Operation → its result from the arguments that its door passes on."""
@@ -257,7 +259,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note what would be a launch, and run it."""
         name = func.overloadpacket.__name__
-        if not self._depth and not func.is_view and name not in ALLOCATIONS:
+        if not self._depth and not func.is_view and name not in NO_LAUNCH:
             self.events.append(Event(self._place, self._layer, name, True, 1))
         return func(*args, **(kwargs or {}))
 
@@ -309,6 +311,8 @@ def record_step(config: ModelConfig, recipe: Recipe, *, num_tokens: int = 1, pla
         ops.watch(recorder.observe),
         torch.no_grad(),
     ):  # inference mode hides what composite operations do
+        cache.plan(ids)  # a sequence that has just got its pages writes more of its block table than one that goes on
+        recorder.events.clear()
         plan = cache.plan(ids)
         with recorder:
             model.head(model.forward(plan, cache.layers))

@@ -93,7 +93,8 @@ def sizes(op: str, arguments: tuple[Any, ...]) -> tuple[dict[str, int], int]:
     match op:
         case "linear" | "fp8_linear" | "nvfp4_linear" | "nvfp4_weight_only_linear":
             num_rows, width = arguments[1].shape
-            return {"N": num_rows, "K": width}, shape[0]
+            is_stack = getattr(arguments[1], "scale_per", "tensor") == "row"
+            return {"N": num_rows, "K": width, **({"scales": num_rows} if is_stack else {})}, shape[0]
         case "grouped_linear" | "nvfp4_grouped_linear" | "nvfp4_weight_only_grouped_linear":
             groups, num_rows, width = arguments[1].shape
             return {"G": groups, "N": num_rows, "K": width}, shape[0]
@@ -114,9 +115,21 @@ def sizes(op: str, arguments: tuple[Any, ...]) -> tuple[dict[str, int], int]:
         case "rope":
             middle = {"H": shape[1]} if len(shape) == 3 else {}
             return {**middle, "C": shape[-1], "R": arguments[2].rope_dim}, shape[0]
-        case "hyper_connection_pre" | "hyper_connection_pre_norm" | "hyper_connection_head":
+        case "hyper_connection_pre" | "hyper_connection_pre_norm" | "hyper_connection_head" | "add_to_streams":
             return {"X": shape[1], "D": shape[2]}, shape[0]
-        case "hyper_connection_post":
+        case "hyper_connection_head_norm":
+            return {"X": shape[1], "D": shape[2]}, shape[0] if arguments[5] is None else arguments[5].shape[0]
+        case "embed_streams":
+            return {"V": shape[0], "X": arguments[2], "D": shape[1]}, arguments[1].shape[0]
+        case "write_latent":
+            latent = {} if first is None else {"Q": shape[1]}
+            width = arguments[1].shape[1]
+            return {**latent, "C": width, "R": arguments[7].rope_dim}, arguments[1].shape[0]
+        case "rotate_queries":
+            return {"H": shape[1], "C": shape[2], "R": arguments[2].rope_dim}, shape[0]
+        case "round_index_query":
+            return {"Hi": shape[1], "K": shape[2], "R": arguments[3].rope_dim}, shape[0]
+        case "hyper_connection_post" | "hyper_connection_post_pre_norm":
             return {"X": arguments[1].shape[1], "D": shape[-1]}, shape[0]
         case "clamped_swiglu":
             return {"F": shape[-1]}, shape[0]
@@ -306,8 +319,8 @@ def test_serve_explains_the_ledger_of_a_sealed_store(
     assert gpu.store.sealed and kernels["summary"] == f"{len(gpu.store.ledger)} kernels for sm90a, sealed"
     assert len(kernels["ledger"]) == len(gpu.store.ledger) > 8
     assert set(kernels["ledger"][0]) == {"kernel", "key", "seconds", "origin"}
-    norm = [one["key"] for one in kernels["ledger"] if one["kernel"] == "rows.rms_norm"]
-    assert {"width": 256, "x": "bf16", "weight": "bf16", "out": "bf16"} in norm
+    selections = [one["key"] for one in kernels["ledger"] if one["kernel"] == "router.route_select"]
+    assert {"experts": 8, "top_k": 2, "mode": "biased"} in selections
     assert "brought into the order that the kernels" in kernels["conversions"][0]
 
 
@@ -353,9 +366,9 @@ def test_a_model_without_kernels_is_refused_by_name_before_its_weights_are_read(
         LLM("tiny", device="cuda")
     assert time.perf_counter() - start < 5
     missing = str(error.value).partition("have no kernel: ")[2].partition(". There are")[0].split(", ")
-    assert missing == sorted(missing) and "sparse_attention" in missing and "rms_norm" not in missing
+    assert missing == sorted(missing) and "sparse_attention" in missing and "route_experts" not in missing
     assert all("sm90" not in KERNELS.get(op, {}) for op in missing)
-    assert "There are kernels for " in str(error.value) and "rms_norm" in str(error.value)
+    assert "There are kernels for " in str(error.value) and "route_experts" in str(error.value)
     assert str(error.value).endswith("Run it by its references on the CPU: --device cpu, or device='cpu'.")
     assert hopper.compiler.compiled == [] and hopper.store.ledger == []
 

@@ -41,6 +41,7 @@ from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.load import BUNDLED, load
 from megamoe.ops.read_cache import read_cache
+from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.route_experts import route_experts
 from megamoe.ops.write_cache import write_cache
 from megamoe.text.tokenizer import Tokenizer
@@ -182,8 +183,8 @@ class _BlockWalk:
         """Return the reference's streams after the block; `record` gets every comparison."""
         self.record = record
         w, config = self.ref.weights, self.ref.config
-        streams = wrap_sublayer(streams, w.hc_attn, w.attn_norm, self._attention, config)
-        return wrap_sublayer(streams, w.hc_ffn, w.ffn_norm, self._moe, config)
+        after = wrap_sublayer(streams, w.hc_attn, w.attn_norm, self._attention, config)
+        return wrap_sublayer(after, w.hc_ffn, w.ffn_norm, self._moe, config).mixed()
 
     def _linear(self, name: str, x: torch.Tensor, ref_w: object, quant_w: object) -> None:
         """Compare one linear on the bf16 input both sides get."""
@@ -194,19 +195,23 @@ class _BlockWalk:
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         ref, quant, plan = self.ref.attention, self.quant.attention, self.plan
-        query_latent, q, kv = ref.project(x, plan.positions)
+        slots = plan.slots.window_slots
+        q, index_q = ref.project(x, plan.positions, self.ref_pools.window, slots)
+        kv = read_cache(self.ref_pools.window, slots)  # as it was written: rows of the reference are fp32
+        query_latent = rms_norm(
+            LinearInput(x, ref.recipe).times(ref.weights.wq_a), ref.weights.q_norm, eps=ref.eps
+        )  # [T, q_lora]
         self._linear("wq_a", x, ref.weights.wq_a, quant.weights.wq_a)
         self._linear("wkv", x, ref.weights.wkv, quant.weights.wkv)
-        self._linear("wq_b", query_latent.x, ref.weights.wq_b, quant.weights.wq_b)
+        self._linear("wq_b", query_latent, ref.weights.wq_b, quant.weights.wq_b)
         if ref.weights.indexer is not None and quant.weights.indexer is not None:
-            self._linear("indexer.wq_b", query_latent.x, ref.weights.indexer.wq_b, quant.weights.indexer.wq_b)
+            self._linear("indexer.wq_b", query_latent, ref.weights.indexer.wq_b, quant.weights.indexer.wq_b)
 
-        write_cache(kv, self.ref_pools.window, plan.slots.window_slots)
-        write_cache(kv.to(torch.bfloat16), self.quant_pools.window, plan.slots.window_slots)
-        stored = read_cache(self.quant_pools.window, plan.slots.window_slots)
+        write_cache(kv.to(torch.bfloat16), self.quant_pools.window, slots)
+        stored = read_cache(self.quant_pools.window, slots)
         self.record("kv_row", self.where, stored, kv)
 
-        selected = ref.select_entries(x, query_latent, plan, self.ref_pools)
+        selected = ref.select_entries(x, index_q, plan, self.ref_pools)
         if self.ref_pools.entries is not None and self.quant_pools.entries is not None:
             _copy_entries(self.ref_pools.entries, self.quant_pools.entries, plan.entry_slots(ref.kind).entry_slots)
         o = ref.attend(q, plan, self.ref_pools, selected)  # [T, H, C]

@@ -254,7 +254,11 @@ def _quantized_weight(generator: torch.Generator, *shape: int) -> NvFp4Tensor:
 
 def _weight_only_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
     x = finite_squares(activations(generator, num_tokens, dims["K"]))
-    return {"x": x, "w": _quantized_weight(generator, dims["N"], dims["K"])}
+    w = _quantized_weight(generator, dims["N"], dims["K"])
+    if "scales" in dims:  # a stack: rows of the first matrices have another tensor scale than those of the last
+        factor = torch.where(torch.arange(dims["N"], device=x.device) < dims["N"] // 3, 0.25, 3.0)
+        w = dataclasses.replace(w, tensor_scale=w.tensor_scale * factor, scale_per="row")
+    return {"x": x, "w": w}
 
 
 def _nvfp4_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:

@@ -18,11 +18,11 @@ from megamoe.checkpoint import write_safetensors
 from megamoe.formats import fp8, mxfp4, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
+from megamoe.models.deepseek_v4.stacked import LinearWeight
 from megamoe.models.deepseek_v4.weights import (
     BlockWeights,
     CompressorWeights,
     HyperConnectionWeights,
-    LinearWeight,
     ModelWeights,
 )
 

@@ -184,14 +184,29 @@ def test_sizes_of_linears_are_those_of_the_weights(model, repository):
     shapes = linear_shapes(config)
     names = {call.where: call for call in op_calls(model) if call.op == "linear"}
     assert len(names) == 16
+    index = ["attn.indexer.compressor.wkv"] * 2 + ["attn.indexer.weights_proj"]
+    stacks = {  # what lies under each other; wgate is of the size of wkv
+        "attn.wq_a, attn.wkv": ["attn.wq_a", "attn.wkv"],
+        "attn.wq_b, attn.indexer.wq_b": ["attn.wq_b", "attn.indexer.wq_b"],
+        "attn.compressed (ratio 4)": [*["attn.compressor.wkv (ratio 4)"] * 2, *index],
+        "attn.compressed (ratio 128)": ["attn.compressor.wkv (ratio 128)"] * 2,
+    }
     for where, call in names.items():
-        assert (call.dims["N"], call.dims["K"]) == shapes[where], where
+        parts = [shapes[part] for part in stacks.get(where, [where])]
+        assert {call.dims["K"]} == {width for _, width in parts}, where
+        assert call.dims["N"] == sum(num_rows for num_rows, _ in parts), where
     grouped = next(call for call in op_calls(model) if call.op == "grouped_linear")
     assert (grouped.dims["G"] * grouped.dims["N"], grouped.dims["K"]) == shapes["attn.wo_a"]
     experts = next(call for call in op_calls(model) if call.op == "experts")
     assert (experts.dims["F"], experts.dims["D"]) == shapes["ffn.experts.w1"]
     quantized = {"attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_b", "attn.indexer.wq_b", "mtp.e_proj"}
-    quantized |= {"mtp.main_proj", "ffn.shared_experts.w1", "ffn.shared_experts.w2"}
+    quantized |= {
+        "attn.wq_a, attn.wkv",
+        "attn.wq_b, attn.indexer.wq_b",
+        "mtp.main_proj",
+        "ffn.shared_experts.w1",
+        "ffn.shared_experts.w2",
+    }
     assert {call.where for call in op_calls(model) if call.op == "nvfp4_linear"} == quantized
 
 

@@ -24,7 +24,7 @@ from megamoe.models.deepseek_v4 import dspark as dspark_module
 from megamoe.models.deepseek_v4 import model as model_module
 from megamoe.models.deepseek_v4.cache import SharedCache
 from megamoe.models.deepseek_v4.config import DSparkConfig
-from megamoe.models.deepseek_v4.dspark import DSpark, mean_of_streams
+from megamoe.models.deepseek_v4.dspark import DSpark
 from megamoe.models.deepseek_v4.dspark_drafter import DSparkDrafter, Tapped
 from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
@@ -280,7 +280,7 @@ def taps_of(model: Model, ids: list[int]) -> np.ndarray:
     plan = cache.plan(torch.tensor(ids))
     streams = model.embed(plan.token_ids)[:, None, :].repeat(1, STREAMS, 1)
     for block, pools in zip(model.blocks, cache.layers, strict=True):
-        streams = block(streams, plan, pools)
+        streams = block(streams, plan, pools).mixed()
         outputs.append(streams.double().numpy())
     return np.concatenate([outputs[layer].mean(axis=1) for layer in DSPARK["dspark_target_layer_ids"]], axis=1)
 
@@ -359,7 +359,7 @@ def test_rows_made_as_in_the_backbone_are_noticed(
 
 
 def test_taps_of_one_stream_are_noticed(model: Model, master: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "mean_of_streams", lambda streams: streams[:, 0])
+    monkeypatch.setattr(model_module, "mean_of_streams", lambda streams, out: out.copy_(streams[:, 0]))
     assert difference(model, master, 2 * WINDOW) > 10 * TOLERANCE
 
 
@@ -372,7 +372,7 @@ def test_confidence(model: Model, master: Tensors) -> None:
     with torch.inference_mode():
         block = torch.tensor([[newest] + [NOISE] * (BLOCK - 1)])
         last = cache.draft_plan(batch_of([[newest]], [len(ids) - 1], [0]))
-        hidden = model.dspark.block(model.embed(block.flatten())[None], block, last, cache.draft_layers)
+        hidden = model.dspark.block(model.weights.embed, block, last, cache.draft_layers)
         found = model.dspark.confidence(hidden, torch.tensor([newest]), drafts)
     _, _, expected = Second(master).draft(taps_of(model, ids), newest)
     np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5)
@@ -403,12 +403,6 @@ def test_the_chain_by_hand() -> None:
 
 
 _NO_WEIGHTS = DSparkWeights(*[None] * 8)  # type: ignore[arg-type]
-
-
-def test_mean_of_streams() -> None:
-    streams = torch.tensor([[[1.0, 2], [3, 4], [5, 6], [7, 12]]])
-    assert mean_of_streams(streams).tolist() == [[4.0, 6.0]]
-    assert mean_of_streams(streams.bfloat16()).dtype is torch.bfloat16
 
 
 # -- properties --------------------------------------------------------------------------------------------------------
@@ -482,7 +476,7 @@ def test_every_row_of_a_block_sees_all_of_it(model: Model) -> None:
     @torch.inference_mode()
     def hidden(ids: torch.Tensor) -> torch.Tensor:
         assert model.dspark is not None
-        return model.dspark.block(model.embed(ids.flatten())[None], ids, last, cache.draft_layers)[0]
+        return model.dspark.block(model.weights.embed, ids, last, cache.draft_layers)[0]
 
     base = torch.tensor([[3, NOISE, NOISE, NOISE, NOISE]])
     for place in range(BLOCK):

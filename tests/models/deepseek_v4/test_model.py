@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import megamoe
+from megamoe.formats.cache_rows import RowFormat
 from megamoe.models.deepseek_v4.cache import MAX_CHUNK
 from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.load import BUNDLED
 from megamoe.models.recipe import RECIPES
+from megamoe.ops.rms_norm import rms_norm
 from megamoe.text.tokenizer import Tokenizer
 
 from .oracle import ragged_chunks, step_through
@@ -109,7 +111,13 @@ def patched(monkeypatch: pytest.MonkeyPatch, module: str, name: str, wrong: obje
 def test_f8_a_cache_that_is_never_written_is_noticed(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = megamoe.load("tiny")
     want = model.logits(ids[:64])
-    patched(monkeypatch, "attention", "write_cache", lambda rows, pool, slots: None)
+
+    def norm_alone(
+        latent: torch.Tensor, kv: torch.Tensor, q_norm: torch.Tensor, *_: object, eps: float
+    ) -> torch.Tensor:
+        return rms_norm(latent, q_norm, eps=eps)
+
+    patched(monkeypatch, "attention", "write_latent", norm_alone)
     assert not torch.equal(step_through(model, ids[:64], [60, 1, 1, 1, 1])[60:], want[60:])
 
 
@@ -119,8 +127,12 @@ def test_f18_index_numerics_that_differ_in_decode_are_noticed(
     model = megamoe.load("tiny")
     want = model.logits(ids)
     indexer = importlib.import_module("megamoe.models.deepseek_v4.indexer")
-    right = indexer.quantize_mxfp4
-    patched(monkeypatch, "indexer", "quantize_mxfp4", lambda q: q if q.shape[0] == 1 else right(q))
+    right = indexer.round_index_query
+
+    def plain_in_decode(q: torch.Tensor, *rows: object, **choices: object) -> object:
+        return right(q, *rows, **choices | ({"key_format": RowFormat.BF16} if q.shape[0] == 1 else {}))
+
+    patched(monkeypatch, "indexer", "round_index_query", plain_in_decode)
     got = step_through(model, ids, [340] + [1] * 80)
     assert not torch.equal(got[340:], want[340:])
 

@@ -116,14 +116,13 @@ def test_parts_are_views_with_the_same_bytes(name: str, sizes: tuple[int, ...], 
 
 def test_compressors_and_head_weights_in_one_fp32_linear(seed: int) -> None:
     """The five plain matrices that an indexed layer multiplies its input by, at the bundled model's sizes."""
+    sizes, width = [1024, 1024, 256, 256, 16], 256
     calls = {call.where: call.dims for call in op_calls("tiny") if call.op == "linear"}
-    places = ("attn.compressor.wkv (ratio 4)", "attn.indexer.compressor.wkv", "attn.indexer.weights_proj")
-    own, index, heads = (calls[place] for place in places)
-    sizes = [own["N"]] * 2 + [index["N"]] * 2 + [heads["N"]]
+    assert calls["attn.compressed (ratio 4)"] == {"N": sum(sizes), "K": width}
     generator = torch.Generator().manual_seed(seed)
-    parts = [weight("bf16", size, own["K"], generator) for size in sizes]
+    parts = [weight("bf16", size, width, generator) for size in sizes]
     stack = stack_rows(parts)
-    x = torch.randn(3, own["K"], generator=generator).bfloat16()
+    x = torch.randn(3, width, generator=generator).bfloat16()
     assert isinstance(stack, torch.Tensor)
     for part, got in zip(parts, linear(x, stack, out_dtype=torch.float32).split(sizes, dim=1), strict=True):
         assert isinstance(part, torch.Tensor) and torch.equal(got, linear(x, part, out_dtype=torch.float32))

@@ -40,10 +40,10 @@ def stream_limit(num_rows: int) -> int:
     return 2 * PASS_TOKENS if num_rows <= 4096 else PASS_TOKENS
 
 
-def stream_keys(num_rows: int, num_columns: int, x: str, out: str) -> list[Config]:
+def stream_keys(num_rows: int, num_columns: int, x: str, out: str, *, row_scales: bool = False) -> list[Config]:
     """Return the compile keys of every number of tokens that is streamed."""
     counts = sorted({FEW_TOKENS, TOKENS_PER_TILE, PASS_TOKENS, stream_limit(num_rows)})
-    return [config for count in counts for config in stream_configs(num_columns, count, x, out)]
+    return [config for count in counts for config in stream_configs(num_columns, count, x, out, row_scales)]
 
 
 def column_parts(num_columns: int) -> list[tuple[int, int]]:
@@ -54,7 +54,7 @@ def column_parts(num_columns: int) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def stream_configs(num_columns: int, num_tokens: int, x: str, out: str) -> list[Config]:
+def stream_configs(num_columns: int, num_tokens: int, x: str, out: str, row_scales: bool = False) -> list[Config]:
     """Return the launches for that many tokens."""
     num_tiles = min(MAX_TILES, max(1, -(-num_tokens // TOKENS_PER_TILE)))
     parts = column_parts(num_columns)
@@ -69,6 +69,7 @@ def stream_configs(num_columns: int, num_tokens: int, x: str, out: str) -> list[
             out if last == num_columns else "f32",
             few=num_tokens <= FEW_TOKENS and x == "bf16",
             wide=num_tokens > PASS_TOKENS and LinearPlan(last - first, MAX_TILES).ranks > 1,
+            row_scales=row_scales,
         )
         for first, last in parts
     ]
@@ -94,7 +95,7 @@ def stream_linear(x: tuple[torch.Tensor, ...], x_name: str, w: NvFp4Tensor, out_
     Args:
         x: (bf16 [T, K],), or codes [T, K/2], scales [T, K/16] as bytes and tensor scale [T]; all contiguous.
         x_name: "bf16" or "nvfp4".
-        w: [N, K] in fragment order.
+        w: [N, K] in fragment order, with one tensor scale or one per row.
         out_dtype: bf16 or fp32.
     """
     num_rows, num_columns = w.shape
@@ -102,11 +103,11 @@ def stream_linear(x: tuple[torch.Tensor, ...], x_name: str, w: NvFp4Tensor, out_
     out = torch.empty(num_tokens, num_rows, dtype=out_dtype, device=w.device)
     if out.numel() == 0:
         return out
-    configs = stream_configs(num_columns, num_tokens, x_name, DTYPE_NAMES[out_dtype])
+    configs = stream_configs(num_columns, num_tokens, x_name, DTYPE_NAMES[out_dtype], w.scale_per == "row")
     sums = out
     if len(configs) > 1 and out_dtype != torch.float32:
         sums = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=w.device)
-    weight = (w.codes, w.scales.view(torch.uint8), w.tensor_scale.view(1))
+    weight = (w.codes, w.scales.view(torch.uint8), w.tensor_scale.view(-1))
     num_passes = -(-num_tokens // configs[0].tokens_per_pass)
     for config in configs:
         target = out if config is configs[-1] else sums

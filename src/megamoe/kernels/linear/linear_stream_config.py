@@ -262,6 +262,7 @@ class Config:
         overlaps: the launch may start, and load weights, while the kernel ahead of it is still running.
         few: there are at most FEW_TOKENS bf16 tokens, which come through shared memory.
         wide: see LinearPlan.
+        row_scales: each weight row has a tensor scale of its own, else the matrix has one.
     """
 
     num_columns: int
@@ -274,6 +275,7 @@ class Config:
     overlaps: bool = True
     few: bool = False
     wide: bool = False
+    row_scales: bool = False
 
     @property
     def plan(self) -> LinearPlan:

@@ -49,7 +49,7 @@ def program(config: Config):
     weight = (
         matrix(Uint8, num_rows, num_columns // 2),
         matrix(Uint8, num_rows, num_columns // 16),
-        make_fake_tensor(Float32, (1,), (1,)),
+        make_fake_tensor(Float32, (num_rows if config.row_scales else 1,), (1,)),
     )
     out = rows_of(OUT_DTYPES[config.out], num_tokens, num_rows)
     last = (out, Int32(0), Int32(0), make_fake_stream(use_tvm_ffi_env_stream=True))
@@ -377,6 +377,7 @@ class LinearStream:
 
         self.thread = SegmentThread(plan, block % plan.cluster)
         self.codes, self.scales = codes.iterator.toint(), scales.iterator.toint()
+        self.tensor_scales = tensor_scale.iterator.toint()
         if cutlass.const_expr(plan.cluster > 1):
             self.thread.init_exchange(self.live_tokens)
         self.thread.init_sums()
@@ -397,7 +398,7 @@ class LinearStream:
             self.thread.arrange_few(raw)
         else:
             self.arrange_tokens(x)
-        scale = load_global_float(tensor_scale.iterator.toint())
+        scale = load_global_float(self.tensor_scales)
 
         ring_slot, ring_parity = Int32(0), Int32(0)
         for unit in cutlass.range(begin, end, unroll=1):
@@ -520,6 +521,8 @@ class LinearStream:
     def store(self, x, scale: Float32, earlier, out: cute.Tensor, row_tile: Int32, place: Int32, value: Float32):
         """Store an output of a row tile."""
         token, row = self.first_token + place // 16, row_tile * 16 + place % 16
+        if cutlass.const_expr(self.config.row_scales):
+            scale = load_global_float(self.tensor_scales + Int64(row) * 4)
         value = value * UNDO * scale
         if cutlass.const_expr(self.config.x == "nvfp4"):
             value = value * UNDO * x[2][token]

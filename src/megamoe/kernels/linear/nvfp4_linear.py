@@ -26,9 +26,10 @@ from megamoe.kernels.rows import expand_nvfp4, expand_nvfp4_config
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
-    yield from stream_keys(dims["N"], dims["K"], "nvfp4", "bf16")
+    row_scales = "scales" in dims  # matrices that were stacked
+    yield from stream_keys(dims["N"], dims["K"], "nvfp4", "bf16", row_scales=row_scales)
     yield expand_nvfp4_config.Config()
-    yield from tile_keys("nvfp4", True, "bf16")
+    yield from tile_keys("nvfp4", True, "bf16", row_scales=row_scales)
 
 
 def run(x: NvFp4Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:

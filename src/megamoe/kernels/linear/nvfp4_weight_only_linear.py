@@ -24,8 +24,9 @@ from megamoe.kernels.parts.launch import aligned, require_fragments, require_mor
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
-    yield from stream_keys(dims["N"], dims["K"], "bf16", "bf16")
-    yield from tile_keys("nvfp4", False, "bf16")
+    row_scales = "scales" in dims  # matrices that were stacked
+    yield from stream_keys(dims["N"], dims["K"], "bf16", "bf16", row_scales=row_scales)
+    yield from tile_keys("nvfp4", False, "bf16", row_scales=row_scales)
 
 
 def run(x: torch.Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> torch.Tensor:

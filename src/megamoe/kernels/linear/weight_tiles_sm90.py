@@ -43,9 +43,10 @@ def best_tile(
     return min(tiles, key=nanoseconds)
 
 
-def tile_keys(weight: str, scaled: bool, out: str) -> list[Config]:
+def tile_keys(weight: str, scaled: bool, out: str, *, row_scales: bool = False) -> list[Config]:
     """Return the compile keys for every number of rows, columns and tokens."""
-    return [Config(weight, scaled, out, *tile) for tile in (NVFP4_TILES if weight == "nvfp4" else BF16_TILES)]
+    tiles = NVFP4_TILES if weight == "nvfp4" else BF16_TILES
+    return [Config(weight, scaled, out, *tile, row_scales) for tile in tiles]
 
 
 def require_bf16(op: str, x: torch.Tensor, w: torch.Tensor, multiple: int) -> None:
@@ -75,7 +76,8 @@ def tile_linear(
     Args:
         x: [T, K] or [T, G, K] bf16, contiguous.
         x_tensor_scale: [T] or [T, G] fp32 of expanded NVFP4 activations, or None.
-        w: [N, K] or [G, N, K] in fragment order; for G above 1, K is a multiple of 128.
+        w: [N, K], with one tensor scale or one per row, or [G, N, K], in fragment order; for G above 1, K is a multiple
+            of 128.
         out_dtype: bf16 or fp32.
     """
     token_scales = () if x_tensor_scale is None else (x_tensor_scale.view(-1),)
@@ -85,7 +87,8 @@ def tile_linear(
         w.scales.view(torch.uint8).view(-1, num_columns // 16),
         w.tensor_scale.view(-1),
     )
-    return _launch("nvfp4", x, tuple(w.shape), (*weight, *token_scales), out_dtype, tile, blocks)
+    arguments, row_scales = (*weight, *token_scales), w.scale_per == "row"
+    return _launch("nvfp4", x, tuple(w.shape), arguments, out_dtype, tile, blocks, row_scales)
 
 
 def plain_tile_linear(
@@ -116,6 +119,7 @@ def _launch(
     out_dtype: torch.dtype,
     tile: tuple[int, int] | None,
     blocks: int | None,
+    row_scales: bool = False,
 ) -> torch.Tensor:
     *groups, num_rows, num_columns = w_shape
     num_tokens, num_groups = x.shape[0], groups[0] if groups else 1
@@ -125,7 +129,7 @@ def _launch(
     multiprocessors = num_multiprocessors(x.device)
     tiles = NVFP4_TILES if weight == "nvfp4" else BF16_TILES
     tile = tile or best_tile(tiles, num_groups, num_rows, num_columns, num_tokens, multiprocessors)
-    config = Config(weight, len(arguments) == 4, DTYPE_NAMES[out_dtype], *tile)
+    config = Config(weight, len(arguments) == 4, DTYPE_NAMES[out_dtype], *tile, row_scales)
     num_tiles = num_groups * -(-num_rows // config.rows) * -(-num_tokens // config.tokens)
     blocks = blocks or min(multiprocessors, num_tiles)
     kernel(config, x.device)(x.view(num_tokens, -1), *arguments, out.view(num_tokens, -1), num_groups, blocks)

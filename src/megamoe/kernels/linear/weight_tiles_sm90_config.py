@@ -26,6 +26,7 @@ class Config:
         out: "bf16" or "f32".
         rows: weight rows of a tile, 64, 128 or 256.
         tokens: tokens of a tile.
+        row_scales: each row of an NVFP4 weight has a tensor scale of its own, else each group has one; of one group.
     """
 
     weight: str
@@ -33,6 +34,7 @@ class Config:
     out: str
     rows: int
     tokens: int
+    row_scales: bool = False
 
     @property
     def warpgroups(self) -> int:

@@ -474,7 +474,11 @@ class WeightTiles:
         group, row_block, token_block = self.place(tile)
         first_token = token_block * config.tokens
         flats = [cute.make_tensor(one.iterator, cute.make_layout(cute.size(one))) for one in sums]
-        if cutlass.const_expr(config.weight == "nvfp4"):
+        first_row = warp // 4 * (GROUP_ROWS * config.row_groups) + warp % 4 * 16
+        if cutlass.const_expr(config.row_scales):
+            row = row_block * config.rows + first_row + lane // 4
+            self.scale_rows(flats, tensor_scale, token_scales, row, first_token, lane)
+        elif cutlass.const_expr(config.weight == "nvfp4"):
             factor = load_global_float(tensor_scale.iterator.toint() + Int64(group) * 4) * UNDO
             factors = [factor, factor]
             for block in cutlass.range_constexpr(config.tokens // 8):
@@ -485,7 +489,6 @@ class WeightTiles:
                 for flat in flats:
                     for position in cutlass.range_constexpr(4):
                         flat[block * 4 + position] = flat[block * 4 + position] * factors[position % 2]
-        first_row = warp // 4 * (GROUP_ROWS * config.row_groups) + warp % 4 * 16
         if cutlass.const_expr(config.out == "bf16"):
             for piece in cutlass.range_constexpr(config.tokens // config.staged_tokens):
                 wait_barrier(self.carried, parity)
@@ -503,6 +506,25 @@ class WeightTiles:
                     if (token < self.num_tokens) & (row < self.group_rows):
                         out[token, group * self.group_rows + row] = flats[index][position]
         return parity
+
+    def scale_rows(self, flats, tensor_scale, token_scales, first_row, first_token, lane):
+        """Multiply sums by the tensor scales of their rows, and of their tokens where those have one.
+
+        A thread has rows first_row and first_row + 8 of each group of 64, and two tokens of each 8.
+        """
+        config = self.config
+        for index, flat in enumerate(flats):
+            factors = []
+            for half in range(2):
+                row = cutlass.min(first_row + index * GROUP_ROWS + half * 8, self.group_rows - 1)
+                factors.append(load_global_float(tensor_scale.iterator.toint() + Int64(row) * 4) * UNDO)
+            for block in range(config.tokens // 8):
+                for position in range(4):
+                    factor = factors[position // 2]
+                    if config.scaled:
+                        token = first_token + block * 8 + lane % 4 * 2 + position % 2
+                        factor = factor * UNDO * token_scales[cutlass.min(token, self.num_tokens - 1)]
+                    flat[block * 4 + position] = flat[block * 4 + position] * factor
 
     def stage_out(self, flat, piece: int, first_row, lane):
         """Write a group of rows of some tokens to shared memory, turned token-major."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from megamoe.cache.pools import LayerPools
+from megamoe.formats.cache_rows import CachePool
 from megamoe.models.deepseek_v4.compressor import Compressor
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.indexer import Indexer
@@ -14,10 +15,11 @@ from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.snapshots import finish_layer
 from megamoe.models.deepseek_v4.weights import AttentionWeights
 from megamoe.models.recipe import Recipe
-from megamoe.ops.rms_norm import rms_norm
-from megamoe.ops.rope import RopeTable, rope
+from megamoe.ops.linear import linear
+from megamoe.ops.rope import RopeTable
+from megamoe.ops.rotate_queries import rotate_queries
 from megamoe.ops.sparse_attention import sparse_attention
-from megamoe.ops.write_cache import write_cache
+from megamoe.ops.write_latent import write_latent
 
 
 class Attention:
@@ -52,6 +54,7 @@ class Attention:
             )
         if weights.indexer is not None:
             self.indexer = Indexer(weights.indexer, config, recipe, ratio=ratio, table=table)
+        self.compressed_sizes = _compressed_sizes(weights)
 
     def __call__(self, x: torch.Tensor, plan: StepPlan, pools: LayerPools) -> torch.Tensor:
         """Return the attention output [T, D] in the dtype of x; writes this step's rows into the pools.
@@ -61,28 +64,60 @@ class Attention:
             plan: slots and positions of this step.
             pools: this layer's pools.
         """
-        query_latent, q, kv = self.project(x, plan.positions)
         window = pools.window if plan.in_rings else pools.step.window
         assert window is not None
-        write_cache(kv, window, plan.slots.window_slots)
-        selected = self.select_entries(x, query_latent, plan, pools)
-        o = self.attend(q, plan, pools, selected)
+        q, index_q = self.project(x, plan.positions, window, plan.slots.window_slots)
+        entry_idx = self.select_entries(x, index_q, plan, pools)
+        o = self.attend(q, plan, pools, entry_idx)
         finish_layer(plan, pools, self.kind)
         return self.project_output(o)
 
-    def project(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[LinearInput, torch.Tensor, torch.Tensor]:
-        """Return (normed low-rank query [T, q_lora], queries [T, H, C], latent rows [T, C]), the latter two rotated."""
+    def project(
+        self, x: torch.Tensor, positions: torch.Tensor, window: CachePool, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Store the latent rows, key and value at once, and return the queries.
+
+        Args:
+            x: [T, D] normed layer input.
+            positions: [T] int64.
+            window: where the rows go.
+            slots: [T] int64, where in it; -1 for nobody.
+
+        Returns:
+            Rotated queries [T, H, C]; index queries [T, Hi, K] as projected, or None in layers without an indexer.
+        """
         w = self.weights
         source = LinearInput(x, self.recipe)
-        query_latent = LinearInput(rms_norm(source.times(w.wq_a), w.q_norm, eps=self.eps), self.recipe)
-        q = query_latent.times(w.wq_b).unflatten(-1, (self.num_heads, self.head_dim))  # [T, H, C]
-        q = rope(rms_norm(q, None, eps=self.eps), positions, self.table)
-        return query_latent, q, self.latent_rows(source, positions)
+        if w.wq_a_wkv is None:
+            latent, kv = source.times(w.wq_a), source.times(w.wkv)
+        else:
+            latent, kv = source.times(w.wq_a_wkv).split([w.wq_a.shape[0], w.wkv.shape[0]], dim=1)
+        normed = write_latent(
+            latent, kv, w.q_norm, w.kv_norm, window, slots, positions, self.table, eps=self.eps
+        )  # [T, q_lora]
+        assert normed is not None
+        return self.queries(LinearInput(normed, self.recipe), positions)
 
-    def latent_rows(self, source: LinearInput, positions: torch.Tensor) -> torch.Tensor:
-        """Return the latent rows [T, C], key and value at once, rotated."""
-        kv = source.times(self.weights.wkv)
-        return rope(rms_norm(kv, self.weights.kv_norm, eps=self.eps), positions, self.table)
+    def queries(self, query_latent: LinearInput, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return rotated queries [T, H, C] and projected index queries [T, Hi, K] of the normed low-rank query."""
+        w, index_q = self.weights, None
+        if self.indexer is None or w.indexer is None:
+            q = query_latent.times(w.wq_b)
+        else:
+            if w.wq_b_both is None:
+                q, index_q = query_latent.times(w.wq_b), query_latent.times(w.indexer.wq_b)
+            else:
+                sizes = [w.wq_b.shape[0], w.indexer.wq_b.shape[0]]
+                q, index_q = query_latent.times(w.wq_b_both).split(sizes, dim=1)
+            index_q = index_q.unflatten(-1, (self.indexer.num_heads, self.indexer.head_dim))  # [T, Hi, K]
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [T, H, C]
+        return rotate_queries(q, positions, self.table, eps=self.eps), index_q
+
+    def write_rows(self, source: LinearInput, positions: torch.Tensor, window: CachePool, slots: torch.Tensor) -> None:
+        """Store the latent rows of tokens that no query is needed of; arguments as in `project`."""
+        w = self.weights
+        kv = source.times(w.wkv)
+        write_latent(None, kv, None, w.kv_norm, window, slots, positions, self.table, eps=self.eps)
 
     def attend(
         self, q: torch.Tensor, plan: StepPlan, pools: LayerPools, entry_idx: torch.Tensor | None
@@ -122,11 +157,26 @@ class Attention:
         return LinearInput(z.flatten(1), self.recipe).times(w.wo_b)
 
     def select_entries(
-        self, x: torch.Tensor, query_latent: LinearInput, plan: StepPlan, pools: LayerPools
+        self, x: torch.Tensor, index_q: torch.Tensor | None, plan: StepPlan, pools: LayerPools
     ) -> torch.Tensor | None:
         """Compress this step's tokens; return the entries [T, J] int32 that each token attends to, None for all."""
         if self.compressor is None:
             return None
-        assert pools.state is not None and pools.entries is not None
-        self.compressor(x, plan, self.kind, pools.state, pools.step.state, pools.entries)
-        return None if self.indexer is None else self.indexer(x, query_latent, plan, pools)
+        assert pools.state is not None and pools.entries is not None and self.weights.compressed is not None
+        projected = linear(x, self.weights.compressed, out_dtype=torch.float32)  # [T, raw, index raw, Hi]
+        raw, index_raw, head_weights = projected.split(self.compressed_sizes, dim=1)
+        self.compressor(raw, plan, self.kind, pools.state, pools.step.state, pools.entries, x.dtype)
+        if self.indexer is None:
+            return None
+        assert index_q is not None
+        return self.indexer(index_q, index_raw, head_weights, plan, pools)
+
+
+def _compressed_sizes(weights: AttentionWeights) -> list[int]:
+    """Return the columns of the stacked fp32 linear: raw rows, raw rows of the index compressor, index heads."""
+    if weights.compressor is None:
+        return []
+    if weights.indexer is None:
+        return [2 * weights.compressor.wkv.shape[0], 0, 0]
+    index = weights.indexer
+    return [2 * weights.compressor.wkv.shape[0], 2 * index.compressor.wkv.shape[0], index.weights_proj.shape[0]]

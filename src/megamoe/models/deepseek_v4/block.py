@@ -8,7 +8,7 @@ import torch
 from megamoe.cache.pools import LayerPools
 from megamoe.models.deepseek_v4.attention import Attention
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
-from megamoe.models.deepseek_v4.hyper_connection import wrap_sublayer
+from megamoe.models.deepseek_v4.hyper_connection import Unmixed, wrap_sublayer
 from megamoe.models.deepseek_v4.moe import Moe
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.weights import BlockWeights
@@ -35,8 +35,14 @@ class Block:
         self.attention = Attention(weights.attention, config, recipe, kind=kind, ratio=ratio, table=table)
         self.moe = Moe(weights.moe, config, recipe)
 
-    def __call__(self, streams: torch.Tensor, plan: StepPlan, pools: LayerPools) -> torch.Tensor:
-        """Return the streams [T, X, D] after this block."""
+    def __call__(self, before: torch.Tensor | Unmixed, plan: StepPlan, pools: LayerPools) -> Unmixed:
+        """Return the streams after this block, the last output not mixed in yet.
+
+        Args:
+            before: the streams [T, X, D], or what the block before returned.
+            plan: this step.
+            pools: this layer's pools.
+        """
         w = self.weights
-        streams = wrap_sublayer(streams, w.hc_attn, w.attn_norm, lambda x: self.attention(x, plan, pools), self.config)
-        return wrap_sublayer(streams, w.hc_ffn, w.ffn_norm, lambda x: self.moe(x, plan.token_ids), self.config)
+        after = wrap_sublayer(before, w.hc_attn, w.attn_norm, lambda x: self.attention(x, plan, pools), self.config)
+        return wrap_sublayer(after, w.hc_ffn, w.ffn_norm, lambda x: self.moe(x, plan.token_ids), self.config)

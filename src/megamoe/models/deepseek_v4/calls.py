@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 import torch
 
 from megamoe.checkpoint.reader import CheckpointReader
-from megamoe.formats.cache_rows import RowFormat
+from megamoe.formats import fp8
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig, load_config
 from megamoe.models.deepseek_v4.layout import Format
 from megamoe.models.deepseek_v4.shapes import OpCall
@@ -144,8 +144,9 @@ class _Calls:
     def block(self, prefix: str, kind: LayerKind, ratio: int, hash_routed: bool) -> None:
         config = self.config
         streams = {"X": config.hc_mult, "D": config.hidden_size}
-        self.add(("hyper_connection_pre_norm", "hyper_connection_post"), "hc_attn, hc_ffn", **streams)
-        self.add("rms_norm", "attn_norm, ffn_norm, norm", K=config.hidden_size)
+        # Before the first block and after the last one, of a draft too, the two are calls of their own.
+        ops = ("hyper_connection_post_pre_norm", "hyper_connection_pre_norm", "hyper_connection_post")
+        self.add(ops, "hc_attn, hc_ffn", **streams)
         read = self.attention(f"{prefix}.attn", kind, ratio)
         read |= self.moe(f"{prefix}.ffn", hash_routed)
         self.quantized_input("attn input, ffn input", read, K=config.hidden_size)
@@ -156,19 +157,22 @@ class _Calls:
         hidden, latent, width = config.hidden_size, config.q_lora_rank, config.head_dim
         heads, rotary = config.num_attention_heads, config.qk_rope_head_dim
         groups, low_rank = config.o_groups, config.o_groups * config.o_lora_rank
-        read = self.weight("linear", [f"{prefix}.wq_a"], "attn.wq_a", N=latent, K=hidden)
-        read = read | self.weight("linear", [f"{prefix}.wkv"], "attn.wkv", N=width, K=hidden)
-        self.add("rms_norm", "attn.q_norm", K=latent)
-        of_latent = self.weight("linear", [f"{prefix}.wq_b"], "attn.wq_b", N=heads * width, K=latent)
-        self.add("rms_norm", "attn queries", H=heads, K=width)
-        self.add("rope", "attn queries, attn output", H=heads, C=width, R=rotary)
-        self.add("rms_norm", "attn.kv_norm", K=width)
-        self.add("rope", "attn latent", C=width, R=rotary)
-        self.add(("write_cache", "copy_cache", "save_rows"), "window latents", width=width)
+        read = self.stack(prefix, {"wq_a": latent, "wkv": width}, hidden)
+        self.add("write_latent", "attn latents", Q=latent, C=width, R=rotary)
+        queries = {"wq_b": heads * width}
+        if kind is LayerKind.CSA:
+            queries["indexer.wq_b"] = config.index_n_heads * config.index_head_dim
+        of_latent = self.stack(prefix, queries, latent)
+        self.add("rotate_queries", "attn queries", H=heads, C=width, R=rotary)
+        self.add(("copy_cache", "save_rows"), "window latents", width=width)
         if kind is not LayerKind.SWA:
+            num_rows = (4 if kind is LayerKind.CSA else 2) * width
+            if kind is LayerKind.CSA:
+                num_rows += 4 * config.index_head_dim + config.index_n_heads
+            self.add("linear", f"attn.compressed (ratio {ratio})", N=num_rows, K=hidden)
             self.compressor("attn.compressor", f" (ratio {ratio})", ratio, width, kind is LayerKind.CSA)
         if kind is LayerKind.CSA:
-            of_latent = of_latent | self.indexer(prefix, ratio)
+            self.indexer(ratio)
         window = {"H": heads, "C": width, "W": config.sliding_window}
         where = "window only" if kind is LayerKind.SWA else f"ratio {ratio}"
         chosen = {LayerKind.SWA: 0, LayerKind.CSA: config.index_topk}
@@ -182,10 +186,32 @@ class _Calls:
         self.quantized_input("attn.wo_b input", stored, K=low_rank)
         return read
 
+    def stack(self, prefix: str, sizes: Mapping[str, int], num_columns: int) -> Set[Format]:
+        """Add the calls of weights [N, K] of one input, by name; return how they are stored.
+
+        They are one linear where one operation multiplies by all of them, and the blocks of FP8 weights do not lie
+        across two of them; else one each. Where nobody has seen the tensors it may be either.
+        """
+        stored = {name: self.stored([f"{prefix}.{name}"]) for name in sizes}
+        ops = {name: {weight_ops(one, self.recipe)["linear"] for one in found} for name, found in stored.items()}
+        common = set.intersection(*ops.values())
+        *before, _ = sizes.values()
+        if any(size % fp8.BLOCK for size in before):
+            common.discard("fp8_linear")
+        where = ", ".join(f"attn.{name}" for name in sizes)
+        order = [weight_ops(one, self.recipe)["linear"] for one in Format]
+        num_rows = sum(sizes.values())
+        for op in dict.fromkeys(op for op in order if op in common):  # NVFP4 matrices keep their tensor scales
+            stacked_scales = {"scales": num_rows} if len(sizes) > 1 and op.startswith("nvfp4") else {}
+            self.add(op, where, N=num_rows, K=num_columns, **stacked_scales)
+        if len(sizes) > 1 and (self.formats is None or not common):
+            for name, num_rows in sizes.items():
+                self.weight("linear", [f"{prefix}.{name}"], f"attn.{name}", N=num_rows, K=num_columns)
+        return set().union(*stored.values())
+
     def compressor(self, name: str, suffix: str, ratio: int, channels: int, overlap: bool) -> None:
         width = channels * (2 if overlap else 1)
         is_index = name == "attn.indexer.compressor"
-        self.add("linear", f"{name}.wkv{suffix}", N=width, K=self.config.hidden_size)
         raw = "index compressor rows" if is_index else f"compressor rows{suffix}"
         # Where blocks do not overlap, a sequence continues at a page boundary without raw rows: none are saved.
         self.add(("copy_cache", "save_rows") if overlap else "copy_cache", raw, width=2 * width)
@@ -194,22 +220,12 @@ class _Calls:
         else:
             self.add("compress_kv", f"{name}{suffix}", ratio=ratio, coff=2 if overlap else 1, D=channels)
 
-    def indexer(self, prefix: str, ratio: int) -> Set[Format]:
-        config, recipe = self.config, self.recipe
+    def indexer(self, ratio: int) -> None:
+        config = self.config
         heads, width = config.index_n_heads, config.index_head_dim
         self.compressor("attn.indexer.compressor", "", ratio, width, True)
-        sizes = {"N": heads * width, "K": config.q_lora_rank}
-        stored = self.weight("linear", [f"{prefix}.indexer.wq_b"], "attn.indexer.wq_b", **sizes)
-        self.add("rope", "attn.indexer queries", H=heads, C=width, R=config.qk_rope_head_dim)
-        self.add("linear", "attn.indexer.weights_proj", N=heads, K=config.hidden_size)
-        if recipe.index_hadamard:
-            self.add("hadamard", "attn.indexer queries", Hi=heads, n=width)
-        if recipe.index_key_format is RowFormat.INDEX_FP4:
-            self.add("quantize_mxfp4", "attn.indexer queries", Hi=heads, K=width)
-        elif recipe.index_key_format is RowFormat.INDEX_FP8:
-            self.add("quantize_fp8_rows", "attn.indexer queries", Hi=heads, K=width)
+        self.add("round_index_query", "attn.indexer queries", Hi=heads, K=width, R=config.qk_rope_head_dim)
         self.add("index_topk", "attn.indexer", Hi=heads, K=width, top_k=config.index_topk)
-        return stored
 
     def moe(self, prefix: str, hash_routed: bool) -> Set[Format]:
         """Add the calls of a mixture of experts; return how the shared weights that multiply its input are stored."""
@@ -232,14 +248,17 @@ class _Calls:
 
     def head(self) -> None:
         config = self.config
-        self.add("hyper_connection_head", "hc_head", X=config.hc_mult, D=config.hidden_size)
-        self.add("rms_norm", "attn_norm, ffn_norm, norm", K=config.hidden_size)
+        self.add("embed_streams", "embed", V=config.vocab_size, X=config.hc_mult, D=config.hidden_size)
+        self.add("hyper_connection_head_norm", "hc_head", X=config.hc_mult, D=config.hidden_size)
         self.add("linear", "head", N=config.vocab_size, K=config.hidden_size)
         self.add(("sample", "penalize", "token_logprobs"), "logits", V=config.vocab_size)
 
     def mtp(self, prefix: str) -> None:
-        hidden = self.config.hidden_size
-        self.add("rms_norm", "mtp.hnorm", X=self.config.hc_mult, K=hidden)
+        hidden, num_streams = self.config.hidden_size, self.config.hc_mult
+        self.add("embed_streams", "mtp embed", V=self.config.vocab_size, X=1, D=hidden)
+        self.add("rms_norm", "mtp.enorm, mtp.main_norm, mtp.norm", K=hidden)
+        self.add("rms_norm", "mtp.hnorm", X=num_streams, K=hidden)
+        self.add("add_to_streams", "mtp input", X=num_streams, D=hidden)
         stored = self.weight("linear", [f"{prefix}.e_proj", f"{prefix}.h_proj"], "mtp.e_proj", N=hidden, K=hidden)
         self.quantized_input("attn input, ffn input", stored, K=hidden)
 
@@ -250,6 +269,12 @@ class _Calls:
         stored = self.weight("linear", ["mtp.0.main_proj"], "mtp.main_proj", N=hidden, K=width)
         self.quantized_input("mtp.main_proj input", stored, K=width)
         sizes = {"H": config.num_attention_heads, "C": config.head_dim, "W": config.sliding_window}
+        self.add("mean_of_streams", "mtp taps", X=config.hc_mult, D=hidden)
+        self.add("rms_norm", "mtp.enorm, mtp.main_norm, mtp.norm", K=hidden)
+        self.add("write_latent", "mtp latents", C=config.head_dim, R=config.qk_rope_head_dim)
+        self.weight("linear", ["mtp.0.attn.wkv"], "attn.wkv", N=config.head_dim, K=hidden)  # rows without queries
+        self.add("hyper_connection_head", "hc_head", X=config.hc_mult, D=hidden)
+        self.add("embed_streams", "mtp.markov_head.markov_w1", V=config.vocab_size, X=1, D=shape.markov_rank)
         self.add("sparse_attention", "attn (DSpark block)", **sizes, J=shape.block_size)
         self.add("linear", "mtp.markov_head.markov_w2", N=config.vocab_size, K=shape.markov_rank)
         self.add("linear", "mtp.confidence_head.proj", N=1, K=hidden + shape.markov_rank)

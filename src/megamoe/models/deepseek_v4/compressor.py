@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compressor: every `ratio` tokens become one entry."""
+"""Compressor: every `ratio` tokens become one entry. Its projection is a part of one stacked linear (attention.py)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from megamoe.models.deepseek_v4.config import LayerKind
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.weights import CompressorWeights
 from megamoe.ops.compress_kv import compress_kv
-from megamoe.ops.linear import linear
 from megamoe.ops.rope import RopeTable
 
 
 class Compressor:
-    """Projects tokens to raw rows, keeps them by position, and writes the entries of the blocks a step completes."""
+    """Keeps the raw rows of tokens by position, and writes the entries of the blocks a step completes."""
 
     def __init__(self, weights: CompressorWeights, *, ratio: int, overlap: bool, table: RopeTable, eps: float) -> None:
         """Bind weights and the rotary table of the layer."""
@@ -27,26 +26,28 @@ class Compressor:
 
     def __call__(
         self,
-        x: torch.Tensor,
+        raw: torch.Tensor,
         plan: StepPlan,
         kind: LayerKind,
         state: CachePool,
         step: CachePool | None,
         entries: CachePool,
+        out_dtype: torch.dtype,
     ) -> None:
-        """Store the raw rows of `x` and write the entries completed in this step.
+        """Store the raw rows of a step and write the entries completed in this step.
 
         Args:
-            x: [T, D] normed layer input; entries are rounded to its dtype before their row format.
+            raw: [T, 2 * coff * C] fp32, the layer's input times wkv, then times wgate; any row stride.
             plan: this step.
             kind: of the layer.
             state: FP32 rings of raw rows.
             step: FP32 raw rows of a step that does not go into the rings.
             entries: where the entries go.
+            out_dtype: what entries are rounded to before their row format.
         """
         slots = plan.entry_slots(kind)
         compress_kv(
-            self.project(x),
+            raw,
             self.weights.ape,
             self.weights.norm,
             state,
@@ -62,10 +63,5 @@ class Compressor:
             ratio=self.ratio,
             overlap=self.overlap,
             eps=self.eps,
-            out_dtype=x.dtype,
+            out_dtype=out_dtype,
         )
-
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the raw rows [T, 2 * coff * C] fp32 of `x`: values, then scores without `ape`."""
-        values = linear(x, self.weights.wkv, out_dtype=torch.float32)  # [T, coff * C]
-        return torch.cat([values, linear(x, self.weights.wgate, out_dtype=torch.float32)], dim=-1)

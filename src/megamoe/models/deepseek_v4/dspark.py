@@ -23,25 +23,17 @@ from megamoe.cache.pools import LayerPools
 from megamoe.formats.cache_rows import CachePool
 from megamoe.models.deepseek_v4.block import Block
 from megamoe.models.deepseek_v4.config import DSparkConfig, LayerKind, ModelConfig
-from megamoe.models.deepseek_v4.hyper_connection import collapse_streams, wrap_sublayer
+from megamoe.models.deepseek_v4.hyper_connection import Unmixed, collapse_streams, wrap_sublayer
 from megamoe.models.deepseek_v4.linear import LinearInput
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.snapshots import finish_layer, save
 from megamoe.models.deepseek_v4.weights import DSparkWeights
 from megamoe.models.recipe import Recipe
+from megamoe.ops.embed_streams import embed_streams
 from megamoe.ops.linear import linear
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import RopeTable
 from megamoe.ops.sparse_attention import sparse_attention
-from megamoe.ops.write_cache import write_cache
-
-
-def mean_of_streams(streams: torch.Tensor) -> torch.Tensor:
-    """Return the mean [T, D] of streams [T, X, D], added in fp32 in their order and rounded once to their dtype."""
-    total = streams[:, 0].float()
-    for stream in range(1, streams.shape[1]):
-        total = total + streams[:, stream].float()
-    return (total / streams.shape[1]).to(streams.dtype)
 
 
 class DSpark:
@@ -86,18 +78,18 @@ class DSpark:
         for stage, stage_pools in zip(self.stages, pools, strict=True):
             window = stage_pools.window if plan.in_rings else stage_pools.step.window
             assert window is not None
-            write_cache(stage.attention.latent_rows(source, plan.positions), window, plan.slots.window_slots)
+            stage.attention.write_rows(source, plan.positions, window, plan.slots.window_slots)
             finish_layer(plan, stage_pools, LayerKind.SWA)
         if plan.in_rings and plan.saves is not None:
             save(plan.saves, pools, plan.window.block_tables, in_step=False)
 
     def block(
-        self, embedded: torch.Tensor, ids: torch.Tensor, last: StepPlan, pools: Sequence[LayerPools]
+        self, table: torch.Tensor, ids: torch.Tensor, last: StepPlan, pools: Sequence[LayerPools]
     ) -> torch.Tensor:
         """Run the stages over one block per sequence.
 
         Args:
-            embedded: [N, K, D], embeddings of `ids`.
+            table: [V, D], the embedding.
             ids: [N, K] int64, the newest token and noise; K is the block size.
             last: plan of the last certain position of each of the N sequences.
             pools: the stages' own pools; not changed.
@@ -109,10 +101,15 @@ class DSpark:
         num_rings = last.window.block_tables.shape[0]
         rows = CachePool.allocate(num_rings, size, self.recipe.kv_row_format, self.config.head_dim, device=ids.device)
         plan = _BlockPlan.after(last, ids)
-        streams = embedded.flatten(0, 1)[:, None, :].repeat(1, self.config.hc_mult, 1)  # [N * K, X, D]
+        dtype = self.recipe.activation_dtype
+        streams: torch.Tensor | Unmixed
+        streams = embed_streams(
+            table, plan.token_ids, num_streams=self.config.hc_mult, out_dtype=dtype
+        )  # [N * K, X, D]
         for stage, stage_pools in zip(self.stages, pools, strict=True):
             streams = _run(stage, streams, plan, stage_pools.window, rows, self.config)
-        return collapse_streams(streams, self.weights.hc_head, self.config).view(num_sequences, size, -1)
+        mixed = streams.mixed() if isinstance(streams, Unmixed) else streams
+        return collapse_streams(mixed, self.weights.hc_head, self.config).view(num_sequences, size, -1)
 
     def base_logits(self, hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits [N, K, V] of a block before the chain.
@@ -163,7 +160,8 @@ class DSpark:
         return linear(features, self.weights.confidence, out_dtype=torch.float32).view(drafted.shape).sigmoid()
 
     def _table_row(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weights.markov_w1[ids].to(self.recipe.activation_dtype)
+        dtype = self.recipe.activation_dtype
+        return embed_streams(self.weights.markov_w1, ids, num_streams=1, out_dtype=dtype).squeeze(1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,18 +205,17 @@ class _BlockPlan:
 
 def _run(
     stage: Block,
-    streams: torch.Tensor,
+    before: torch.Tensor | Unmixed,
     plan: _BlockPlan,
     window: CachePool,
     rows: CachePool,
     config: ModelConfig,
-) -> torch.Tensor:
-    """Run one stage over blocks whose own rows go to `rows`; returns the streams [N * K, X, D]."""
+) -> Unmixed:
+    """Run one stage over blocks whose own rows go to `rows`; returns the streams of N * K tokens."""
     attention, w = stage.attention, stage.weights
 
     def attend(x: torch.Tensor) -> torch.Tensor:
-        _, q, latent = attention.project(x, plan.positions)
-        write_cache(latent, rows, plan.slots)
+        q, _ = attention.project(x, plan.positions, rows, plan.slots)
         o = sparse_attention(
             q,
             window,
@@ -240,5 +237,5 @@ def _run(
         )
         return attention.project_output(o)
 
-    streams = wrap_sublayer(streams, w.hc_attn, w.attn_norm, attend, config)
-    return wrap_sublayer(streams, w.hc_ffn, w.ffn_norm, lambda x: stage.moe(x, plan.token_ids), config)
+    after = wrap_sublayer(before, w.hc_attn, w.attn_norm, attend, config)
+    return wrap_sublayer(after, w.hc_ffn, w.ffn_norm, lambda x: stage.moe(x, plan.token_ids), config)

@@ -39,13 +39,13 @@ class DSparkDrafter:
     def __init__(
         self,
         dspark: DSpark,
-        embed: Callable[[torch.Tensor], torch.Tensor],
+        table: torch.Tensor,
         head: torch.Tensor,
         cache: SharedCache,
     ) -> None:
         """Bind the stages to the rings of a shared cache; their pools are the cache's draft pools."""
         self._dspark = dspark
-        self._embed = embed
+        self._table = table
         self._head = head
         self._cache = cache
         self._pools = cache.draft_layers
@@ -83,8 +83,7 @@ class DSparkDrafter:
         shape = self._dspark.shape
         ids = newest.new_full((len(newest), shape.block_size), shape.noise_token_id)
         ids[:, 0] = newest
-        embedded = self._embed(ids.flatten()).view(*ids.shape, -1)
-        return self._dspark.block(embedded, ids, last, self._pools)
+        return self._dspark.block(self._table, ids, last, self._pools)
 
     def _plan(
         self, ids: IntArray, starts: IntArray, counts: IntArray, rings: IntArray, saves: tuple[Save, ...] = ()

@@ -6,20 +6,14 @@ from __future__ import annotations
 import torch
 
 from megamoe.cache.pools import LayerPools
-from megamoe.formats.cache_rows import RowFormat
-from megamoe.formats.fp8 import Fp8RowTensor
-from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.models.deepseek_v4.compressor import Compressor
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
-from megamoe.models.deepseek_v4.linear import LinearInput
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.weights import IndexerWeights
 from megamoe.models.recipe import Recipe
-from megamoe.ops.hadamard import hadamard
 from megamoe.ops.index_topk import index_topk
-from megamoe.ops.linear import linear
-from megamoe.ops.quantize import quantize_fp8_rows, quantize_mxfp4
-from megamoe.ops.rope import RopeTable, rope
+from megamoe.ops.rope import RopeTable
+from megamoe.ops.round_index_query import round_index_query
 from megamoe.ops.write_index_keys import write_index_keys
 
 
@@ -41,12 +35,15 @@ class Indexer:
             weights.compressor, ratio=ratio, overlap=True, table=table, eps=config.rms_norm_eps
         )
 
-    def __call__(self, x: torch.Tensor, query_latent: LinearInput, plan: StepPlan, pools: LayerPools) -> torch.Tensor:
+    def __call__(
+        self, q: torch.Tensor, raw: torch.Tensor, head_weights: torch.Tensor, plan: StepPlan, pools: LayerPools
+    ) -> torch.Tensor:
         """Write this step's index keys and return the selected entries.
 
         Args:
-            x: [T, D] normed layer input.
-            query_latent: [T, q_lora] the normed low-rank query shared with the main attention.
+            q: [T, Hi, K] index queries as projected, not rotated; like the two below at any stride of tokens.
+            raw: [T, 4 * K] fp32, raw rows of the index compressor.
+            head_weights: [T, Hi] fp32 as projected, not scaled.
             plan: this step.
             pools: this layer's pools.
 
@@ -56,7 +53,7 @@ class Indexer:
         assert pools.index_state is not None and pools.index_keys is not None
         slots, tables, compressor = plan.entry_slots(LayerKind.CSA), plan.tables[LayerKind.CSA], self.compressor
         write_index_keys(
-            compressor.project(x),
+            raw,
             compressor.weights.ape,
             compressor.weights.norm,
             pools.index_state,
@@ -72,28 +69,23 @@ class Indexer:
             ratio=compressor.ratio,
             rotate=self.recipe.index_hadamard,
             eps=compressor.eps,
-            out_dtype=x.dtype,
+            out_dtype=q.dtype,
         )
-
-        q = query_latent.times(self.weights.wq_b).unflatten(-1, (self.num_heads, self.head_dim))  # [T, Hi, 128]
-        q = rope(q, plan.positions, self.table)
-        head_weights = linear(x, self.weights.weights_proj, out_dtype=torch.float32) * self.head_scale  # [T, Hi]
-        return index_topk(
-            self.round_query(q),
+        query, scaled_weights = round_index_query(
+            q,
             head_weights,
+            plan.positions,
+            self.table,
+            key_format=self.recipe.index_key_format,
+            hadamard=self.recipe.index_hadamard,
+            head_scale=self.head_scale,
+        )
+        return index_topk(
+            query,
+            scaled_weights,
             pools.index_keys,
             block_tables=tables.entries.block_tables,
             requests=plan.slots.requests,
             num_visible=slots.num_visible,
             top_k=self.top_k,
         )
-
-    def round_query(self, q: torch.Tensor) -> torch.Tensor | MxFp4Tensor | Fp8RowTensor:
-        """Return the index query as the recipe's index-key format rounds it."""
-        if self.recipe.index_hadamard:
-            q = hadamard(q)
-        if self.recipe.index_key_format is RowFormat.INDEX_FP4:
-            return quantize_mxfp4(q)
-        if self.recipe.index_key_format is RowFormat.INDEX_FP8:
-            return quantize_fp8_rows(q, group=self.head_dim)
-        return q

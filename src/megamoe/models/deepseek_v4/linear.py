@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from megamoe.formats.fp8 import Fp8BlockTensor
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
-from megamoe.models.deepseek_v4.weights import LinearWeight, MoeWeights
+from megamoe.models.deepseek_v4.stacked import LinearWeight
+from megamoe.models.deepseek_v4.weights import MoeWeights
 from megamoe.models.recipe import NvFp4Arithmetic, Recipe
 from megamoe.ops.experts import experts
 from megamoe.ops.fp8_experts import fp8_experts
@@ -40,6 +41,7 @@ class LinearInput:
         self.x = x
         self._w4a4 = recipe.nvfp4_arithmetic is NvFp4Arithmetic.NVFP4_ACTIVATIONS
         self._nvfp4: NvFp4Tensor | None = None
+        self._fp8: Fp8RowTensor | None = None
 
     def times(self, w: LinearWeight) -> torch.Tensor:
         """Return x @ w.T as [T, N] in the dtype of x, by the operation of w's format."""
@@ -50,7 +52,9 @@ class LinearInput:
                 self._nvfp4 = quantize_nvfp4(self.x)
             return nvfp4_linear(self._nvfp4, w, out_dtype=self.x.dtype)
         if isinstance(w, Fp8BlockTensor):
-            return fp8_linear(quantize_fp8_rows(self.x), w, out_dtype=self.x.dtype)
+            if self._fp8 is None:
+                self._fp8 = quantize_fp8_rows(self.x)
+            return fp8_linear(self._fp8, w, out_dtype=self.x.dtype)
         return linear(self.x, w)
 
 

@@ -26,17 +26,18 @@ from megamoe.models.deepseek_v4.cache import (
 )
 from megamoe.models.deepseek_v4.calls import model_calls, pairs
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
-from megamoe.models.deepseek_v4.dspark import DSpark, mean_of_streams
+from megamoe.models.deepseek_v4.dspark import DSpark
 from megamoe.models.deepseek_v4.dspark_drafter import DSparkDrafter, Tapped
-from megamoe.models.deepseek_v4.hyper_connection import collapse_streams
+from megamoe.models.deepseek_v4.hyper_connection import Unmixed, head_input
 from megamoe.models.deepseek_v4.mtp import MtpStage
 from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.weights import ModelWeights
 from megamoe.models.recipe import Recipe
+from megamoe.ops.embed_streams import embed_streams
 from megamoe.ops.linear import linear
-from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import rope_table
+from megamoe.ops.streams import mean_of_streams
 
 
 class Model:
@@ -167,15 +168,17 @@ class Model:
             streams = self.forward(plan, cache.layers)
             cache.finish(plan)
             return streams
-        taps: dict[int, torch.Tensor] = dict.fromkeys(self.dspark.shape.target_layer_ids, torch.empty(0))
-        streams = self.forward(plan, cache.layers, taps)
+        layers, hidden = self.dspark.shape.target_layer_ids, self.config.hidden_size
+        num_tokens, dtype = plan.token_ids.shape[0], self.recipe.activation_dtype
+        taps = torch.empty(num_tokens, len(layers) * hidden, dtype=dtype, device=self.device)
+        streams = self.forward(plan, cache.layers, dict(zip(layers, taps.split(hidden, dim=1), strict=True)))
         cache.finish(plan)
-        return Tapped(streams, torch.cat([taps[layer] for layer in self.dspark.shape.target_layer_ids], dim=1))
+        return Tapped(streams, taps)
 
     def logits_of(self, hidden: torch.Tensor | Tapped, rows: torch.Tensor | None) -> torch.Tensor:
         """Return fp32 logits [N, V] of some rows (int64 [N]) of what `run` returned, or of all."""
         streams = hidden.streams if isinstance(hidden, Tapped) else hidden
-        return self.head(streams if rows is None else streams[rows])
+        return self.head(streams, rows)
 
     def new_drafter(self, cache: SharedCache, num_tokens: int) -> MtpDrafter | DSparkDrafter:
         """Return the drafter of this checkpoint over a shared cache made with drafts: DSpark's, or the classic one.
@@ -189,7 +192,7 @@ class Model:
                     f"drafts: model {self.name!r} drafts {self.dspark.shape.block_size} tokens at once; got "
                     f"{num_tokens}. Set speculative_tokens to at most that."
                 )
-            return DSparkDrafter(self.dspark, self.embed, self.weights.head, cache)
+            return DSparkDrafter(self.dspark, self.weights.embed, self.weights.head, cache)
         if not self.mtp:
             raise ValueError(
                 f"drafts: model {self.name!r} has no draft weights that can be used. Set speculative_tokens to 0."
@@ -236,31 +239,37 @@ class Model:
         return streams
 
     def forward(
-        self, plan: StepPlan, pools: Sequence[LayerPools], taps: dict[int, torch.Tensor] | None = None
+        self, plan: StepPlan, pools: Sequence[LayerPools], taps: Mapping[int, torch.Tensor] | None = None
     ) -> torch.Tensor:
         """Run all blocks over the tokens of `plan`; returns the streams [T, X, D] in the activation dtype.
 
         Args:
             plan: the tokens.
             pools: per layer.
-            taps: for each layer number in it, the mean [T, D] of the streams after that layer is put there.
+            taps: layer number → [T, D], where the mean of the streams after that layer is written.
         """
-        embedded = self.embed(plan.token_ids)  # [T, D]
-        streams = embedded[:, None, :].repeat(1, self.config.hc_mult, 1)  # [T, X, D]
+        streams = self._embed(plan.token_ids, self.config.hc_mult)  # [T, X, D]
+        before: torch.Tensor | Unmixed = streams
         for layer, (block, layer_pools) in enumerate(zip(self.blocks, pools, strict=True)):
-            streams = block(streams, plan, layer_pools)
-            if taps is not None and layer in taps:
-                taps[layer] = mean_of_streams(streams)
+            after = block(before, plan, layer_pools)
+            before = after
+            if layer == len(self.blocks) - 1 or (taps is not None and layer in taps):
+                before = streams = after.mixed()
+                if taps is not None and layer in taps:
+                    mean_of_streams(streams, out=taps[layer])
         return streams
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return embeddings [T, D] in the activation dtype."""
-        return self.weights.embed[ids].to(self.recipe.activation_dtype)
+        return self._embed(ids, 1).squeeze(1)
 
-    def head(self, streams: torch.Tensor) -> torch.Tensor:
-        """Return fp32 logits [T, V] from the last block's streams [T, X, D]."""
-        h = collapse_streams(streams, self.weights.hc_head, self.config)
-        h = rms_norm(h, self.weights.norm, eps=self.config.rms_norm_eps)
+    def _embed(self, ids: torch.Tensor, num_streams: int) -> torch.Tensor:
+        dtype = self.recipe.activation_dtype
+        return embed_streams(self.weights.embed, ids, num_streams=num_streams, out_dtype=dtype)
+
+    def head(self, streams: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return fp32 logits [N, V] of some rows (int64 [N], -1 for nobody) of the last block's streams, or of all."""
+        h = head_input(streams, rows, self.weights.hc_head, self.weights.norm, self.config)
         return linear(h, self.weights.head, out_dtype=torch.float32)
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 from megamoe.cache.pools import LayerPools
 from megamoe.models.deepseek_v4.block import Block
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
-from megamoe.models.deepseek_v4.hyper_connection import collapse_streams
+from megamoe.models.deepseek_v4.hyper_connection import head_input
 from megamoe.models.deepseek_v4.linear import LinearInput
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.weights import MtpWeights
@@ -16,6 +16,7 @@ from megamoe.models.recipe import Recipe
 from megamoe.ops.linear import linear
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import RopeTable
+from megamoe.ops.streams import add_to_streams
 
 
 class MtpStage:
@@ -44,10 +45,9 @@ class MtpStage:
         num_tokens, num_streams, hidden = streams.shape
         normed = rms_norm(streams, w.hnorm, eps=eps).reshape(num_tokens * num_streams, hidden)
         h = LinearInput(normed, self.recipe).times(w.h_proj).view(num_tokens, num_streams, hidden)
-        mixed = (e[:, None, :].float() + h.float()).to(streams.dtype)
-        return self.block(mixed, plan, pools)
+        return self.block(add_to_streams(h, e), plan, pools).mixed()
 
     def logits(self, streams: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Return fp32 logits [T, V] from this stage's streams, by its own norm and hc_head."""
-        h = collapse_streams(streams, self.weights.hc_head, self.config)
-        return linear(rms_norm(h, self.weights.norm, eps=self.config.rms_norm_eps), head, out_dtype=torch.float32)
+        w = self.weights
+        return linear(head_input(streams, None, w.hc_head, w.norm, self.config), head, out_dtype=torch.float32)

@@ -9,7 +9,7 @@ The tiny model has no DSpark draft; its sizes in those rows are of one with two 
 
     T tokens  D hidden  H heads  C head channels  R rotary channels  G output groups  X streams  V vocabulary
     E experts  A active experts  F expert inner size  J cache entries a token attends to  Hi index heads
-    N, K output and input channels of a linear; n, width the last dimension
+    N, K output and input channels of a linear; n, width the last dimension; scales, tensor scales if not one
 """
 
 from __future__ import annotations
@@ -53,6 +53,19 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     (_LINEAR, "attn.wq_b", {"N": (2048, 32768, 65536), "K": (128, 1024, 1536)}),
     (_LINEAR, "attn.wkv", {"N": (512, 512, 512), "K": (256, 4096, 7168)}),
     (_LINEAR, "attn.wo_b", {"N": (256, 4096, 7168), "K": (128, 8192, 16384)}),
+    # One matrix over another that multiplies the same input, where their formats allow it (stacked.py).
+    ("linear fp8_linear", "attn.wq_a, attn.wkv", {"N": (640, 1536, 2048), "K": (256, 4096, 7168)}),
+    (
+        "nvfp4_linear nvfp4_weight_only_linear",
+        "attn.wq_a, attn.wkv",
+        {"N": (640, 1536, 2048), "K": (256, 4096, 7168), "scales": (640, 1536, 2048)},
+    ),
+    ("linear fp8_linear", "attn.wq_b, attn.indexer.wq_b", {"N": (4096, 40960, 73728), "K": (128, 1024, 1536)}),
+    (
+        "nvfp4_linear nvfp4_weight_only_linear",
+        "attn.wq_b, attn.indexer.wq_b",
+        {"N": (4096, 40960, 73728), "K": (128, 1024, 1536), "scales": (4096, 40960, 73728)},
+    ),
     (_LINEAR, "attn.indexer.wq_b", {"N": (2048, 8192, 8192), "K": (128, 1024, 1536)}),
     (_LINEAR, "ffn.shared_experts.w1", {"N": (128, 2048, 3072), "K": (256, 4096, 7168)}),
     (_LINEAR, "ffn.shared_experts.w2", {"N": (256, 4096, 7168), "K": (128, 2048, 3072)}),
@@ -68,10 +81,9 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ("linear", "head", {"N": (4096, 129280, 129280), "K": (256, 4096, 7168)}),
     ("linear", "mtp.markov_head.markov_w2", {"N": (4096, 129280, 129280), "K": (8, 256, 512)}),
     ("linear", "mtp.confidence_head.proj", {"N": (1, 1, 1), "K": (264, 4352, 7680)}),
-    ("linear", "attn.compressor.wkv (ratio 4)", {"N": (1024, 1024, 1024), "K": (256, 4096, 7168)}),
-    ("linear", "attn.compressor.wkv (ratio 128)", {"N": (512, 512, 512), "K": (256, 4096, 7168)}),
-    ("linear", "attn.indexer.compressor.wkv", {"N": (256, 256, 256), "K": (256, 4096, 7168)}),
-    ("linear", "attn.indexer.weights_proj", {"N": (16, 64, 64), "K": (256, 4096, 7168)}),
+    # wkv over wgate of a compressor; with ratio 4 also those of the index compressor, and weights_proj.
+    ("linear", "attn.compressed (ratio 4)", {"N": (2576, 2624, 2624), "K": (256, 4096, 7168)}),
+    ("linear", "attn.compressed (ratio 128)", {"N": (1024, 1024, 1024), "K": (256, 4096, 7168)}),
     ("route_experts", "ffn.gate", {"E": (8, 256, 384), "D": (256, 4096, 7168), "A": (2, 6, 6)}),
     (
         "route_experts",
@@ -87,7 +99,7 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     (_QUANTIZE, "mtp.main_proj input", {"K": (512, 12288, 21504)}),
     ("clamped_swiglu", "ffn.shared_experts", {"F": (128, 2048, 3072)}),
     # Norms, rotations, streams.
-    ("rms_norm rms_norm_quantize_nvfp4", "attn_norm, ffn_norm, norm", {"K": (256, 4096, 7168)}),
+    ("rms_norm rms_norm_quantize_nvfp4", "mtp.enorm, mtp.main_norm, mtp.norm", {"K": (256, 4096, 7168)}),
     ("rms_norm rms_norm_quantize_nvfp4", "attn.q_norm", {"K": (128, 1024, 1536)}),
     ("rms_norm", "attn queries", {"H": (4, 64, 128), "K": (512, 512, 512)}),
     ("rms_norm", "attn.kv_norm", {"K": (512, 512, 512)}),
@@ -99,22 +111,17 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     ("hyper_connection_post", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hyper_connection_post_pre_norm", "hc_attn, hc_ffn", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hyper_connection_head hyper_connection_head_norm", "hc_head", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
+    ("embed_streams", "embed", {"V": (4096, 129280, 129280), "X": (4, 4, 4), "D": (256, 4096, 7168)}),
+    ("embed_streams", "mtp embed", {"V": (4096, 129280, 129280), "X": (1, 1, 1), "D": (256, 4096, 7168)}),
     (
         "embed_streams",
-        "embed",
-        {"V": (4096, 129280, 129280), "X": (4, 4, 4), "D": (256, 4096, 7168)},
+        "mtp.markov_head.markov_w1",
+        {"V": (4096, 129280, 129280), "X": (1, 1, 1), "D": (8, 256, 512)},
     ),
     ("rotate_queries", "attn queries", {"H": (4, 64, 128), "C": (512, 512, 512), "R": (64, 64, 64)}),
-    (
-        "write_latent",
-        "attn latents",
-        {"Q": (128, 1024, 1536), "C": (512, 512, 512), "R": (64, 64, 64)},
-    ),
-    (
-        "round_index_query",
-        "attn.indexer queries",
-        {"Hi": (16, 64, 64), "K": (128, 128, 128), "R": (64, 64, 64)},
-    ),
+    ("write_latent", "attn latents", {"Q": (128, 1024, 1536), "C": (512, 512, 512), "R": (64, 64, 64)}),
+    ("write_latent", "mtp latents", {"C": (512, 512, 512), "R": (64, 64, 64)}),
+    ("round_index_query", "attn.indexer queries", {"Hi": (16, 64, 64), "K": (128, 128, 128), "R": (64, 64, 64)}),
     ("add_to_streams", "mtp input", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("mean_of_streams", "mtp taps", {"X": (4, 4, 4), "D": (256, 4096, 7168)}),
     ("hadamard", "attn.indexer queries", {"Hi": (16, 64, 64), "n": (128, 128, 128)}),

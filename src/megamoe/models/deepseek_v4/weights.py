@@ -10,7 +10,9 @@ Numerics   containers keep the stored codes and scales. MXFP4 becomes NVFP4 with
            their own. wo_a stored as FP8 becomes BF16 where that is exact, else FP32. With dequantize=True every weight
            is a plain tensor holding the stored values.
 Layout     on a device whose kernels take NVFP4 weights in another order, each weight is brought into it as soon as it
-           is there, an expert at a time, and its row-major copy let go: the peak is the model and one weight.
+           is there, an expert at a time, and its row-major copy let go: the peak is the model and one weight or stack.
+Stacks     weights of one layer that multiply the same input lie under each other where their formats allow it
+           (stacked.py), and the parts are views of the stack.
 FP32       hyper-connection parameters, attn_sink, ape and gate.bias are FP32 whatever they are stored in.
 Draft      which draft there is, the tensors say. Classic MTP stages and DSpark stages (0731, 0813 releases) are loaded.
            DSpark stages whose dspark_* keys config.json lacks cannot be run and are listed as unused, like the norms
@@ -24,6 +26,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -43,9 +46,8 @@ from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.observed import Observed, check_draft
 from megamoe.models.deepseek_v4.rules import RULES, Level, refusal
 from megamoe.models.deepseek_v4.samples import differing_copy, original_of
+from megamoe.models.deepseek_v4.stacked import LinearWeight, rows_of, stack_rows
 from megamoe.models.deepseek_v4.stored import StoredTensors
-
-LinearWeight = torch.Tensor | Fp8BlockTensor | NvFp4Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,6 +97,10 @@ class AttentionWeights:
         sink: [H] fp32.
         compressor: in CSA and HCA layers.
         indexer: in CSA layers.
+        wq_a_wkv: wq_a over wkv, or None where their formats do not stack.
+        wq_b_both: wq_b over the indexer's wq_b in CSA layers, or None likewise.
+        compressed: in CSA and HCA layers, all that gives fp32 of the layer's input: wkv over wgate of the compressor,
+            the same of the index compressor, weights_proj.
     """
 
     wq_a: LinearWeight
@@ -107,6 +113,9 @@ class AttentionWeights:
     sink: torch.Tensor
     compressor: CompressorWeights | None
     indexer: IndexerWeights | None
+    wq_a_wkv: LinearWeight | None = None
+    wq_b_both: LinearWeight | None = None
+    compressed: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -332,7 +341,7 @@ class WeightLoader:
         loader.stop_if_refused()
         weights = loader.build(self.num_mtp, self.num_dspark)
         loader.stop_if_refused()
-        if weights.num_relaid and torch.device(loader.device).type == "cuda":
+        if torch.device(loader.device).type == "cuda":  # fragments and stacks were made there
             # Kernels may read a weight before the launch ahead of theirs has ended; from here on it is there.
             torch.cuda.synchronize(loader.device)
         return weights
@@ -524,7 +533,7 @@ class _Loader:
                 weights_proj=self.plain(f"{prefix}.indexer.weights_proj.weight"),
                 compressor=self.compressor(f"{prefix}.indexer.compressor"),
             )
-        return AttentionWeights(
+        weights = AttentionWeights(
             wq_a=self.linear(f"{prefix}.wq_a"),
             q_norm=self.plain(f"{prefix}.q_norm.weight"),
             wq_b=self.linear(f"{prefix}.wq_b"),
@@ -536,6 +545,7 @@ class _Loader:
             compressor=None if kind is LayerKind.SWA else self.compressor(f"{prefix}.compressor"),
             indexer=indexer,
         )
+        return stacked_attention(weights)
 
     def compressor(self, prefix: str) -> CompressorWeights:
         return CompressorWeights(
@@ -708,6 +718,33 @@ class _Loader:
             stack[index].copy_(part)
         assert stack is not None
         return stack
+
+
+def stacked_attention(weights: AttentionWeights) -> AttentionWeights:
+    """Return an attention layer's weights with those of one input stacked; the parts become views of the stacks."""
+    replaced: dict[str, Any] = {}
+    compressor, indexer = weights.compressor, weights.indexer
+    if (stack := stack_rows([weights.wq_a, weights.wkv])) is not None:
+        wq_a, wkv = rows_of(stack, [weights.wq_a.shape[0], weights.wkv.shape[0]])
+        replaced |= {"wq_a_wkv": stack, "wq_a": wq_a, "wkv": wkv}
+    if indexer is not None and (stack := stack_rows([weights.wq_b, indexer.wq_b])) is not None:
+        wq_b, index_wq_b = rows_of(stack, [weights.wq_b.shape[0], indexer.wq_b.shape[0]])
+        replaced |= {"wq_b_both": stack, "wq_b": wq_b}
+        indexer = dataclasses.replace(indexer, wq_b=index_wq_b)
+    if compressor is not None:
+        parts = [compressor.wkv, compressor.wgate]
+        if indexer is not None:
+            parts += [indexer.compressor.wkv, indexer.compressor.wgate, indexer.weights_proj]
+        if len({part.dtype for part in parts}) > 1:  # the values stay: fp32 holds every bf16
+            parts = [part.float() for part in parts]
+        whole = torch.cat(parts)
+        wkv, wgate, *others = whole.split([part.shape[0] for part in parts])
+        replaced |= {"compressed": whole, "compressor": dataclasses.replace(compressor, wkv=wkv, wgate=wgate)}
+        if indexer is not None:
+            index_wkv, index_wgate, weights_proj = others
+            index_compressor = dataclasses.replace(indexer.compressor, wkv=index_wkv, wgate=index_wgate)
+            indexer = dataclasses.replace(indexer, compressor=index_compressor, weights_proj=weights_proj)
+    return dataclasses.replace(weights, indexer=indexer, **replaced)
 
 
 def _parts(weight: NvFp4Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
