@@ -140,3 +140,6 @@ def test_a_missing_tokenizer_is_told_before_the_weights_are_read(tmp_path, monke
     for command in (["generate", "--prompt", "x"], ["serve"]):
         assert main([*command, "--model", str(directory)]) == 2
         assert "Copy tokenizer.json from the release" in capsys.readouterr().err
+    (directory / "convert-manifest.jsonl").write_text("{}\n")  # a conversion copies its tokenizer last
+    assert main(["generate", "--prompt", "x", "--model", str(directory)]) == 2
+    assert "a conversion that was stopped" in capsys.readouterr().err
