@@ -17,7 +17,7 @@ from megamoe.ops.matmul import row_invariant_matmul
 from megamoe.ops.row_math import row_sum, sigmoid, silu, softplus
 from megamoe.verify.inputs import INPUTS
 from megamoe.verify.op_inputs import OpInputs, activations
-from megamoe.verify.values import moved, parts
+from megamoe.verify.values import copied, parts
 
 from ..divisions import RefuseReciprocals
 
@@ -56,12 +56,25 @@ def no_tf32() -> Iterator[None]:
 @pytest.mark.usefixtures("no_tf32")
 @pytest.mark.parametrize(("op", "inputs"), CASES, ids=IDS)
 def test_k1_references_agree_on_cuda(op: str, inputs: OpInputs, seed: int) -> None:
-    """Every bit where the operation is exact, else its bound, which is for another order of sums."""
+    compare(op, inputs, seed, "cuda")
+
+
+def compare(op: str, inputs: OpInputs, seed: int, device: str) -> None:
+    """Compare two runs of a reference: every bit where it is exact, else its bound, which is for another order of sums.
+
+    What an operation writes in place belongs to what is compared.
+    """
     arguments = inputs.make(op_shapes(op)[0].dims, 19, torch.Generator().manual_seed(seed))
-    want = inputs.door(**arguments)
     with use("reference"):
-        got = inputs.door(**{name: moved(value, "cuda") for name, value in arguments.items()})
+        want = inputs.run({name: copied(value, "cpu") for name, value in arguments.items()})
+        got = inputs.run({name: copied(value, device) for name, value in arguments.items()})
     inputs.rule(op, got, want, arguments)
+
+
+@pytest.mark.parametrize(("op", "inputs"), CASES, ids=IDS)
+def test_the_comparison_itself_on_one_device(op: str, inputs: OpInputs, seed: int) -> None:
+    """What the test above does on a GPU, between two copies on the CPU."""
+    compare(op, inputs, seed, "cpu")
 
 
 EXACT: dict[str, Callable[[torch.Tensor], Any]] = {

@@ -140,6 +140,9 @@ def test_a_missing_tokenizer_is_told_before_the_weights_are_read(tmp_path, monke
     for command in (["generate", "--prompt", "x"], ["serve"]):
         assert main([*command, "--model", str(directory)]) == 2
         assert "Copy tokenizer.json from the release" in capsys.readouterr().err
+    (directory / "convert-manifest.jsonl").write_text("{}\n")  # a conversion copies its tokenizer last
+    assert main(["generate", "--prompt", "x", "--model", str(directory)]) == 2
+    assert "a conversion that was stopped" in capsys.readouterr().err
 
 
 def test_logprobs_are_returned_where_they_were_asked_for(llm: LLM) -> None:

@@ -700,14 +700,6 @@ FAULTS: list[tuple[str, str, Callable[[Files], None], str, str, str]] = [
         "0.0; a scale must be positive and finite. The codes are all zero: an amax of 0 was taken for a scale.",
     ),
     (
-        "zero table",
-        "preview",
-        zero("layers.0.ffn.gate.tid2eid"),
-        "values-zero",
-        "layers.0.ffn.gate.tid2eid",
-        "all zero",
-    ),
-    (
         "NaN values",
         "preview",
         poke("layers.2.attn.compressor.wkv.weight", 2, b"\xc0\x7f"),
@@ -974,7 +966,7 @@ ALONE = {
     "F4 of MXFP4", "F4 of FP8", "F5", "F5 packed along N", "F5 of a plain weight", "F7", "F7 negative", "F7 of MXFP4",
     "F7 of Base", "F15", "F15 of compressed-tensors", "zero scale", "infinite scale", "F17", "F20", "F20 to zero",
     "F20 to fp32", "scales of zero", "F20 dtype", "zero matrix", "zero expert", "zero of either sign", "zero embedding",
-    "zero norm", "zero expert of a fused tensor", "zero table", "NaN values", "NaN values of FP8",
+    "zero norm", "zero expert of a fused tensor", "NaN values", "NaN values of FP8",
     "an expert that is not there",
     "quant_method modelopt_fp4", "quant_method mxfp4", "quant_method None", "blocks of 32", "static activations",
     "quantization_config is a text", "layers as text",

@@ -168,8 +168,11 @@ class BatchModel(LanguageModel, Protocol):
 def model_directory(model: str | os.PathLike[str]) -> pathlib.Path:
     """Return where a model's files lie, before it is loaded; errors are those of `megamoe.load`."""
     from megamoe.models import find_checkpoint  # imported late: importing the engine loads no architecture
+    from megamoe.models.deepseek_v4.examine import refuse_stopped
 
-    return find_checkpoint(model, "load")
+    directory = find_checkpoint(model, "load")
+    refuse_stopped(directory)
+    return directory
 
 
 def load_model(

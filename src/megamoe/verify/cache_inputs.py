@@ -240,10 +240,11 @@ def _write_latent(row_format: RowFormat) -> Make:
     def make(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
         pool = filled_pool(generator, 2 * num_tokens + 3, row_format, dims["C"])
         dtype = torch.float32 if row_format is RowFormat.FP32 else torch.bfloat16
+        has_query = "Q" in dims  # the rows of a DSpark draft come without a query
         return {
-            "query_latent": scaled(generator, num_tokens, dims["Q"]).to(dtype),
+            "query_latent": scaled(generator, num_tokens, dims["Q"]).to(dtype) if has_query else None,
             "kv": scaled(generator, num_tokens, dims["C"]).to(dtype),
-            "q_norm": (1.0 + scaled(generator, dims["Q"], scale=0.2)).bfloat16(),
+            "q_norm": (1.0 + scaled(generator, dims["Q"], scale=0.2)).bfloat16() if has_query else None,
             "kv_norm": (1.0 + scaled(generator, dims["C"], scale=0.2)).bfloat16(),
             "pool": pool,
             "slots": some_slots(generator, num_tokens, pool),
@@ -255,7 +256,9 @@ def _write_latent(row_format: RowFormat) -> Make:
 
 
 def _latent_part(result: Any, arguments: Arguments, index: torch.Tensor) -> Any:
-    return rows_of(result[0], index), rows_alone(result[1], arguments["slots"].cpu()[index])
+    *latent, pool = result if isinstance(result, tuple) else (result,)
+    rows = [rows_of(one, index) for one in latent if one is not None]
+    return (*rows, rows_alone(pool, arguments["slots"].cpu()[index]))
 
 
 def _round_index_query(key_format: RowFormat) -> Make:

@@ -55,5 +55,5 @@ def decode(model: Model, num_sequences: int) -> HostReads:
 @pytest.mark.parametrize("num_sequences", [1, 8])
 def test_a_decode_step_reads_nothing_back(recipe: str, num_sequences: int) -> None:
     reads = decode(megamoe.load("tiny", recipe=recipe), num_sequences)
-    assert len(reads.operations) > 100  # it did run
+    assert len(reads.operations) > 50  # it did run
     assert reads.places == []

@@ -28,7 +28,7 @@ from megamoe.models.deepseek_v4.layout import Format, StoredHeaders
 from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.observed import DraftFound, Observed, contradiction, reconcile, reconcile_draft
 from megamoe.models.deepseek_v4.releases import check_release, note_yarn
-from megamoe.models.deepseek_v4.rules import Finding, refuse
+from megamoe.models.deepseek_v4.rules import Finding, refusal, refuse
 from megamoe.models.deepseek_v4.samples import Sampled, check_samples, is_fake
 
 _OTHERS = {
@@ -103,6 +103,16 @@ def examine(directory: str | os.PathLike[str]) -> Examined:
         OSError: a file cannot be read.
     """
     return _Examiner(read_headers(directory)).examine()
+
+
+def refuse_stopped(directory: pathlib.Path) -> None:
+    """Refuse a conversion that was stopped, before anything that comes last in it is missed.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if (stopped := stopped_conversion(directory)) is not None:
+        raise refusal(f"checkpoint {directory}", [_unfinished(directory, stopped)])
 
 
 class _Examiner:

@@ -10,7 +10,7 @@ what is zero wherever it was looked at is taken for it.
 What is plausible: a model's weights and the activations behind its norms are small. Weights above 224 and activations
 above 2688 do not occur in a trained model, so an FP8 or E8M0 scale, a tensor scale or an input scale of 1 and more is
 not a scale that multiplies. Nor is a matrix, a norm, the embedding or the head of a trained model all zero: that is a
-file whose bytes never came. Biases, sinks, positions and hyper-connections may be.
+file whose bytes never came. Biases, sinks, positions, hyper-connections and tables of experts may be.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class _Values:
         self.count += 1
         dtype = self.stored.dtype(name)
         sample = _sample(self.reader, self.stored, name, ITEM_BYTES[dtype])
-        if entry.role is Role.TABLE and any(sample):
+        if entry.role is Role.TABLE:
             return _check_table(self.stored, name, sample, ITEM_BYTES[dtype])
         if not sample.translate(None, _ZEROS[dtype] if dtype in _ZEROS else _FP4_ZEROS):
             if not sample or name.endswith(_MAY_BE_ZERO):
