@@ -8,6 +8,7 @@ ends of the range. The same generator state gives the same inputs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
