@@ -225,7 +225,7 @@ def test_baselines_do_the_same_work(op: str) -> None:
     """A baseline that computes something else would make any ratio."""
     call = next(one for one in op_shapes(op))
     bound = 0.15 if op == "nvfp4_experts" else 0.02  # gate and up in bf16 move h across steps of E2M1
-    for inputs in INPUTS[op]:
+    for inputs in (one for one in INPUTS[op] if one.timed):
         arguments = inputs.make(call.dims, 6, torch.Generator().manual_seed(3))
         want = list(parts(inputs.door(**arguments)).values())
         got = list(_flat(benching.BASELINES[op].run(**arguments)))

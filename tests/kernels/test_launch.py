@@ -16,13 +16,14 @@ import pytest
 import torch
 
 import megamoe
+from megamoe.formats.cache_rows import CachePool
 from megamoe.kernels import KERNELS
 from megamoe.kernels.store import store_for, target_of
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.verify.inputs import INPUTS
 from megamoe.verify.op_inputs import Arguments, OpInputs
 from megamoe.verify.ops import verify_case
-from megamoe.verify.values import moved, parts
+from megamoe.verify.values import copied, parts, whole_storage
 
 pytestmark = pytest.mark.gpu
 
@@ -50,8 +51,18 @@ def make(call: OpCall, inputs: OpInputs, num_tokens: int, seed: int) -> Argument
     return inputs.make(call.dims, num_tokens, torch.Generator("cuda").manual_seed(seed))
 
 
+def on_cpu(arguments: Arguments) -> Arguments:
+    """Return copies, which nothing that is written in place changes."""
+    return {name: copied(one, "cpu") for name, one in arguments.items()}
+
+
 def reference(inputs: OpInputs, arguments: Arguments) -> object:
-    return inputs.door(**{name: moved(one, "cpu") for name, one in arguments.items()})
+    return inputs.run(on_cpu(arguments))
+
+
+def spare(inputs: OpInputs, arguments: Arguments) -> Arguments:
+    """Return arguments with copies of those that are written in place."""
+    return {**arguments, **{name: copied(arguments[name], "cuda") for name in inputs.written}}
 
 
 @pytest.mark.parametrize(("call", "inputs"), CASES, ids=IDS)
@@ -63,22 +74,25 @@ def test_kernel_equals_reference(call: OpCall, inputs: OpInputs, num_tokens: int
 @pytest.mark.parametrize(("call", "inputs"), CASES, ids=IDS)
 def test_f12_capture_change_inputs_replay(call: OpCall, inputs: OpInputs, seed: int) -> None:
     arguments = make(call, inputs, 37, seed)
-    inputs.door(**arguments)  # loads the kernel
+    inputs.run(arguments)  # loads the kernel
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = inputs.door(**arguments)
+        got = inputs.run(arguments)
     other = make(call, inputs, 37, seed + 1)
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor):
             value.copy_(other[name])
+        elif isinstance(value, CachePool):
+            whole_storage(value.storage).copy_(whole_storage(other[name].storage))
+    before = on_cpu(arguments)
     del other
     gc.collect()
     torch.cuda.empty_cache()
     clutter = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]
     graph.replay()
     torch.cuda.synchronize()
-    inputs.rule(call.op, got, reference(inputs, arguments), arguments)
+    inputs.rule(call.op, got, reference(inputs, before), before)
     del clutter
 
 
@@ -87,18 +101,22 @@ def test_f6_one_kernel_serves_other_addresses_and_sizes(call: OpCall, inputs: Op
     results = []
     for num_tokens in (5, 40, 3):
         arguments = make(call, inputs, num_tokens, seed + num_tokens)
-        results.append((inputs.door(**arguments), arguments))  # all alive, so all at different addresses
-    for got, arguments in results:
-        inputs.rule(call.op, got, reference(inputs, arguments), arguments)
+        before = on_cpu(arguments)
+        results.append((inputs.run(arguments), before, arguments))  # all alive, so all at different addresses
+    for got, before, _ in results:
+        inputs.rule(call.op, got, reference(inputs, before), before)
 
 
 @pytest.mark.parametrize(("call", "inputs"), CASES, ids=IDS)
 def test_current_stream_no_synchronization_nothing_hidden(call: OpCall, inputs: OpInputs, seed: int) -> None:
     arguments = make(call, inputs, 33, seed)
     wanted = reference(inputs, arguments)
-    inputs.door(**arguments)
+    inputs.run(spare(inputs, arguments))
     stream = torch.cuda.Stream()
-    late = {name: torch.zeros_like(one) if isinstance(one, torch.Tensor) else one for name, one in arguments.items()}
+    late = {
+        name: torch.zeros_like(one) if isinstance(one, torch.Tensor) else one
+        for name, one in spare(inputs, arguments).items()
+    }
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -108,14 +126,15 @@ def test_current_stream_no_synchronization_nothing_hidden(call: OpCall, inputs: 
                 if isinstance(one, torch.Tensor):
                     late[name].copy_(one)
             before = torch.cuda.memory_stats()["allocation.all.allocated"]
-            got = inputs.door(**late)
+            got = inputs.run(late)
             allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - before
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     inputs.rule(call.op, got, wanted, arguments)
     outputs = {one.untyped_storage().data_ptr() for one in parts(got).values()}
-    inside = {one.untyped_storage().data_ptr() for one in late.values() if isinstance(one, torch.Tensor)}
+    given = [one for value in late.values() for one in parts(value).values()]
+    inside = {one.untyped_storage().data_ptr() for one in given if isinstance(one, torch.Tensor)}
     assert allocated <= len(outputs - inside) + WORKSPACES.get(call.op, 0)
 
 

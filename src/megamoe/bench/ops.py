@@ -394,6 +394,7 @@ def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str])
         for call in op_shapes(op)
         if call.model in models
         for inputs in INPUTS[op]
+        if inputs.timed
     ]
 
 

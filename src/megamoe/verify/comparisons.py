@@ -22,7 +22,7 @@ from megamoe.ops import read_cache
 from megamoe.ops.quantize import quantize_nvfp4
 from megamoe.verify.selection import compare_selections, score_bounds
 from megamoe.verify.tolerance import ROW_ROUNDING, TOLERANCES, assert_within
-from megamoe.verify.values import copied, moved, parts, pool_rows, whole_storage
+from megamoe.verify.values import copied, moved, parts, pool_rows, rows_of, whole_storage
 
 Rule = Callable[[str, Any, Any, dict[str, Any]], None]
 
@@ -96,9 +96,19 @@ def routes(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
     """Compare expert choices: fp32 sums in another order may swap experts whose scores are that close, no others.
 
     Raises:
-        AssertionError: an expert was chosen before a clearly better or an equal, lower one; or a weight is wrong.
+        AssertionError: an expert was chosen before a clearly better or an equal, lower one, or for nobody; or a weight
+            is wrong.
     """
     weights, ids = got[0].cpu(), got[1].cpu()
+    is_nobody = arguments["token_ids"].cpu() == -1
+    if bool(is_nobody.any()):
+        index = is_nobody.nonzero()[:, 0]
+        assert_within(op, ids[index], torch.full_like(ids[index], -1))
+        assert_within(op, weights[index], torch.zeros_like(weights[index]))
+        index = (~is_nobody).nonzero()[:, 0]
+        some = {**arguments, **{name: rows_of(moved(arguments[name], "cpu"), index) for name in ("x", "token_ids")}}
+        routes(op, rows_of((weights, ids), index), rows_of(want, index), some)
+        return
     if arguments.get("expert_table") is not None or ids.numel() == 0:
         assert_within(op, ids, want[1])  # a lookup: every bit
         assert_within(op, weights, want[0])

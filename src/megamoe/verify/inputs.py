@@ -237,6 +237,14 @@ def _routing(
     return arguments
 
 
+def _route_nobody(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """The same in a step padded to its bucket: rows of nobody, among the others and at the end."""
+    arguments = _route_experts_biased(dims, num_tokens, generator)
+    arguments["token_ids"][2::3] = -1
+    arguments["token_ids"][num_tokens // 2 + 1 :] = -1
+    return arguments
+
+
 def _quantized_weight(generator: torch.Generator, *shape: int) -> NvFp4Tensor:
     """Return a weight in fragment order: a quantized matrix of some rows, repeated with rows turned round and scaled.
 
@@ -400,6 +408,17 @@ def _experts_streamed(dims: Mapping[str, int]) -> int:
     return expert_stream.stream_limit(dims["A"], min(MAX_EXPERTS, dims["E"]))
 
 
+def _experts_nobody(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    """The same, shared expert included, with experts of other ranks, slots of none, and tokens that are nobody."""
+    arguments = _experts_shared(dims, num_tokens, generator)
+    ids, num_experts = arguments["expert_ids"], len(arguments["w1"])
+    ids[1::4, 0] = num_experts + 3
+    ids[3::4] = num_experts  # nothing but the shared expert
+    ids[2::5, -1] = -1
+    ids[2::3] = -1
+    return arguments
+
+
 def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
     """Return how a routed-experts operation is called: with a shared expert or not, with few tokens and with many."""
     per_token = EXPERTS_PER_TOKEN
@@ -407,6 +426,7 @@ def _expert_calls(door: Callable[..., Any]) -> tuple[OpInputs, ...]:
         OpInputs(door, _experts, per_token, EXPERT_TILE, _experts_streamed),
         OpInputs(door, _experts_shared, per_token, EXPERT_TILE, _experts_streamed),
         OpInputs(door, _experts, per_token, 43, _experts_streamed),  # passes of tiles that are full, and more than full
+        OpInputs(door, _experts_nobody, per_token, EXPERT_TILE, _experts_streamed, timed=False),
     )
 
 
@@ -477,8 +497,9 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
             order_until=_untiled_routes,
             rule=routes,
             partly=("expert_table",),  # a row a token: too little to count
+            timed=make is not _route_nobody,
         )
-        for make in (_route_experts, _route_experts_biased)
+        for make in (_route_experts, _route_experts_biased, _route_nobody)
     ),
     "nvfp4_linear": (OpInputs(nvfp4_linear, _nvfp4_linear, ("x",), order_until=_streamed, rule=products),),
     "nvfp4_weight_only_linear": (

@@ -45,6 +45,7 @@ class OpInputs:
         part: (result, arguments, tokens) → what of a result belongs to these tokens.
         partly: the arguments of which a call reads or writes a part, pools above all.
         partly_bytes: arguments → bytes of that part.
+        timed: whether bench times this way of calling; a step padded to its bucket tells nothing about speed.
     """
 
     door: Callable[..., Any]
@@ -59,6 +60,7 @@ class OpInputs:
     part: Callable[[Any, Arguments, torch.Tensor], Any] = _rows_of_result
     partly: tuple[str, ...] = ()
     partly_bytes: Callable[[Arguments], int] = _no_bytes
+    timed: bool = True
 
     def run(self, arguments: Arguments) -> Any:
         """Call the operation and return its result: what it returns, then what it has written in place."""
