@@ -22,6 +22,17 @@ hypothesis.settings.register_profile("repository", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repository")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def pack() -> None:
+    """Open the pack that MEGAMOE_TEST_PACK names, where a GPU has no DSL to compile with."""
+    named = os.environ.get("MEGAMOE_TEST_PACK")
+    if named and torch.cuda.is_available():
+        import megamoe
+        from megamoe.kernels.store import store_for, target_of
+
+        store_for(target_of(torch.device("cuda"))).use_pack(pathlib.Path(named), version=megamoe.__version__)
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A seed that belongs to this test: the same in every run and on every machine, another for every test."""

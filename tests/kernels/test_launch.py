@@ -8,17 +8,12 @@ first. F12: a graph replayed after the buffers of its capture were let go.
 from __future__ import annotations
 
 import gc
-import os
-import pathlib
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-import megamoe
 from megamoe.formats.cache_rows import CachePool
 from megamoe.kernels import KERNELS
-from megamoe.kernels.store import store_for, target_of
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.verify.inputs import INPUTS
 from megamoe.verify.op_inputs import Arguments, OpInputs
@@ -36,15 +31,6 @@ CASES = [
     for inputs in INPUTS[op]
 ]
 IDS = [f"{call.op} {call}" for call, _ in CASES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def pack() -> Iterator[None]:
-    """Open the pack that MEGAMOE_TEST_PACK names, where there is no DSL to compile with."""
-    named = os.environ.get("MEGAMOE_TEST_PACK")
-    if named:
-        store_for(target_of(torch.device("cuda"))).use_pack(pathlib.Path(named), version=megamoe.__version__)
-    yield
 
 
 def make(call: OpCall, inputs: OpInputs, num_tokens: int, seed: int) -> Arguments:
