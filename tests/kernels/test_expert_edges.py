@@ -10,8 +10,6 @@ from megamoe.models.deepseek_v4.shapes import op_shapes
 from megamoe.verify.inputs import INPUTS, routing
 from megamoe.verify.ops import verify_case
 
-from .test_launch import pack  # noqa: F401  (opens the pack that MEGAMOE_TEST_PACK names)
-
 OPS = ("nvfp4_experts", "nvfp4_weight_only_experts")
 
 
