@@ -62,6 +62,7 @@ class Slip(enum.Enum):
 
     NO_BLOCK = "no_block"  # a call outside a block
     MISNAMED_BLOCK = "misnamed_block"
+    OPEN_CALL = "open_call"  # the next call, or the end of the block, where the end of the call must be
     OPEN_BLOCK = "open_block"  # the answer ended after a call, before the end of the block
     UNTYPED_PARAMETER = "untyped_parameter"  # without string="true" or "false"
     REPEATED_PARAMETER = "repeated_parameter"
@@ -371,15 +372,17 @@ class AnswerParser:
             self._report(Fault.STRAY_TAG, f"{tag} in {self._state.name.lower()}", text)
             return True
         self._emit_text(self._take_buffer(lead))
-        self._skip_to(f"</{_DSML}{name}>", Fault.BAD_TAG, f"{tag} in {self._state.name.lower()}")
+        # A call that is drafted in a thought is no part of the answer.
+        fault = Fault.STRAY_TAG if self._state is _State.REASONING else Fault.BAD_TAG
+        self._skip_to(f"</{_DSML}{name}>", fault, f"{tag} in {self._state.name.lower()}")
         return True
 
     def _slip_of(self, name: str, name_at: int, end: int, is_whole: bool) -> Slip | str | None:
         """Return how an opening tag outside a block begins calls all the same; "" if that is open, None if not."""
-        if name == "invoke":
+        if name == "invoke" and self._state is _State.CONTENT:
             tag = self._buffer[name_at - 2 : name_at - 2 + len(_CALL)]
             return Slip.NO_BLOCK if tag == _CALL else "" if _CALL.startswith(tag) else None
-        if name in ("tool_calls", "parameter") or not is_whole:
+        if name in ("tool_calls", "invoke", "parameter") or not is_whole:
             return None
         after = self._buffer[end + 1 :]
         following = after.lstrip(_SPACE)[: len(_CALL)]
@@ -437,12 +440,21 @@ class AnswerParser:
         found = self._one_of(_PARAMETER, _END_OF_CALL)
         if found == _END_OF_CALL:
             self._take_buffer(len(found))
-            self._emit_arguments("}" if self._keys else "{}")
-            self._emit(ToolCallEnd(self._num_calls - 1))
-            self._state = _State.BLOCK
-            return True
-        if found != _PARAMETER:
-            return found is None and self._break(Fault.BAD_TAG, "a parameter or the end of the call must follow")
+            return self._end_call()
+        if found == "":
+            return False
+        if found is None:
+            rest = self._buffer
+            end = _ANY_END.match(rest)
+            is_open = end is not None and end.end() == len(rest) and not end.group(2) and len(end.group(1)) < _MAX_NAME
+            if _CALL.startswith(rest) or is_open:
+                return False
+            is_end = end is not None and bool(end.group(2)) and end.group(1) not in ("invoke", "parameter")
+            if not rest.startswith(_CALL) and not is_end:
+                return self._break(Fault.BAD_TAG, "a parameter or the end of the call must follow")
+            self._mend(Slip.OPEN_CALL, "the end of the call is missing")
+        if found != _PARAMETER:  # the next call or the end of the block: what is complete ends here, too
+            return self._end_call()
         after = self._after_attribute(_PARAMETER, _AFTER_KEY, "a parameter's name", otherwise=_UNTYPED_KEY)
         if after is None:
             return self._state is _State.SKIPPING
@@ -458,6 +470,12 @@ class AnswerParser:
         typed = _State.TEXT_VALUE if is_text else _State.JSON_VALUE
         self._state = typed if is_typed else _State.UNTYPED_VALUE
         self._json, self._held_value = JsonPrefix(), ""
+        return True
+
+    def _end_call(self) -> bool:
+        self._emit_arguments("}" if self._keys else "{}")
+        self._emit(ToolCallEnd(self._num_calls - 1))
+        self._state = _State.BLOCK
         return True
 
     def _value(self) -> bool:
