@@ -81,6 +81,18 @@ REFERENCES = {
     "sample": "sample.reference",
     "penalize": "penalize.reference",
     "token_logprobs": "token_logprobs.reference",
+    "embed_streams": "embed_streams.reference",
+    "hyper_connection_post_pre_norm": "hyper_connection.reference_post_pre_norm",
+    "hyper_connection_head_norm": "hyper_connection.reference_head_norm",
+    "plan_slots": "plan_slots.reference",
+    "rotate_queries": "rotate_queries.reference",
+    "round_index_query": "round_index_query.reference",
+    "save_rows": "save_rows.reference",
+    "write_block_tables": "write_block_tables.reference",
+    "write_index_keys": "write_index_keys.reference",
+    "write_latent": "write_latent.reference",
+    "mean_of_streams": "streams.reference_mean",
+    "add_to_streams": "streams.reference_add",
 }
 PACK = os.environ.get("MEGAMOE_TEST_PACK")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import pathlib
 import re
@@ -33,7 +34,7 @@ from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.kernels import KERNELS, store
 from megamoe.kernels import pack as packing
 from megamoe.kernels.compile import Request
-from megamoe.kernels.plan import requests_for
+from megamoe.kernels.plan import module_for, requests_for
 from megamoe.kernels.rows import rms_norm
 from megamoe.kernels.store import KernelStore, SealedError
 from megamoe.models.deepseek_v4.shapes import op_calls
@@ -44,6 +45,7 @@ from megamoe.text.llm import LLM
 
 from ..fakes import FakeModel
 from ..kernels.objects import FakeCompiler
+from .test_ready_gpu import REFERENCES
 
 CUDA = torch.device("cuda", 0)
 
@@ -414,3 +416,13 @@ def test_the_cpu_says_that_there_are_no_kernels(capsys: pytest.CaptureFixture[st
     assert main(["serve", "--explain"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["kernels"] == {"summary": "cpu: references, no kernels", "ledger": [], "conversions": []}
+
+
+def test_every_operation_has_a_kernel_or_can_be_lent_its_reference() -> None:
+    """What the GPU tests of readiness lend: an operation that is new and forgotten there fails here, without a GPU."""
+    calls = megamoe.load("tiny").op_calls(with_drafts=True)
+    missing = {op for op, _ in calls if module_for(op, "sm90a") is None}
+    assert missing <= set(REFERENCES)
+    for name in REFERENCES.values():
+        file, _, function = name.partition(".")
+        assert callable(getattr(importlib.import_module(f"megamoe.ops.{file}"), function))
