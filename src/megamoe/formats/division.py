@@ -6,6 +6,8 @@ rounded, the product is rounded again, and one quotient in four or five differs 
 CPU gives. A tensor on the same device is divided by.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,4 +25,13 @@ def divide(x: Tensor, divisor: float) -> Tensor:
     Returns:
         [...] the dtype of x, newly allocated.
     """
+    if x.device.type == "cpu" and type(x) is Tensor:
+        return x / _on_cpu(divisor, x.dtype)
     return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+
+
+@functools.cache
+def _on_cpu(divisor: float, dtype: torch.dtype) -> Tensor:
+    """Return a divisor that is made once: forty quotients a token would each take 5 us to fill their own."""
+    with torch.inference_mode(False):
+        return torch.full((), divisor, dtype=dtype)

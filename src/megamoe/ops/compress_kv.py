@@ -180,6 +180,8 @@ def reference(
     """Compute the operation's meaning in plain torch; `rotate` is what write_index_keys adds to it."""
     _store_raw_rows(raw, ape, positions, state if step is None else step, state_slots, ratio)
     done = (entry_slots >= 0).nonzero().squeeze(1)  # the tokens that complete a block
+    if not done.shape[0]:
+        return
     firsts = None if step is None else first_idx[done]
     num_rows = (2 if overlap else 1) * ratio
     in_state, in_step = recent_slots(

@@ -38,29 +38,36 @@ def row_slots(
         ValueError: a row lies on a block that is negative in the table, or a request is not in it.
     """
     num_requests, num_blocks = block_tables.shape
-    if row_idx.dim() == 2:
-        requests = requests[:, None]
-    is_row = (row_idx >= 0) & (requests >= 0)
+    is_row = row_idx >= 0
     if not num_blocks or not num_requests:
-        if bool(is_row.any()):
+        if bool((is_row & _beside(requests >= 0, row_idx)).any()):
             raise ValueError("row_slots: the block table is empty and a row of it is asked for. Extend the table.")
         return torch.full_like(row_idx, -1)
-    if requests.numel() and int(requests.max()) >= num_requests:
-        raise ValueError(
-            f"row_slots: requests must be -1 or in 0 .. {num_requests - 1}, the rows of block_tables; got "
-            f"{int(requests.max())}."
-        )
-    requests = requests.clamp(min=0)
-    if num_blocks == 1:  # a ring of one block
-        blocks = block_tables[requests, 0]
+    if requests.numel():
+        low, high = (int(bound) for bound in requests.aminmax())
+        if high >= num_requests:
+            raise ValueError(
+                f"row_slots: requests must be -1 or in 0 .. {num_requests - 1}, the rows of block_tables; got {high}."
+            )
+        if low < 0:
+            is_row &= _beside(requests >= 0, row_idx)
+            requests = requests.clamp(min=0)
+    if num_blocks == 1:  # a ring of one block: a number a token, whatever the number of its rows
+        blocks = _beside(block_tables[requests, 0], row_idx)
     else:
-        blocks = block_tables[requests, torch.floor_divide(row_idx, rows_per_block).remainder_(num_blocks)]
+        block = torch.floor_divide(row_idx, rows_per_block).remainder_(num_blocks)
+        blocks = block_tables[_beside(requests, row_idx), block]
     if blocks.numel() and int(blocks.min()) < 0 and bool(((blocks < 0) & is_row).any()):
         raise ValueError(
             "row_slots: a row lies on a block that is negative in the block table. Extend the table before the step."
         )
     slots = (row_idx % rows_per_block).add_(blocks.to(torch.int64), alpha=rows_per_block)
     return slots.masked_fill_(is_row.logical_not_(), -1)
+
+
+def _beside(of_token: torch.Tensor, row_idx: torch.Tensor) -> torch.Tensor:
+    """Return a number per token [T] in the dimensions of rows [T] or [T, J]."""
+    return of_token[:, None] if row_idx.dim() == 2 else of_token
 
 
 def recent_slots(

@@ -53,7 +53,8 @@ def reference(rows: torch.Tensor, pool: CachePool, slots: torch.Tensor) -> None:
         rows, slots = rows[is_kept], slots[is_kept]
     if not slots.shape[0]:
         return
-    _refuse_twice(slots)
+    if slots.shape[0] > 1:
+        _refuse_twice(slots)
     data, scales = encode_rows(rows, pool.row_format)
     block, row = slots // pool.rows_per_block, slots % pool.rows_per_block
     for section, values in zip(row_views(pool), (data, scales), strict=True):
