@@ -100,7 +100,10 @@ def sum_of_experts(
     w1, w3, w2 = weights
     num_tokens, num_slots = expert_ids.shape
     order, spans = _order(op, expert_ids, w1.shape[0])
-    inputs, tokens = round_input(without_nobody(x, expert_ids)), order // num_slots
+    nobody = is_nobody(expert_ids)
+    has_nobody = bool(nobody.any())
+    inputs = round_input(x.masked_fill(nobody[:, None], 0.0) if has_nobody else x)  # their rows may hold anything
+    tokens = order // num_slots
     gate = inputs.new_empty(order.shape[0], w1.shape[1])  # [n, F], slots by expert
     up = torch.empty_like(gate)
     for expert_id, start, stop in spans:
@@ -116,7 +119,7 @@ def sum_of_experts(
         total += slot_output
     if shared_output is not None:
         total += shared_output
-    return total.masked_fill_(is_nobody(expert_ids)[:, None], 0.0).to(out_dtype)
+    return (total.masked_fill_(nobody[:, None], 0.0) if has_nobody else total).to(out_dtype)
 
 
 def is_nobody(expert_ids: torch.Tensor) -> torch.Tensor:

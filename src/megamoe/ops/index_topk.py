@@ -237,7 +237,8 @@ def _check_pages(
             f"index_topk: requests must be -1 or in 0 .. {block_tables.shape[0] - 1}, the rows of block_tables; got "
             f"{int(requests.max())}."
         )
-    for request in requests[num_visible > 0].unique().tolist():
+    seeing = requests[num_visible > 0]
+    for request in (seeing.unique() if seeing.shape[0] > 1 else seeing).tolist():
         num_pages = -(-int(num_visible[requests == request].max()) // keys.rows_per_block)
         low, high = (int(bound) for bound in block_tables[request, :num_pages].aminmax())
         if low < 0 or high >= keys.num_blocks:

@@ -284,9 +284,14 @@ def _to_blocks(group: Alternatives) -> Alternatives:
     """Drop the columns after the last item of all tokens, then fill up with -1 to whole blocks."""
     num_columns = 0
     for _, slots in group:
+        if slots.shape[1] and bool((slots[:, -1] >= 0).any()):  # as in a window, whose newest row is the last
+            num_columns = slots.shape[1]
+            break
         used = (slots >= 0).any(0).nonzero()
         num_columns = max(num_columns, int(used[-1]) + 1 if used.numel() else 0)
     pad = (0, -num_columns % COLUMN_BLOCK)
+    if not pad[1] and num_columns == group[0][1].shape[1]:
+        return group
     return [(pool, torch.nn.functional.pad(slots[:, :num_columns], pad, value=-1)) for pool, slots in group]
 
 
