@@ -17,6 +17,8 @@ import torch
 
 import megamoe
 from megamoe.cli import main
+from megamoe.engine.config import EngineConfig
+from megamoe.engine.engine import Engine
 from megamoe.models import BUNDLED, room
 from megamoe.models.deepseek_v4.examine import examine
 from megamoe.models.deepseek_v4.weights import WeightLoader, bytes_when_loaded
@@ -129,3 +131,13 @@ def test_other_errors_keep_their_name():
         raise RuntimeError("a bug")
     with pytest.raises(FileNotFoundError), no_room_is_told("x", 1):
         open("/nowhere/at/all")
+
+
+def test_c5_caches_that_do_not_fit_are_one_line() -> None:
+    """After the weights: the engine's pools fail as the weights do, with the number and what helps."""
+    model = megamoe.load("tiny")
+    with pytest.raises(
+        ValueError, match=r"^cache: model 'tiny': memory ran out while its [\d,]{15,} bytes of caches"
+    ) as told:
+        Engine(model, EngineConfig(num_pages=2**31, num_snapshots=0))
+    assert "\n" not in str(told.value) and "fewer pages" in str(told.value)

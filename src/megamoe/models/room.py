@@ -124,8 +124,16 @@ def _cgroup_rooms() -> list[Room]:
 
 
 @contextlib.contextmanager
-def no_room_is_told(what: str, needed_bytes: int) -> Iterator[None]:
+def no_room_is_told(
+    what: str, needed_bytes: int, doing: str = "of weights were loaded", remedy: str = "load a smaller checkpoint"
+) -> Iterator[None]:
     """Turn an allocation that fails all the same into one line.
+
+    Args:
+        what: how the message begins.
+        needed_bytes: that the block allocates in all.
+        doing: what they were for.
+        remedy: what helps besides more memory.
 
     Raises:
         ValueError: memory ran out within the block.
@@ -133,20 +141,20 @@ def no_room_is_told(what: str, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _ran_out(what, needed_bytes, error) from error
+        raise _ran_out(what, needed_bytes, doing, remedy, error) from error
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
-        raise _ran_out(what, needed_bytes, error) from error
+        raise _ran_out(what, needed_bytes, doing, remedy, error) from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):  # torch has no class of its own for memory of the machine
             raise
-        raise _ran_out(what, needed_bytes, error) from error
+        raise _ran_out(what, needed_bytes, doing, remedy, error) from error
 
 
-def _ran_out(what: str, needed_bytes: int, error: BaseException) -> ValueError:
+def _ran_out(what: str, needed_bytes: int, doing: str, remedy: str, error: BaseException) -> ValueError:
     said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     return ValueError(
-        f"{what}: memory ran out while its {needed_bytes:,} bytes of weights were loaded ({said}). Free memory, raise "
-        "the limit, or load a smaller checkpoint."
+        f"{what}: memory ran out while its {needed_bytes:,} bytes {doing} ({said}). Free memory, raise the limit, or "
+        f"{remedy}."
     )

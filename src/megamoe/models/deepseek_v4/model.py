@@ -34,6 +34,7 @@ from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.weights import ModelWeights
 from megamoe.models.recipe import Recipe
+from megamoe.models.room import no_room_is_told
 from megamoe.ops.embed_streams import embed_streams
 from megamoe.ops.linear import linear
 from megamoe.ops.rope import rope_table
@@ -150,17 +151,20 @@ class Model:
         """Return empty pools for many sequences of at most `max_tokens` tokens, drafts included.
 
         Raises:
-            ValueError: a page is not a whole number of entries of every layer.
+            ValueError: a page is not a whole number of entries of every layer, or memory ran out.
         """
-        return SharedCache(
-            self.config,
-            self.recipe,
-            size,
-            max_tokens=max_tokens,
-            num_draft_stages=self.num_draft_stages if with_drafts else 0,
-            num_snapshots=num_snapshots,
-            device=self.device,
-        )
+        num_bytes = self.capacity(size, num_snapshots, with_drafts=with_drafts).total_bytes
+        remedy = "give the engine fewer pages, sequences or bytes of memory"
+        with no_room_is_told(f"cache: model {self.name!r}", num_bytes, "of caches were allocated", remedy):
+            return SharedCache(
+                self.config,
+                self.recipe,
+                size,
+                max_tokens=max_tokens,
+                num_draft_stages=self.num_draft_stages if with_drafts else 0,
+                num_snapshots=num_snapshots,
+                device=self.device,
+            )
 
     def run(self, plan: StepPlan, cache: SharedCache) -> torch.Tensor | Tapped:
         """Run the tokens of a step; returns the last block's streams [T, X, D], tapped if DSpark is to read them."""
