@@ -146,6 +146,15 @@ def test_pages_reach_the_tables_with_the_step(seed: int) -> None:
             assert one.page_tables.tolist() == want.tolist()
 
 
+def test_the_last_change_before_a_step_counts() -> None:
+    """A ring that changes hands before a step runs: more pages than the step's block has room for, then fewer."""
+    one = planner(max_tokens=PAGE * 6)
+    one.set_pages(1, [30, 31, 32, 33, 34, 35])
+    one.set_pages(1, [7, 8])
+    one.plan(make_batch([(0, 1, 1)]))
+    assert one.page_tables[1].tolist() == [7, 8, -1, -1, -1, -1]
+
+
 def test_an_empty_plan() -> None:
     none = np.empty(0, dtype=np.int64)
     plan = planner().plan(Batch(none, none, none, none))

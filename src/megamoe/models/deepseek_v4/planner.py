@@ -56,7 +56,7 @@ class Planner:
         self.page_tables = torch.full((num_rings, width), NOBODY, dtype=torch.int32, device=device)
         self.ring_tables = torch.arange(num_rings, dtype=torch.int32, device=device)[:, None]
         self._num_pages = np.zeros(num_rings, dtype=np.int64)  # of each ring's sequence
-        self._changes: list[Change] = []  # that the device has not been told of
+        self._changes: dict[tuple[int, int], int] = {}  # (ring, column) -> page that the device has not been told of
         self.window = RowTables(self.ring_tables, window + size.ring_tokens)
         self.tables = {
             kind: EntryTables(
@@ -82,8 +82,9 @@ class Planner:
                 f"set_pages: a sequence has pages 0 to at most {width - 1} without a gap; got pages {first} to "
                 f"{num_pages - 1} for one that has {known}."
             )
-        self._changes += [(ring, column, page) for column, page in enumerate(pages, first)]
-        self._changes += [(ring, column, NOBODY) for column in range(num_pages, known)]
+        # By place: of several changes before a step, the last one counts, in whatever order they are made.
+        self._changes |= {(ring, column): page for column, page in enumerate(pages, first)}
+        self._changes |= {(ring, column): NOBODY for column in range(num_pages, known)}
         self._num_pages[ring] = num_pages
 
     def plan(self, batch: Batch, *, fill_up: bool = True) -> StepPlan:
@@ -129,7 +130,8 @@ class Planner:
 
     def _take_changes(self, room: int) -> list[Change]:
         """Return the changes of the block tables that fit this step's block, and make the others now."""
-        changes, self._changes = self._changes, []
+        changes: list[Change] = [(*place, page) for place, page in self._changes.items()]
+        self._changes = {}
         if len(changes) > room:  # a long sequence was admitted
             early = torch.tensor(changes[room:], dtype=torch.int32)
             write_block_tables(self.page_tables, early.to(self._device))
