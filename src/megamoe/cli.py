@@ -326,13 +326,25 @@ def convert(
 @click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernels: load from this pack.")
 @click.option("--seconds", default=math.inf, metavar="S", help="Kernels: start no further case after so many.")
 @click.option("--explain", is_flag=True, help="Kernels: print which were loaded, from where and how long it took.")
-@click.option("--model", metavar="tiny|DIR", help="Components: bundled model or checkpoint.  [default: tiny]")
+@click.option("--model", metavar="tiny|DIR", help="Components, layers: model or checkpoint.  [default: tiny]")
 @click.option(
     "--originals",
     type=click.Path(path_type=pathlib.Path),
     metavar="DIR",
     help="Components: original weights of what is quantized.  [default for tiny: the source tree's]",
 )
+@click.option("--layers", is_flag=True, help="Find the first operation of a layer that is out of its bound.")
+@click.option("--device", default="cpu", show_default=True, metavar="D", help="Layers: cpu or cuda[:N].")
+@click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="Layers: exact, w4a16 or w4a4.")
+@click.option(
+    "--against",
+    type=click.Choice(["cpu", "reference"]),
+    default="cpu",
+    show_default=True,
+    help="Layers: references on the CPU, or on --device itself.",
+)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Layers: prefilled.")
+@click.option("--decode-tokens", type=click.IntRange(min=0), default=16, show_default=True, help="Layers: decoded.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def verify(
     ops: tuple[str, ...],
@@ -342,14 +354,32 @@ def verify(
     explain: bool,
     model: str | None,
     originals: pathlib.Path | None,
+    layers: bool,
+    device: str,
+    recipe: str,
+    against: str,
+    prompt_tokens: int,
+    decode_tokens: int,
     as_json: bool,
 ) -> int:
-    """Compare kernels with references on a GPU (OP..., or all), or quantized components with bf16 (no OP).
+    """Compare kernels with references on a GPU (OP..., or all), layers with references, or components with bf16.
 
     With OP, --arch or --pack, every kernel of the operations runs at all sizes the models use; exit code 1 means that
-    one is wrong. Otherwise every quantized component of a model runs on real activations; exit code 1 means that one
-    is out of bounds. Exit code 2: bad input, or no GPU for what needs one.
+    one is wrong. With --layers a model runs, every operation of every layer beside its reference on the same inputs,
+    and the first one out of its bound is named; exit code 1 means that there is one. Otherwise every quantized
+    component of a model runs on real activations; exit code 1 means that one is out of bounds. Exit code 2: bad
+    input, or no GPU for what needs one.
     """
+    if layers:
+        if ops or arch is not None or originals is not None:
+            raise click.UsageError("--layers goes with --model; leave OP, --arch and --originals out.")
+        from megamoe.models.load import load
+        from megamoe.verify import layers as verify_layers
+
+        loaded = load("tiny" if model is None else model, recipe=recipe, device=device, pack=pack)
+        return verify_layers.run(
+            loaded, against=against, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, as_json=as_json
+        )
     if ops or arch is not None or pack is not None:
         if model is not None or originals is not None:
             raise click.UsageError("--model and --originals belong to the components; leave OP, --arch and --pack out.")

@@ -60,7 +60,7 @@ def use(implementation: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watch(observer: Observer) -> Iterator[None]:
+def watch(observer: Observer, *, outermost: bool = False) -> Iterator[None]:
     """Let an observer wrap every operation that is called inside the `with` block, on every device.
 
         def record(op, run, reference):
@@ -81,8 +81,10 @@ def watch(observer: Observer) -> Iterator[None]:
     Args:
         observer: is asked at every call; the callable that it returns gets the arguments that the door passes on, and
             its result is the operation's.
+        outermost: the observer stands outside of those of the blocks around, and sees what they make of operations.
     """
-    token = _OBSERVERS.set((observer, *_OBSERVERS.get()))
+    others = _OBSERVERS.get()
+    token = _OBSERVERS.set((*others, observer) if outermost else (observer, *others))
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.ops import read_cache
 from megamoe.ops.quantize import quantize_nvfp4
 from megamoe.verify.selection import compare_selections, score_bounds
-from megamoe.verify.tolerance import ROW_ROUNDING, TOLERANCES, assert_within
+from megamoe.verify.tolerance import ROW_ROUNDING, TOLERANCES, Mismatch, assert_within
 from megamoe.verify.values import copied, moved, parts, pool_rows, rows_of, whole_storage
 
 Rule = Callable[[str, Any, Any, dict[str, Any]], None]
@@ -127,11 +127,12 @@ def routes(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
     wrong = (lost > close) | (different & (lost.abs() < EQUAL))
     if bool(wrong.any()):
         token, slot = wrong.nonzero()[0].tolist()
-        raise AssertionError(
-            f"{op}: token {token} slot {slot}: got expert {int(ids[token, slot])} with "
-            f"{float(keys[token, ids[token, slot]])!r}, want {int(want[1][token, slot])} with "
-            f"{float(keys[token, want[1][token, slot]])!r}; equal ones go to the lowest"
+        chose, best = int(ids[token, slot]), int(want[1][token, slot])
+        message = (
+            f"{op}: token {token} slot {slot}: got expert {chose} with {float(keys[token, chose])!r}, want {best} with "
+            f"{float(keys[token, best])!r}; equal ones go to the lowest"
         )
+        raise Mismatch(message, (token, slot), chose, best)
     chosen = scores.gather(1, ids)
     expected = chosen / chosen.sum(-1, keepdim=True) * arguments["routed_scaling"]
     assert_within(op, weights, expected.float())
@@ -175,7 +176,12 @@ def selections(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
         blocks = arguments["block_tables"].cpu()[request].long()[entries // pool.rows_per_block]
         keys = read_cache.reference(pool, blocks * pool.rows_per_block + entries % pool.rows_per_block)
         found = score_bounds(q[tokens], head_weights[tokens], keys)
-        compare_selections(got[tokens].long(), want[tokens].long(), found, num_visible[tokens])
+        try:
+            compare_selections(got[tokens].long(), want[tokens].long(), found, num_visible[tokens])
+        except Mismatch as wrong:  # counts the tokens of this request
+            place = (int(tokens[wrong.coordinate[0]]), *wrong.coordinate[1:])
+            message = f"{op}: request {request}, token {place[0]} of the step: {wrong}"
+            raise Mismatch(message, place, wrong.got, wrong.want) from wrong
 
 
 def attention(op: str, got: Any, want: Any, arguments: dict[str, Any]) -> None:
@@ -238,7 +244,12 @@ def _compare_rows(where: str, op: str, before: CachePool, got: CachePool, want: 
     with _damage_is_an_error(where):
         values = decode_rows(*pool_rows(got, slots), want.row_format, want.width)
     expected = decode_rows(*pool_rows(want, slots), want.row_format, want.width)
-    assert_within(op, values, expected, rounding=ROW_ROUNDING[want.row_format])
+    try:
+        assert_within(op, values, expected, rounding=ROW_ROUNDING[want.row_format])
+    except Mismatch as wrong:
+        place = (int(slots[wrong.coordinate[0]]), *wrong.coordinate[1:])
+        message = f"{where}: row {place[0]} of the pool: {wrong}"
+        raise Mismatch(message, place, wrong.got, wrong.want, is_slot=True) from wrong
     block, row = slots // want.rows_per_block, slots % want.rows_per_block
     for pool in (got, want):
         pool.data_rows[block, row] = 0

@@ -18,7 +18,7 @@ import dataclasses
 
 import torch
 
-from megamoe.verify.tolerance import TOLERANCES
+from megamoe.verify.tolerance import TOLERANCES, Mismatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,16 @@ def compare_selections(got: torch.Tensor, want: torch.Tensor, found: ScoreBounds
         num_visible: [T] integers; token t may hold entries 0 .. num_visible[t] - 1.
 
     Raises:
-        AssertionError: got is not in the form of a selection, or leaves out an entry that certainly precedes one that
-            it holds; the message names the token and both entries.
+        AssertionError: shape or dtype is another.
+        Mismatch: got is not in the form of a selection, or leaves out an entry that certainly precedes one that it
+            holds; the message names the token and both entries.
     """
     if got.shape != want.shape or got.dtype != want.dtype:
         raise AssertionError(f"index_topk: got {got.dtype} {list(got.shape)}, want {want.dtype} {list(want.shape)}")
     for token in range(got.shape[0]):
         visible, count = int(num_visible[token]), int((want[token] >= 0).sum())
         chosen = got[token, :count]
-        _check_form(token, got[token], count, visible)
+        _check_form(token, got[token], want[token], count, visible)
         if count == visible or count == 0:
             continue
         scores, bounds = found.scores[token, :visible], found.bounds[token, :visible]
@@ -77,31 +78,36 @@ def compare_selections(got: torch.Tensor, want: torch.Tensor, found: ScoreBounds
         last = held[(scores + bounds)[held].argmin()]
         first = left[(scores - bounds)[left].argmax()]
         if float((scores - bounds)[first]) > float((scores + bounds)[last]):
-            raise AssertionError(_describe(token, int(first), int(last), scores, bounds))
+            raise _left_out(token, int(first), int(last), chosen, scores, bounds)
         exact = bounds == 0.0
         for entry in held[exact[held]].tolist():
             before = left[exact[left] & (scores[left] == scores[entry]) & (left < entry)]
             if before.numel():
-                raise AssertionError(_describe(token, int(before[0]), entry, scores, bounds))
+                raise _left_out(token, int(before[0]), entry, chosen, scores, bounds)
 
 
-def _check_form(token: int, row: torch.Tensor, count: int, visible: int) -> None:
+def _check_form(token: int, row: torch.Tensor, want: torch.Tensor, count: int, visible: int) -> None:
     chosen, rest = row[:count], row[count:]
     if bool((rest != -1).any()) or bool((chosen < 0).any()):
         held = int((row >= 0).sum())
-        raise AssertionError(
-            f"index_topk: token {token} holds {held} entries, want {count}, then -1; got {row.tolist()}"
-        )
+        column = int(((row >= 0) != (want >= 0)).nonzero()[0])
+        message = f"index_topk: token {token} holds {held} entries, want {count}, then -1; got {row.tolist()}"
+        raise Mismatch(message, (token, column), int(row[column]), int(want[column]))
     if count and (int(chosen[-1]) >= visible or bool((chosen.diff() <= 0).any())):
-        raise AssertionError(
+        message = (
             f"index_topk: token {token} must hold different entries below {visible} in ascending order; "
             f"got {row.tolist()}"
         )
+        column = int((chosen != want[:count]).nonzero()[0])
+        raise Mismatch(message, (token, column), int(row[column]), int(want[column]))
 
 
-def _describe(token: int, left: int, held: int, scores: torch.Tensor, bounds: torch.Tensor) -> str:
-    return (
+def _left_out(
+    token: int, left: int, held: int, chosen: torch.Tensor, scores: torch.Tensor, bounds: torch.Tensor
+) -> Mismatch:
+    message = (
         f"index_topk: token {token} holds entry {held} with score {float(scores[held])!r} +- {float(bounds[held]):.1e} "
         f"and leaves out entry {left} with {float(scores[left])!r} +- {float(bounds[left]):.1e}; equal ones go to the "
         f"lowest"
     )
+    return Mismatch(message, (token, int((chosen == held).nonzero()[0])), held, left)

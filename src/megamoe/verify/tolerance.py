@@ -152,6 +152,23 @@ SMALLEST = torch.finfo(torch.float32).tiny
 """What lies below may be flushed to zero."""
 
 
+class Mismatch(AssertionError):
+    """A result that is not within its bound, with the place of the first wrong value.
+
+    Attributes:
+        coordinate: in the tensor that was compared.
+        got, want: the values there.
+        is_slot: the first coordinate is the slot of a pool, and no token.
+    """
+
+    def __init__(
+        self, message: str, coordinate: tuple[int, ...], got: float, want: float, *, is_slot: bool = False
+    ) -> None:
+        """Say what is wrong and where."""
+        super().__init__(message)
+        self.coordinate, self.got, self.want, self.is_slot = coordinate, got, want, is_slot
+
+
 def assert_within(
     op: str,
     got: torch.Tensor,
@@ -176,7 +193,8 @@ def assert_within(
 
     Raises:
         KeyError: the operation has no bound.
-        AssertionError: got is not within the bound of want.
+        AssertionError: shape or dtype is another.
+        Mismatch: got is not within the bound of want.
     """
     tolerance = TOLERANCES[op]
     if got.shape != want.shape or got.dtype != want.dtype:
@@ -214,10 +232,8 @@ def assert_within(
     # A row beyond its limit has an element beyond its share of the limit; so has the whole tensor.
     share = row_limit[..., None] / math.sqrt(error.shape[-1])
     worst = float((row_error / row_limit.clamp(min=torch.finfo(torch.float64).tiny)).max()) * bound
-    raise AssertionError(
-        _describe(op, (error.abs() > share).reshape(want.shape), got, want)
-        + f"; relative L2 {overall:.3g}, worst row {worst:.3g}, bound {bound:.3g} ({tolerance.reason})"
-    )
+    why = f"relative L2 {overall:.3g}, worst row {worst:.3g}, bound {bound:.3g} ({tolerance.reason})"
+    raise _mismatch(op, (error.abs() > share).reshape(want.shape), got, want, why)
 
 
 def _typical(row_size: torch.Tensor) -> float:
@@ -238,13 +254,15 @@ def _assert_equal_bits(op: str, got: torch.Tensor, want: torch.Tensor) -> None:
 
 def _fail_at(op: str, wrong: torch.Tensor, got: torch.Tensor, want: torch.Tensor, why: str) -> None:
     if bool(wrong.any()):
-        raise AssertionError(f"{_describe(op, wrong, got, want)}; {why}")
+        raise _mismatch(op, wrong, got, want, why)
 
 
-def _describe(op: str, wrong: torch.Tensor, got: torch.Tensor, want: torch.Tensor) -> str:
+def _mismatch(op: str, wrong: torch.Tensor, got: torch.Tensor, want: torch.Tensor, why: str) -> Mismatch:
     places = wrong.nonzero()
     first = tuple(places[0].tolist())
-    return (
+    got_value, want_value = got[first].item(), want[first].item()
+    message = (
         f"{op}: {len(places)} of {want.numel()} elements differ, first at {list(first)}: "
-        f"got {got[first].item()!r}, want {want[first].item()!r}"
+        f"got {got_value!r}, want {want_value!r}; {why}"
     )
+    return Mismatch(message, first, got_value, want_value)
