@@ -283,7 +283,7 @@ def _resaved(raw: dict[str, Any], ratios: list[int]) -> dict[str, Any]:
             "main": {"rope_type": "default", "rope_theta": main_theta},
             "compress": {**yarn, "rope_theta": compress_theta, "attention_factor": 1.0},
         },
-        "transformers_version": "5.23.0",
+        "transformers_version": "5.24.0",
     }
     return raw
 

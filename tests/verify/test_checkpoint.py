@@ -47,8 +47,8 @@ RELEASES = {
     "nvidia-old": "NVFP4 experts in NVIDIA's layout",
     "nvidia-dspark": "NVFP4 experts in NVIDIA's layout, DSpark draft",
     "compressed-tensors": "converted by compressed-tensors",
-    "resave": "re-saved by transformers 5.23.0",
-    "resave-modules": "re-saved by transformers 5.23.0",
+    "resave": "re-saved by transformers 5.24.0",
+    "resave-modules": "re-saved by transformers 5.24.0",
     "nvfp4": "every linear in NVFP4 (megamoe)",
     "bf16": "unquantized",
 }
@@ -110,7 +110,7 @@ def test_a_re_save_of_transformers_itself_raises_no_alarm(tmp_path, layout):
     model = transformers.DeepseekV4ForCausalLM(config)
     model.save_pretrained(tmp_path, save_original_format=layout == "resave")
     found = inspect_checkpoint(tmp_path)
-    assert found.findings == () and "re-saved by transformers 5.23" in found.release
+    assert found.findings == () and "re-saved by transformers 5.24" in found.release
     assert found.num_tensors == found.expected_tensors
 
 

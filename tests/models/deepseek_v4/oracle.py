@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers 5.23.0 as oracle: random checkpoints that exercise every mechanism, saved the ways people save them.
+"""transformers 5.24.0 as oracle: random checkpoints that exercise every mechanism, saved the ways people save them.
 
 Run as a script (`make oracle`) it prints the table of docs/numerics.md: per case, way of saving and way of stepping,
 the largest absolute difference of the logits.

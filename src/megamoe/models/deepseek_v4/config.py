@@ -11,7 +11,7 @@ model and is therefore not used.
 Formats of tensors are read from the tensors themselves (layout.py), never from `quantization_config` or `expert_dtype`;
 what these declare is held against the tensors in declared.py.
 
-Source     the config.json files of DeepSeek-V4-Flash and -Pro; transformers 5.23 `DeepseekV4Config`
+Source     the config.json files of DeepSeek-V4-Flash and -Pro; transformers 5.24 `DeepseekV4Config`
 """
 
 from __future__ import annotations

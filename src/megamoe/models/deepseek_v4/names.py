@@ -13,7 +13,7 @@ Who writes what:
 
 Renaming drops nothing: a name that fits no rule comes back unchanged (without "model."), and the loader refuses it.
 
-Source     DeepSeek-V4 model.safetensors.index.json; transformers 5.23 conversion_mapping.py, entry "deepseek_v4"
+Source     DeepSeek-V4 model.safetensors.index.json; transformers 5.24 conversion_mapping.py, entry "deepseek_v4"
 """
 
 from __future__ import annotations
