@@ -34,6 +34,14 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows
 
 
+def as_heads(x: torch.Tensor) -> torch.Tensor:
+    """Return x [T, H, K] with 16-byte aligned rows: itself at any stride, or one contiguous copy."""
+    step = 16 // x.element_size()
+    if x.stride(-1) != 1 or x.stride(0) % step or x.stride(1) % step or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
 def as_vector(x: torch.Tensor) -> torch.Tensor:
     """Return [K] contiguous and 16-byte aligned: x, or a copy where it is not."""
     return x if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
