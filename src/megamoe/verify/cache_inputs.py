@@ -15,6 +15,7 @@ import torch
 
 from megamoe.formats import fp8, mxfp4
 from megamoe.formats.cache_rows import CachePool, RowFormat, page_bytes, row_bytes
+from megamoe.kernels.attention.sparse_attention import few_tokens
 from megamoe.ops import copy_cache as copying
 from megamoe.ops import write_cache as writing
 from megamoe.ops.compress_kv import compress_kv
@@ -576,6 +577,7 @@ _ATTENTION = OpInputs(
     sparse_attention,
     _sparse_attention(RowFormat.FP8_ROPE_BF16, torch.float16, chosen=True, chunks=False),
     ("q", "positions", "requests", "first_idx", "entry_idx", "num_visible"),
+    order_until=lambda dims: few_tokens(dims["H"]),
     rule=attention,
     cut=_fewer_rows_of_step,
     together=_last_request,
