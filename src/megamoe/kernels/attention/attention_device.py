@@ -8,6 +8,8 @@ that eight rows of a column of chunks meet all banks. `chunk_of` says where a ch
 from cutlass import Float32, Uint32
 from cutlass.cute.arch import inline_ptx
 
+from megamoe.kernels.parts.memory_device import predicated
+
 ROW_BYTES = 128
 LOG2_E = 1.4426950408889634
 HEADROOM = 15.0
@@ -94,3 +96,8 @@ def load_two_words(address):
 def store_two_floats(address, a, b):
     """Store two floats to shared memory."""
     inline_ptx("st.shared.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, a, b])
+
+
+def store_shared_float_if(wanted, address, value):
+    """Store a float to shared memory if `wanted`."""
+    predicated(wanted, "st.shared.f32 [{$r1}], {$r2};", address, value)

@@ -8,7 +8,7 @@ import dataclasses
 TILE_ITEMS = 64
 BLOCK_COLUMNS = 64  # of a row: 128 bytes of fp16, one for each multiplying warp
 WARPS = 8  # that multiply
-FETCHERS = 4  # warps that bring rows
+FETCHERS = 8  # warps that bring rows
 THREADS = (WARPS + FETCHERS) * 32
 MAX_ROWS = 64  # heads of a thread block
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device half of attention in tiles: four warps bring rows, eight multiply.
+"""Device half of attention in tiles: eight warps bring rows, eight multiply.
 
 A thread block has up to 64 heads of a token and a range of its items. Fetching warps find each item's row, turn it into
 fp16 and store it as a tile [64 items, C], two of them in turn. The others compute scores, 16 heads and a share of the
@@ -27,6 +27,7 @@ from megamoe.kernels.attention.attention_device import (
     load_two_words,
     multiply_pairs,
     power_of_two,
+    store_shared_float_if,
     store_two_floats,
 )
 from megamoe.kernels.attention.attention_tiles_config import (
@@ -50,7 +51,6 @@ from megamoe.kernels.parts.memory_device import (
     publish_barriers,
     store_global_vector_if,
     store_shared,
-    store_shared_float,
     store_shared_if,
     wait_barrier,
 )
@@ -79,8 +79,7 @@ from megamoe.kernels.parts.rows_device import (
 )
 
 MULTIPLIERS = WARPS * 32
-BATCH_ROWS = 8  # rows that a fetching warp loads at once: four lanes a row
-BATCHES = TILE_ITEMS // (FETCHERS * BATCH_ROWS)
+BATCH_ROWS = TILE_ITEMS // FETCHERS  # rows of a tile that a fetching warp brings: four lanes a row
 LATENT_GROUPS = 7  # scales of a row of 512
 NEGATIVE_INFINITY = 0xFF800000
 
@@ -128,6 +127,14 @@ class AttentionTiles:
 
     def __init__(self, config: Config):
         self.config = config
+        self.warp_tiles, self.warp_blocks = config.head_tiles, 1  # of 16 heads and of 64 columns, whose sums a warp has
+
+    def place_of_sums(self, warp):
+        """Return the first head and the first column block of the sums that a warp has."""
+        return 0, warp
+
+    def publish(self):
+        """Make what this thread has stored to shared memory visible to what multiplies."""
 
     @cute.jit
     def __call__(
@@ -229,6 +236,7 @@ class AttentionTiles:
         token, head_block = block // config.head_blocks, block % config.head_blocks
         allocator = cutlass.memory.SmemAllocator()
         memory = allocator.allocate_tensor(Uint8, cute.make_layout(config.shared_bytes - 1024), 1024)
+        self.memory = memory
         self.queries = memory.iterator.toint()
         self.tiles = self.queries + config.query_bytes
         self.weights = self.tiles + 2 * config.tile_bytes
@@ -267,7 +275,7 @@ class AttentionTiles:
         last = cutlass.max(first, last)
 
         if warp >= WARPS:
-            cute.arch.setmaxregister_decrease(144)
+            cute.arch.setmaxregister_decrease(72)
             self.fetch(
                 window,
                 step,
@@ -374,39 +382,34 @@ class AttentionTiles:
         last: Int32,
         fetcher: Int32,
     ):
-        """Bring all tiles: while rows of one batch are turned into fp16, those of the next are under way."""
+        """Bring all tiles: while one is being multiplied, the rows of the next are under way."""
         lane = cute.arch.lane_idx()
         given = (
             (window, step, entries, first_idx, window_tables, entry_tables, entry_idx, window_rows, step_rows)
             + (entry_rows, window_size, has_step, has_list, token, request, end, window_tiles, num_entries)
         )
         place, part = lane // 4, lane % 4
-        own = fetcher * (BATCHES * BATCH_ROWS) + place  # the item of batch 0
-        words = [cute.make_rmem_tensor(cute.make_layout((9, 4)), Uint32) for _ in range(2)]
-        scales = [cute.make_rmem_tensor(cute.make_layout(2), Uint32) for _ in range(2)]
-        found = [cute.make_rmem_tensor(cute.make_layout(1), Int32) for _ in range(2)]
-        data_a, scales_a = self.find(*given, first * TILE_ITEMS + own)
-        data_b, scales_b = self.find(*given, first * TILE_ITEMS + own + BATCH_ROWS)
-        self.load(words[0], scales[0], found[0], data_a, scales_a, part)
+        item = fetcher * BATCH_ROWS + place
+        words = cute.make_rmem_tensor(cute.make_layout((LATENT_GROUPS + 2, 4)), Uint32)
+        scale_words = cute.make_rmem_tensor(cute.make_layout(2), Uint32)
+        data, scales = self.find(*given, first * TILE_ITEMS + item)
+        found = Int32((data != Int64(0)) & (first < last))
+        self.load(words, scale_words, found, data, scales, part)
         for tile in cutlass.range(first, last, unroll=1):
-            index = tile - first
-            buffer = index % 2
+            buffer = (tile - first) % 2
+            was_found = found
+            data, scales = self.find(*given, (tile + 1) * TILE_ITEMS + item)
+            found = Int32((data != Int64(0)) & (tile + 1 < last))
+            wait_barrier(self.empty + buffer * 8, ((tile - first) // 2 % 2) ^ 1)
             target = self.tiles + buffer * self.config.tile_bytes
-            self.load(words[1], scales[1], found[1], data_b, scales_b, part)
-            following = cutlass.min(tile + 1, last - 1) * TILE_ITEMS + own  # the last tile once more, unread
-            data_a, scales_a = self.find(*given, following)
-            data_b, scales_b = self.find(*given, following + BATCH_ROWS)
-            wait_barrier(self.empty + buffer * 8, (index // 2 % 2) ^ 1)
-            self.store(words[0], scales[0], found[0], target, buffer, own, part)
-            self.load(words[0], scales[0], found[0], data_a, scales_a, part)
-            self.store(words[1], scales[1], found[1], target, buffer, own + BATCH_ROWS, part)
+            self.store(words, scale_words, was_found, target, buffer, item, part)
+            self.publish()
             cute.arch.sync_warp()
             arrive_if(lane == 0, self.full + buffer * 8)
+            self.load(words, scale_words, found, data, scales, part)
 
-    def load(self, words, scales, found, data, scale_address, part):
+    def load(self, words, scales, wanted, data, scale_address, part):
         """Start loading a quarter of a row: 16 codes of each scale, and two vectors of the rotary part."""
-        wanted = Int32(data != Int64(0))
-        found[0] = wanted
         at = data + Int64(part * 16)
         for vector in range(LATENT_GROUPS + 2):
             loaded = load_global_vector_if(wanted, at + vector * 64, 4)
@@ -431,7 +434,7 @@ class AttentionTiles:
         for vector in range(2):
             halves = [fp16_of_bf16(words[LATENT_GROUPS + vector, word]) for word in range(4)]
             store_shared(block + chunk_of(item, part + 4 * vector), *halves)
-        store_shared_if(part == 0, self.live + (buffer * TILE_ITEMS + item) * 4, found[0])
+        store_shared_if(part == 0, self.live + (buffer * TILE_ITEMS + item) * 4, found)
 
     # Multiplying warps.
 
@@ -473,30 +476,14 @@ class AttentionTiles:
             wait_barrier(self.full + buffer * 8, index // 2 % 2)
             scores = zeros(config.head_tiles, 4)
             self.score(scores, rows, head_tile, key_group, lane)
-            self.weigh(scores, power, total, buffer, scale, row, key_group, lane)
+            logits = self.logits(scores, scale, buffer, key_group, lane)
+            self.weigh(logits, power, total, row, key_group, lane)
             self.add_values(sums, rows, warp, lane)
             cute.arch.sync_warp()
             arrive_if(lane == 0, self.empty + buffer * 8)
-        for half in cutlass.range_constexpr(2):
-            of_row = total[half]
-            of_row = of_row + cute.arch.shuffle_sync_bfly(of_row, offset=1)
-            of_row = of_row + cute.arch.shuffle_sync_bfly(of_row, offset=2)
-            store_shared_if(lane % 4 == 0, self.added + (key_group * config.rows + row + 8 * half) * 4, of_row)
-            store_shared_if(
-                (lane % 4 == 0) & (key_group == 0), self.powers + (row + 8 * half) * 4, power[half]
-            )
-        everyone()
-        if cutlass.const_expr(config.out == "partial"):
-            self.store_stats(stats, token, head_block, split, thread)
-            if first < last:
-                self.store_floats(sums, out[(token, split, None, None)], head_block, warp, lane)
-        else:
-            self.finish(sums, sink, positions, inv_freq, token, head_block, warp, lane)
-            target = out[(token, None, None)]
-            if cutlass.const_expr(config.out == "bf16"):
-                self.store_halves(sums, target, head_block, warp, lane)
-            else:
-                self.store_floats(sums, target, head_block, warp, lane)
+        self.end(
+            sums, power, total, row, key_group, sink, positions, inv_freq, out, stats, token, head_block, split, first
+        , last, thread, warp)
 
     @cute.jit
     def load_queries(self, q, token: Int32, head_block: Int32, thread: Int32):
@@ -553,25 +540,36 @@ class AttentionTiles:
                     for step in range(2):
                         accumulate(scores, (group,), left[step], right[2 * step : 2 * step + 2])
 
-    def weigh(self, scores, power, total, buffer, scale, row, key_group, lane):
-        """Turn scores into weights relative to a power of two that covers all items so far."""
+    def logits(self, scores, scale, buffer, key_group, lane):
+        """Return the scaled scores of this thread, four a block of 8 items; minus infinity where there is no item."""
+        first_item = key_group * (8 * self.config.head_tiles) + lane % 4 * 2
+        logits = []
+        for group in range(self.config.head_tiles):
+            live = load_two_words(self.live + (buffer * TILE_ITEMS + first_item + group * 8) * 4)
+            logits += [logit_of(scores[group, position], scale, live[position % 2]) for position in range(4)]
+        return logits
+
+    def weigh(self, logits, power, total, row, key_group, lane):
+        """Turn logits into weights relative to a power of two that covers all items so far.
+
+        Returns:
+            The factors that this makes of what was summed before, of both rows.
+        """
         config = self.config
         groups = config.head_tiles
-        first_item = key_group * (8 * groups) + lane % 4 * 2
-        highest = [from_bits(Uint32(NEGATIVE_INFINITY)) for _ in range(2)]
-        logits = []
-        for group in range(groups):
-            live = load_two_words(self.live + (buffer * TILE_ITEMS + first_item + group * 8) * 4)
-            for position in range(4):
-                z = logit_of(scores[group, position], scale, live[position % 2])
-                logits.append(z)
-                highest[position // 2] = max_keeping_nan(highest[position // 2], z)
+        first_item = lane % 4 * 2
         for half in range(2):
+            highest = from_bits(Uint32(NEGATIVE_INFINITY))
+            for group in range(groups):
+                for one in range(2):
+                    highest = max_keeping_nan(highest, logits[4 * group + 2 * half + one])
             for offset in (1, 2):
-                other = cute.arch.shuffle_sync_bfly(highest[half], offset=offset)
-                highest[half] = max_keeping_nan(highest[half], other)
-            store_shared_if(lane % 4 == 0, self.maxima + (key_group * config.rows + row + 8 * half) * 4, highest[half])
+                highest = max_keeping_nan(highest, cute.arch.shuffle_sync_bfly(highest, offset=offset))
+            store_shared_float_if(
+                lane % 4 == 0, self.maxima + (key_group * config.rows + row + 8 * half) * 4, highest
+            )
         everyone()
+        factors = []
         for half in range(2):
             top = load_shared_float(self.maxima + (row + 8 * half) * 4)
             for other in range(1, config.key_groups):
@@ -580,18 +578,20 @@ class AttentionTiles:
             now = max_keeping_nan(power[half], ceiling(multiply(top, Float32(LOG2_E))))
             factor = power_of_two(power[half] - now)
             power[half] = now
+            factors.append(factor)
             is_first = (lane % 4 == 0) & (key_group == 0)
-            store_shared_if(is_first, self.factors + (row + 8 * half) * 4, factor)
+            store_shared_float_if(is_first, self.factors + (row + 8 * half) * 4, factor)
             shift = Float32(HEADROOM) - now
             added = total[half] * factor
             for group in range(groups):
                 weights = [exp2(fma(logits[4 * group + 2 * half + one], Float32(LOG2_E), shift)) for one in range(2)]
                 added = added + (weights[0] + weights[1])
-                item = first_item + group * 8
-                address = self.weights + chunk_of(row + 8 * half, key_group * groups + group) + item % 8 * 2
-                store_shared(address, fp16_word(*weights))
+                chunk = chunk_of(row + 8 * half, key_group * groups + group)
+                store_shared(self.weights + chunk + first_item * 2, fp16_word(*weights))
             total[half] = added
+        self.publish()
         everyone()
+        return factors
 
     def add_values(self, sums, rows, warp, lane):
         """Multiply the weights of all heads by this warp's 64 columns."""
@@ -615,6 +615,51 @@ class AttentionTiles:
 
     # The end.
 
+    @cute.jit
+    def end(
+        self,
+        sums,
+        power,
+        total,
+        row: Int32,
+        key_group: Int32,
+        sink,
+        positions,
+        inv_freq,
+        out,
+        stats,
+        token: Int32,
+        head_block: Int32,
+        split: Int32,
+        first: Int32,
+        last: Int32,
+        thread: Int32,
+        warp: Int32,
+    ):
+        """Add up the weights of each head, and store the result, or the share of it."""
+        config = self.config
+        lane = thread % 32
+        for half in cutlass.range_constexpr(2):
+            of_row = total[half]
+            of_row = of_row + cute.arch.shuffle_sync_bfly(of_row, offset=1)
+            of_row = of_row + cute.arch.shuffle_sync_bfly(of_row, offset=2)
+            is_first = lane % 4 == 0
+            store_shared_float_if(is_first, self.added + (key_group * config.rows + row + 8 * half) * 4, of_row)
+            is_first = is_first & (key_group == 0)
+            store_shared_float_if(is_first, self.powers + (row + 8 * half) * 4, power[half])
+        everyone()
+        if cutlass.const_expr(config.out == "partial"):
+            self.store_stats(stats, token, head_block, split, thread)
+            if first < last:
+                self.store_floats(sums, out[(token, split, None, None)], head_block, warp, lane)
+        else:
+            self.finish(sums, sink, positions, inv_freq, token, head_block, warp, lane)
+            target = out[(token, None, None)]
+            if cutlass.const_expr(config.out == "bf16"):
+                self.store_halves(sums, target, head_block, warp, lane)
+            else:
+                self.store_floats(sums, target, head_block, warp, lane)
+
     def weight_sum(self, row):
         """Return the sum of the weights of a head, added in the order of items."""
         of_row = load_shared_float(self.added + row * 4)
@@ -635,24 +680,26 @@ class AttentionTiles:
     def finish(self, sums, sink, positions, inv_freq, token: Int32, head_block: Int32, warp: Int32, lane: Int32):
         """Divide by the sum of the weights with the sink's, round, and rotate the last columns back."""
         config = self.config
-        for tile in cutlass.range_constexpr(config.head_tiles):
+        first_row, first_block = self.place_of_sums(warp)
+        for tile in cutlass.range_constexpr(self.warp_tiles):
             for half in cutlass.range_constexpr(2):
-                row = tile * 16 + 8 * half + lane // 4
+                row = first_row + tile * 16 + 8 * half + lane // 4
                 head = cutlass.min(head_block * config.rows + row, config.heads - 1)
                 power = load_shared_float(self.powers + row * 4)
                 inverse = inverse_of(self.weight_sum(row), sink[head], power)
-                for columns in cutlass.range_constexpr(8):
+                for columns in cutlass.range_constexpr(8 * self.warp_blocks):
                     for one in cutlass.range_constexpr(2):
                         value = sums[tile, columns, 2 * half + one] * inverse
                         if cutlass.const_expr(config.out == "bf16"):
                             value = round_to_bf16(value)
                         sums[tile, columns, 2 * half + one] = value
-        if warp == WARPS - 1:
+        if first_block + self.warp_blocks == config.column_blocks:
             position = Float32(Int32(positions[token]))
-            for columns in cutlass.range_constexpr(8 - config.rope // 8, 8):
-                pair = (columns - (8 - config.rope // 8)) * 4 + lane % 4
+            start = 8 * self.warp_blocks - config.rope // 8
+            for columns in cutlass.range_constexpr(start, 8 * self.warp_blocks):
+                pair = (columns - start) * 4 + lane % 4
                 sine, cosine = sine_and_cosine(multiply(position, inv_freq[pair]))
-                for tile in cutlass.range_constexpr(config.head_tiles):
+                for tile in cutlass.range_constexpr(self.warp_tiles):
                     for half in cutlass.range_constexpr(2):
                         even, odd = sums[tile, columns, 2 * half], sums[tile, columns, 2 * half + 1]
                         sums[tile, columns, 2 * half] = fma(even, cosine, multiply(odd, sine))
@@ -660,40 +707,52 @@ class AttentionTiles:
 
     @cute.jit
     def store_halves(self, sums, target, head_block: Int32, warp: Int32, lane: Int32):
-        """Store results in bf16, through this warp's part of the queries' memory."""
+        """Store results in bf16, through the memory of the queries of the same heads and columns."""
         config = self.config
-        memory = self.queries + warp * (config.rows * ROW_BYTES)
-        for tile in cutlass.range_constexpr(config.head_tiles):
+        first_row, first_block = self.place_of_sums(warp)
+        memory = self.queries + first_block * (config.rows * ROW_BYTES)
+        for tile in cutlass.range_constexpr(self.warp_tiles):
             for half in cutlass.range_constexpr(2):
-                row = tile * 16 + 8 * half + lane // 4
-                for columns in cutlass.range_constexpr(8):
+                row = first_row + tile * 16 + 8 * half + lane // 4
+                for columns in cutlass.range_constexpr(8 * self.warp_blocks):
                     word = pack_bf16(sums[tile, columns, 2 * half], sums[tile, columns, 2 * half + 1])
-                    store_shared(memory + chunk_of(row, columns) + lane % 4 * 4, word)
-        self.carry(memory, target, head_block, Int64(warp * ROW_BYTES), lane)
+                    address = memory + columns // 8 * (config.rows * ROW_BYTES) + chunk_of(row, columns % 8)
+                    store_shared(address + lane % 4 * 4, word)
+        cute.arch.sync_warp()
+        for block in cutlass.range_constexpr(self.warp_blocks):
+            column_bytes = Int64((first_block + block) * ROW_BYTES)
+            self.carry(memory + block * (config.rows * ROW_BYTES), target, head_block, first_row, column_bytes, lane)
 
     @cute.jit
     def store_floats(self, sums, target, head_block: Int32, warp: Int32, lane: Int32):
-        """Store sums in fp32, 32 columns at a time, through this warp's part of the queries' memory."""
+        """Store sums in fp32, 32 columns at a time, through the memory of the queries of the same heads."""
         config = self.config
-        memory = self.queries + warp * (config.rows * ROW_BYTES)
-        for piece in cutlass.range_constexpr(2):
-            for tile in cutlass.range_constexpr(config.head_tiles):
-                for half in cutlass.range_constexpr(2):
-                    row = tile * 16 + 8 * half + lane // 4
-                    for columns in cutlass.range_constexpr(4):
-                        chunk = columns * 2 + lane % 4 // 2
-                        values = [sums[tile, 4 * piece + columns, 2 * half + one] for one in range(2)]
-                        store_two_floats(memory + chunk_of(row, chunk) + lane % 2 * 8, *values)
-            self.carry(memory, target, head_block, Int64(warp * (2 * ROW_BYTES) + piece * ROW_BYTES), lane)
+        first_row, first_block = self.place_of_sums(warp)
+        memory = self.queries + first_block * (config.rows * ROW_BYTES)
+        for turn in cutlass.range_constexpr(2):
+            for slot in cutlass.range_constexpr(self.warp_blocks):
+                piece = turn * self.warp_blocks + slot
+                for tile in cutlass.range_constexpr(self.warp_tiles):
+                    for half in cutlass.range_constexpr(2):
+                        row = first_row + tile * 16 + 8 * half + lane // 4
+                        for columns in cutlass.range_constexpr(4):
+                            values = [sums[tile, 4 * piece + columns, 2 * half + one] for one in range(2)]
+                            address = memory + slot * (config.rows * ROW_BYTES)
+                            address = address + chunk_of(row, columns * 2 + lane % 4 // 2) + lane % 2 * 8
+                            store_two_floats(address, *values)
+            cute.arch.sync_warp()
+            for slot in cutlass.range_constexpr(self.warp_blocks):
+                column_bytes = Int64(first_block * (2 * ROW_BYTES) + (turn * self.warp_blocks + slot) * ROW_BYTES)
+                address = memory + slot * (config.rows * ROW_BYTES)
+                self.carry(address, target, head_block, first_row, column_bytes, lane)
             cute.arch.sync_warp()
 
     @cute.jit
-    def carry(self, memory: Int32, target, head_block: Int32, column_bytes: Int64, lane: Int32):
-        """Carry 128 bytes of every head from shared to global memory."""
+    def carry(self, memory: Int32, target, head_block: Int32, first_row: Int32, column_bytes: Int64, lane: Int32):
+        """Carry 128 bytes of each of this warp's heads from shared to global memory."""
         config = self.config
-        cute.arch.sync_warp()
-        for turn in cutlass.range_constexpr(config.rows // 4):
-            row, chunk = turn * 4 + lane // 8, lane % 8
+        for turn in cutlass.range_constexpr(self.warp_tiles * 4):
+            row, chunk = first_row + turn * 4 + lane // 8, lane % 8
             words = load_shared(memory + chunk_of(row, chunk), 4)
             head = head_block * config.rows + row
             address = target[(cutlass.min(head, config.heads - 1), None)].iterator.toint()

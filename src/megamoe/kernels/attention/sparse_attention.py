@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from megamoe.formats.cache_rows import CachePool, RowFormat
-from megamoe.kernels.attention import attention_combine_config, attention_tiles_config
+from megamoe.kernels.attention import attention_combine_config, attention_tiles_config, attention_tiles_sm90_config
 from megamoe.kernels.attention.attention_tiles_config import TILE_ITEMS
 from megamoe.kernels.parts.launch import DTYPE_NAMES, as_heads, as_vector
 from megamoe.kernels.parts.pool import as_pool
-from megamoe.kernels.store import kernel
+from megamoe.kernels.store import architecture_of, kernel
 from megamoe.ops.rope import RopeTable
 
 OP = "sparse_attention"
@@ -32,6 +32,7 @@ WIDTH = 512
 MAX_ROPE = 64
 FEW_BLOCKS = 16  # tokens times blocks of 64 heads
 MAX_SPLITS = 16
+FEW_HEADS = 32  # which wgmma would multiply as 64
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
@@ -39,6 +40,8 @@ def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     heads, rope = dims["H"], dims.get("R", MAX_ROPE)
     for out in ("bf16", "partial"):
         yield attention_tiles_config.Config(heads, dims["C"], rope, "bf16", out)
+        if heads > FEW_HEADS:
+            yield attention_tiles_sm90_config.Config(heads, dims["C"], rope, "bf16", out)
     yield attention_combine_config.Config(heads, dims["C"], rope, "bf16")
 
 
@@ -93,9 +96,9 @@ def run(
     if splits > 1:
         target = torch.empty((num_tokens, splits, heads, width), dtype=torch.float32, device=q.device)
     stats = torch.empty((num_tokens, splits, heads, 2), dtype=torch.float32, device=q.device)
-    tiles = attention_tiles_config.Config(
-        heads, width, table.rope_dim, DTYPE_NAMES[q.dtype], "partial" if splits > 1 else name
-    )
+    key = (heads, width, table.rope_dim, DTYPE_NAMES[q.dtype], "partial" if splits > 1 else name)
+    is_sm90 = heads > FEW_HEADS and architecture_of(q.device) == "sm90"
+    tiles = attention_tiles_sm90_config.Config(*key) if is_sm90 else attention_tiles_config.Config(*key)
     kernel(tiles, q.device)(
         as_heads(q),
         as_pool(OP, "window", window),
