@@ -31,9 +31,7 @@ def program(config: Config):
         (cute.sym_int64(divisibility=4), config.heads * config.width, config.width, 1),
         assumed_align=16,
     )
-    stats = make_fake_tensor(
-        Float32, (num_tokens, splits, config.heads, 2), (cute.sym_int64(), config.heads * 2, 2, 1)
-    )
+    stats = make_fake_tensor(Float32, (num_tokens, splits, config.heads, 2), (cute.sym_int64(), config.heads * 2, 2, 1))
     arguments = (
         sums,
         stats,

@@ -31,7 +31,6 @@ from megamoe.kernels.attention.attention_device import (
     store_two_floats,
 )
 from megamoe.kernels.attention.attention_tiles_config import (
-    BLOCK_COLUMNS,
     FETCHERS,
     MAX_ROWS,
     THREADS,
@@ -384,9 +383,16 @@ class AttentionTiles:
     ):
         """Bring all tiles: while one is being multiplied, the rows of the next are under way."""
         lane = cute.arch.lane_idx()
-        given = (
-            (window, step, entries, first_idx, window_tables, entry_tables, entry_idx, window_rows, step_rows)
-            + (entry_rows, window_size, has_step, has_list, token, request, end, window_tiles, num_entries)
+        given = (window, step, entries, first_idx, window_tables, entry_tables, entry_idx, window_rows, step_rows) + (
+            entry_rows,
+            window_size,
+            has_step,
+            has_list,
+            token,
+            request,
+            end,
+            window_tiles,
+            num_entries,
         )
         place, part = lane // 4, lane % 4
         item = fetcher * BATCH_ROWS + place
@@ -482,8 +488,24 @@ class AttentionTiles:
             cute.arch.sync_warp()
             arrive_if(lane == 0, self.empty + buffer * 8)
         self.end(
-            sums, power, total, row, key_group, sink, positions, inv_freq, out, stats, token, head_block, split, first
-        , last, thread, warp)
+            sums,
+            power,
+            total,
+            row,
+            key_group,
+            sink,
+            positions,
+            inv_freq,
+            out,
+            stats,
+            token,
+            head_block,
+            split,
+            first,
+            last,
+            thread,
+            warp,
+        )
 
     @cute.jit
     def load_queries(self, q, token: Int32, head_block: Int32, thread: Int32):
@@ -534,9 +556,7 @@ class AttentionTiles:
                     for step in range(2)
                 ]
                 for group in range(config.head_tiles):
-                    right = load_matrices(
-                        items + group * (8 * ROW_BYTES) + ((Int32(4 * pair) + matrix) ^ place) * 16
-                    )
+                    right = load_matrices(items + group * (8 * ROW_BYTES) + ((Int32(4 * pair) + matrix) ^ place) * 16)
                     for step in range(2):
                         accumulate(scores, (group,), left[step], right[2 * step : 2 * step + 2])
 
@@ -565,9 +585,7 @@ class AttentionTiles:
                     highest = max_keeping_nan(highest, logits[4 * group + 2 * half + one])
             for offset in (1, 2):
                 highest = max_keeping_nan(highest, cute.arch.shuffle_sync_bfly(highest, offset=offset))
-            store_shared_float_if(
-                lane % 4 == 0, self.maxima + (key_group * config.rows + row + 8 * half) * 4, highest
-            )
+            store_shared_float_if(lane % 4 == 0, self.maxima + (key_group * config.rows + row + 8 * half) * 4, highest)
         everyone()
         factors = []
         for half in range(2):
