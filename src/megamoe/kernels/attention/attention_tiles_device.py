@@ -55,7 +55,6 @@ from megamoe.kernels.parts.memory_device import (
 )
 from megamoe.kernels.parts.mma_device import zeros
 from megamoe.kernels.parts.pool_device import (
-    ring_slot,
     round_to_bf16,
     row_addresses,
     symbolic_integers,
@@ -126,6 +125,7 @@ class AttentionTiles:
 
     def __init__(self, config: Config):
         self.config = config
+        self.registers = (72, 184)  # of fetching and of multiplying threads: as many together as two threads have at launch
         self.warp_tiles, self.warp_blocks = config.head_tiles, 1  # of 16 heads and of 64 columns, whose sums a warp has
 
     def place_of_sums(self, warp):
@@ -264,6 +264,8 @@ class AttentionTiles:
                 num_entries = Int32(entry_idx.shape[1])
             else:
                 num_entries = cutlass.max(num_visible[token], 0)
+        if request < 0:  # whatever else it holds
+            num_entries, end = Int32(0), Int32(-1)
         num_tiles = window_tiles + (num_entries + (TILE_ITEMS - 1)) // TILE_ITEMS
         share = (num_tiles + splits - 1) // splits
         first = split * share
@@ -274,7 +276,7 @@ class AttentionTiles:
         last = cutlass.max(first, last)
 
         if warp >= WARPS:
-            cute.arch.setmaxregister_decrease(72)
+            cute.arch.setmaxregister_decrease(self.registers[0])
             self.fetch(
                 window,
                 step,
@@ -299,7 +301,7 @@ class AttentionTiles:
                 warp - WARPS,
             )
         else:
-            cute.arch.setmaxregister_increase(184)
+            cute.arch.setmaxregister_increase(self.registers[1])
             self.multiply(
                 q, sink, positions, inv_freq, out, stats, token, head_block, split, first, last, scale, thread, warp
             )
@@ -307,53 +309,59 @@ class AttentionTiles:
     # Fetching warps.
 
     @cute.jit
+    def number(self, entry_idx, has_list: Int32, token: Int32, num_entries: Int32, place: Int32):
+        """Return the number of an entry by its place among a token's; -1 where there is none."""
+        entry = Int32(-1)
+        if (place >= 0) & (place < num_entries):
+            entry = place
+            if has_list != 0:
+                entry = entry_idx[token, place]
+        return entry
+
+    @cute.jit
     def find(
         self,
         window,
         step,
         entries,
-        first_idx,
         window_tables,
         entry_tables,
-        entry_idx,
         window_rows: Int32,
         step_rows: Int32,
         entry_rows: Int32,
         window_size: Int32,
-        has_step: Int32,
-        has_list: Int32,
+        window_tiles: Int32,
         token: Int32,
         request: Int32,
+        first_of_request: Int32,
         end: Int32,
-        window_tiles: Int32,
-        num_entries: Int32,
         column: Int32,
+        entry: Int32,
     ):
-        """Return the addresses of the data and the scales of an item's row, 0 where there is no item."""
+        """Return the addresses of the data and the scales of an item's row, 0 where there is no item.
+
+        Args:
+            window, step, entries, window_tables, entry_tables, window_rows, step_rows, entry_rows, window_size: as in
+                the operation.
+            window_tiles: tiles of the window.
+            token, request, end: the token, its request and the position of its newest row.
+            first_of_request: the first token of the request in this step; beyond all tokens where there is no step.
+            column: of the item.
+            entry: the number of the entry in that column.
+        """
         sizes = (self.config.width + 64, self.config.width // 64)
         data, scales = Int64(0), Int64(0)
         if column < window_tiles * TILE_ITEMS:
             back = window_size - 1 - column
             row = end - back
             if (back >= 0) & (row >= 0):
-                is_new = Int32(0)
-                if has_step != 0:
-                    is_new = Int32(token - back >= first_idx[token])
-                if is_new != 0:
+                if token - back >= first_of_request:
                     data, scales = row_addresses(step, token - back, step_rows, *sizes)
                 else:
-                    slot = ring_slot(window_tables, window_rows, request, row)
-                    if slot >= 0:
-                        data, scales = row_addresses(window, slot, window_rows, *sizes)
+                    data, scales = row_of(window, window_tables, window_rows, request, row, sizes)
         else:
-            place = column - window_tiles * TILE_ITEMS
-            if place < num_entries:
-                entry = place
-                if has_list != 0:
-                    entry = entry_idx[token, place]
-                slot = ring_slot(entry_tables, entry_rows, request, entry)
-                if slot >= 0:
-                    data, scales = row_addresses(entries, slot, entry_rows, *sizes)
+            if entry >= 0:
+                data, scales = row_of(entries, entry_tables, entry_rows, request, entry, sizes)
         return data, scales
 
     @cute.jit
@@ -383,28 +391,27 @@ class AttentionTiles:
     ):
         """Bring all tiles: while one is being multiplied, the rows of the next are under way."""
         lane = cute.arch.lane_idx()
-        given = (window, step, entries, first_idx, window_tables, entry_tables, entry_idx, window_rows, step_rows) + (
-            entry_rows,
-            window_size,
-            has_step,
-            has_list,
-            token,
-            request,
-            end,
-            window_tiles,
-            num_entries,
-        )
+        first_of_request = Int32(2**31 - 1)
+        if has_step != 0:
+            first_of_request = first_idx[token]
+        of_pools = (window, step, entries, window_tables, entry_tables, window_rows, step_rows, entry_rows)
+        given = (*of_pools, window_size, window_tiles, token, request, first_of_request, end)
+        of_list = (entry_idx, has_list, token, num_entries)
         place, part = lane // 4, lane % 4
         item = fetcher * BATCH_ROWS + place
+        first_entry = item - window_tiles * TILE_ITEMS  # the place among entries, in tile 0
         words = cute.make_rmem_tensor(cute.make_layout((LATENT_GROUPS + 2, 4)), Uint32)
         scale_words = cute.make_rmem_tensor(cute.make_layout(2), Uint32)
-        data, scales = self.find(*given, first * TILE_ITEMS + item)
+        entry = self.number(*of_list, first * TILE_ITEMS + first_entry)
+        following = self.number(*of_list, (first + 1) * TILE_ITEMS + first_entry)
+        data, scales = self.find(*given, first * TILE_ITEMS + item, entry)
         found = Int32((data != Int64(0)) & (first < last))
         self.load(words, scale_words, found, data, scales, part)
         for tile in cutlass.range(first, last, unroll=1):
             buffer = (tile - first) % 2
-            was_found = found
-            data, scales = self.find(*given, (tile + 1) * TILE_ITEMS + item)
+            was_found, entry = found, following
+            following = self.number(*of_list, (tile + 2) * TILE_ITEMS + first_entry)
+            data, scales = self.find(*given, (tile + 1) * TILE_ITEMS + item, entry)
             found = Int32((data != Int64(0)) & (tile + 1 < last))
             wait_barrier(self.empty + buffer * 8, ((tile - first) // 2 % 2) ^ 1)
             target = self.tiles + buffer * self.config.tile_bytes
@@ -512,9 +519,10 @@ class AttentionTiles:
         """Round the queries of this block's heads to fp16; heads past the last one are zeros."""
         config = self.config
         chunks = config.width // 8
-        for start in cutlass.range(0, config.rows * chunks, 8 * MULTIPLIERS, unroll=1):
+        turns = min(8, config.rows * chunks // MULTIPLIERS)  # loads under way
+        for start in cutlass.range(0, config.rows * chunks, turns * MULTIPLIERS, unroll=1):
             vectors = []
-            for turn in cutlass.range_constexpr(8):
+            for turn in cutlass.range_constexpr(turns):
                 number = start + turn * MULTIPLIERS + thread
                 head = head_block * config.rows + number // chunks
                 wanted = Int32(head < config.heads)
@@ -525,7 +533,7 @@ class AttentionTiles:
                     address = source + Int64(number % chunks * 32)
                     loaded = load_global_vector_if(wanted, address, 4) + load_global_vector_if(wanted, address + 16, 4)
                     vectors.append(loaded)
-            for turn in cutlass.range_constexpr(8):
+            for turn in cutlass.range_constexpr(turns):
                 number = start + turn * MULTIPLIERS + thread
                 row, chunk = number // chunks, number % chunks
                 words = vectors[turn]
@@ -775,6 +783,24 @@ class AttentionTiles:
             head = head_block * config.rows + row
             address = target[(cutlass.min(head, config.heads - 1), None)].iterator.toint()
             store_global_vector_if(head < config.heads, address + column_bytes + Int64(chunk * 16), *words)
+
+
+@cute.jit
+def row_of(pool, tables, rows_per_block: Int32, request: Int32, row: Int32, sizes: cutlass.Constexpr):
+    """Return the addresses of the data and the scales of a row of a request (ops/row_slots.py), 0 without a block."""
+    data, scales = Int64(0), Int64(0)
+    place, num_blocks = row // rows_per_block, tables.shape[1]
+    column = place
+    if place >= num_blocks:
+        column = place % cutlass.max(num_blocks, 1)
+    block = Int32(-1)
+    if num_blocks > 0:
+        block = tables[request, column]
+    if block >= 0:
+        page, inside = pool[(block, None)].iterator.toint(), row - place * rows_per_block
+        data = page + Int64(inside) * sizes[0]
+        scales = page + Int64(rows_per_block) * sizes[0] + Int64(inside) * sizes[1]
+    return data, scales
 
 
 def everyone():

@@ -3,8 +3,8 @@
 
 Rows, weights and the end are those of attention_tiles_device.py. The eight multiplying warps are two warpgroups: each
 computes the scores of all heads with 32 of a tile's items, and sums the values of 256 columns, so that a thread's sums
-belong to the two heads whose weights it computes. The scores of the next tile are computed while the weights of this
-one are.
+belong to the two heads whose weights it computes. The scores of the next tile are queued behind the values of this
+one, and fetching warps refill a tile while the next one is weighed and added.
 """
 
 import cutlass
@@ -36,6 +36,7 @@ class AttentionTilesSm90(AttentionTiles):
 
     def __init__(self, config: Config):
         self.config = config
+        self.registers = (72, 184)
         self.warp_tiles, self.warp_blocks = 1, GROUP_COLUMNS // 64
 
     def place_of_sums(self, warp):
@@ -123,12 +124,13 @@ class AttentionTilesSm90(AttentionTiles):
                 index = tile - first
                 buffer, following, zero = index % 2, (index + 1) % 2, index >> 24
                 logits = self.logits(scores_by_place, scale, buffer, key_group, lane)
-                wait_barrier(self.full + following * 8, (index + 1) // 2 % 2)
-                self.start_scores(score_mma, scores, queries, keys, following, zero)
                 factors = self.weigh(logits, power, total, row, key_group, lane)
                 self.start_values(value_mma, sums, by_place, weights, values, buffer, factors, zero)
-                warpgroup.wait_group(0)
+                wait_barrier(self.full + following * 8, (index + 1) // 2 % 2)
+                self.start_scores(score_mma, scores, queries, keys, following, zero)
+                warpgroup.wait_group(1)  # the values are added; the scores of the next tile are under way
                 arrive_if(lane == 0, self.empty + buffer * 8)
+                warpgroup.wait_group(0)
             buffer = (last - 1 - first) % 2
             logits = self.logits(scores_by_place, scale, buffer, key_group, lane)
             factors = self.weigh(logits, power, total, row, key_group, lane)

@@ -2,8 +2,8 @@
 """sparse_attention: rows gathered into fp16 tiles, scores and values on the matrix unit.
 
 Meaning    ops/sparse_attention.py; this file only makes it fast
-Few tokens the items of a token are cut into up to 16 ranges of whole tiles of 64; fp32 sums of the ranges
-           (attention_tiles.py) are added in the order of items by a second launch (attention_combine.py)
+Few tokens the items of a token are cut into up to 6 ranges of whole tiles of 64, of many tiles up to 16; fp32
+           sums of the ranges (attention_tiles_device.py) are added in the order of items by a second launch (attention_combine_device.py)
 Many       one launch: a thread block goes over all items of up to 64 heads and writes the result
 Order      the ranges follow from the token's own number of items, so its bits depend on no other token; the two ways
            add in different orders
@@ -30,8 +30,9 @@ from megamoe.ops.rope import RopeTable
 OP = "sparse_attention"
 WIDTH = 512
 MAX_ROPE = 64
-FEW_BLOCKS = 16  # tokens times blocks of 64 heads
-MAX_SPLITS = 16
+FEW_BLOCKS = 22  # tokens times blocks of 64 heads
+MANY_TILES = 32
+SPLITS = (6, 16)  # ranges up to so many tiles, and beyond
 FEW_HEADS = 32  # which wgmma would multiply as 64
 
 
@@ -50,11 +51,10 @@ def few_tokens(num_heads: int) -> int:
     return max(1, FEW_BLOCKS // -(-num_heads // attention_tiles_config.MAX_ROWS))
 
 
-def num_splits(num_columns: int) -> int:
-    """Return into how many ranges columns are cut: of as few tiles as 16 ranges allow."""
-    tiles = max(1, num_columns)
-    share = -(-tiles // MAX_SPLITS)
-    return -(-tiles // share)
+def num_splits(num_tiles: int) -> int:
+    """Return into how many ranges the tiles of a token are cut at most."""
+    share = -(-num_tiles // SPLITS[num_tiles > MANY_TILES])
+    return -(-num_tiles // max(share, 1)) or 1
 
 
 def run(
