@@ -116,6 +116,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "write_block_tables": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.write_block_tables"),
     "copy_cache": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.copy_cache"),
     "save_rows": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.save_rows"),
+    "sparse_attention": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.attention.sparse_attention"),
     "embed_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.embed_streams"),
     "mean_of_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.mean_of_streams"),
     "add_to_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.add_to_streams"),
