@@ -15,6 +15,7 @@ import torch
 
 from megamoe.formats import fp8, mxfp4
 from megamoe.formats.cache_rows import CachePool, RowFormat, page_bytes, row_bytes
+from megamoe.kernels.attention.sparse_attention import FEW_TOKENS
 from megamoe.ops import copy_cache as copying
 from megamoe.ops import write_cache as writing
 from megamoe.ops.compress_kv import compress_kv
@@ -577,6 +578,7 @@ _ATTENTION = OpInputs(
     _sparse_attention(RowFormat.FP8_ROPE_BF16, torch.float16, chosen=True, chunks=False),
     ("q", "positions", "requests", "first_idx", "entry_idx", "num_visible"),
     rule=attention,
+    order_until=lambda dims: FEW_TOKENS,
     cut=_fewer_rows_of_step,
     together=_last_request,
     partly=("window", "entries", "step"),

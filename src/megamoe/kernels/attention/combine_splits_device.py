@@ -64,9 +64,7 @@ class CombineSplits:
             num_entries,
             split_tiles,
             num_splits,
-        ).launch(
-            grid=(positions.shape[0], self.config.heads, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
-        )
+        ).launch(grid=(positions.shape[0], self.config.heads, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True)
 
     @cute.kernel
     def kernel(

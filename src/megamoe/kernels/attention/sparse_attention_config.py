@@ -62,4 +62,3 @@ class Config:
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
         return self.block_heads * (2 * WIDTH + 2 * TILE) + TILE * 2 * WIDTH + 8192
-

@@ -24,10 +24,8 @@ from megamoe.kernels.parts.memory_device import (
     load_global_if,
     load_global_vector_if,
     load_matrices,
-
     pack_bf16,
     store_shared,
-
 )
 from megamoe.kernels.parts.mma_device import bf16_pair
 from megamoe.kernels.parts.pool_device import (
@@ -326,7 +324,9 @@ class SparseAttention:
             head = head_block * config.block_heads + row
             address = q[(token, cutlass.min(head, config.heads - 1), None)].iterator.toint() + Int64(column) * 16
             words = load_global_vector_if(Int32(head < config.heads), address, 4)
-            store_shared(queries + swizzled(row, column, TILE_ROW_BYTES), *[pack_f16(*bf16_pair(word)) for word in words])
+            store_shared(
+                queries + swizzled(row, column, TILE_ROW_BYTES), *[pack_f16(*bf16_pair(word)) for word in words]
+            )
 
     @cute.jit
     def find_rows(self, addresses, parity: Int32, tile: Int32, thread: Int32, where):
@@ -444,9 +444,7 @@ class SparseAttention:
             for step in cutlass.range(WIDTH // 16, unroll=4):
                 a = load_matrices(queries + swizzled(query_row, 2 * step + query_piece, TILE_ROW_BYTES))
                 for pair in cutlass.range_constexpr(num_fragments // 2):
-                    b = load_matrices(
-                        tile_at + swizzled(key_row + pair * 16, 2 * step + key_piece, TILE_ROW_BYTES)
-                    )
+                    b = load_matrices(tile_at + swizzled(key_row + pair * 16, 2 * step + key_piece, TILE_ROW_BYTES))
                     for half in cutlass.range_constexpr(2):
                         place = 2 * pair + half
                         old = [scores[number, place] for number in range(4)]
@@ -510,9 +508,7 @@ class SparseAttention:
                         accumulators[number, place, row_tile] = accumulators[number, place, row_tile] * factor
         for step in cutlass.range_constexpr(TILE // 16):
             a = [
-                load_matrices(
-                    weights_at + swizzled(row_tile * 16 + lane % 16, 2 * step + lane // 16, WEIGHT_ROW_BYTES)
-                )
+                load_matrices(weights_at + swizzled(row_tile * 16 + lane % 16, 2 * step + lane // 16, WEIGHT_ROW_BYTES))
                 for row_tile in range(config.row_tiles)
             ]
             for pair in cutlass.range_constexpr(4):
