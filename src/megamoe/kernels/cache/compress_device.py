@@ -231,9 +231,7 @@ class Compress:
                         source = raw[(cutlass.max(row_token, 0), None)].iterator.toint()
                     else:
                         slot = ring_slot(tables, state_rows, request, row_position)
-                        source, _ = row_addresses(
-                            state, cutlass.max(slot, 0), state_rows, *row_bytes("fp32", 2 * half)
-                        )
+                        source, _ = row_addresses(state, cutlass.max(slot, 0), state_rows, *row_bytes("fp32", 2 * half))
                     self.add_row(source, column, ape, row_position % config.ratio, is_new, top, total, pooled)
         if cutlass.const_expr(config.parts > 1):
             self.join(joined, lane, part, top, total, pooled)
@@ -271,9 +269,7 @@ class Compress:
         store_row([values], [lane], config.lanes, part == 0, config.row_format, config.width, data, scales)
 
     @cute.jit
-    def add_row(
-        self, source: Int64, column: Int32, ape, ape_row: Int32, is_new, top, total, pooled
-    ):
+    def add_row(self, source: Int64, column: Int32, ape, ape_row: Int32, is_new, top, total, pooled):
         """Add a row's values by their scores to the running means."""
         config = self.config
         half = config.width * (2 if config.overlap else 1)

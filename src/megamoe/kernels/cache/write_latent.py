@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""write_latent: a latent row normed, rotated, rounded and stored in one pass; the query latent by the kernel of rms_norm.
+"""write_latent: a latent row normed, rotated, rounded and stored in one pass; the query latent normed.
 
 Meaning    ops/write_latent.py; this file only makes it fast
 Launches   two, or one without a query latent
