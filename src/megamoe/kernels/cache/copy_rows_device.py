@@ -151,7 +151,7 @@ class CopyRows:
         words: Int32,
         first: Int32,
     ):
-        """Copy a thread's pieces of a row, every LANES-th from `first` on; all loads are on their way before a store."""
+        """Copy a thread's pieces of a row, every LANES-th from `first` on; all are loaded before one is stored."""
         sizes = (vectors * VECTOR_BYTES, words * WORD_BYTES)
         from_data, from_scales = row_addresses(source, read, source_rows, *sizes)
         to_data, to_scales = row_addresses(target, written, target_rows, *sizes)
@@ -160,9 +160,7 @@ class CopyRows:
             vector = first + index * LANES
             word = vector - vectors
             is_word = (word >= 0) & (word < words)
-            data.append(
-                load_global_vector_if(Int32(vector < vectors), from_data + Int64(vector) * VECTOR_BYTES, 4)
-            )
+            data.append(load_global_vector_if(Int32(vector < vectors), from_data + Int64(vector) * VECTOR_BYTES, 4))
             scales.append(load_global_if(Int32(is_word), from_scales + Int64(word) * WORD_BYTES))
         for index in cutlass.range_constexpr(PIECES):
             vector = first + index * LANES
