@@ -609,14 +609,16 @@ def _each(entry: OpInputs, makers: list[Make], *, on_kernels: int | None = None)
     return tuple(dataclasses.replace(entry, make=make, on_kernels=way < first) for way, make in enumerate(makers))
 
 
-COPIED = (RowFormat.FP8_ROPE_BF16, RowFormat.FP32, RowFormat.BF16, RowFormat.INDEX_FP8, RowFormat.INDEX_FP4)
-"""Row formats, those that a model copies first."""
+COPIED = (RowFormat.FP8_ROPE_BF16, RowFormat.FP32)
+"""Row formats that models copy."""
 
 
 CACHE_INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "write_cache": _each(_WRITE, [_write_cache(row_format) for row_format in RowFormat]),
     "read_cache": _each(_READ, [_read_cache(row_format) for row_format in RowFormat]),
-    "copy_cache": _each(_COPY, [_copy_cache(row_format) for row_format in COPIED], on_kernels=2),
+    "copy_cache": tuple(
+        dataclasses.replace(_COPY, make=_copy_cache(row_format), timed=row_format in COPIED) for row_format in RowFormat
+    ),
     "save_rows": _each(_SAVE, [_save_rows(from_step=one) for one in (False, True)]),
     "compress_kv": _each(
         _COMPRESS,
