@@ -107,6 +107,13 @@ KERNELS: dict[str, dict[str, str]] = {
         "sm100": "megamoe.kernels.linear.nvfp4_weight_only_grouped_linear",
         "sm103": "megamoe.kernels.linear.nvfp4_weight_only_grouped_linear",
     },
+    "embed_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.streams.embed_streams"),
+    "mean_of_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.streams.mean_of_streams"),
+    "add_to_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.streams.add_to_streams"),
+    "rotate_queries": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.queries.rotate_queries"),
+    "round_index_query": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.queries.round_index_query"),
+    "hyper_connection_post_pre_norm": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_post_pre_norm"),
+    "hyper_connection_head_norm": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_head_norm"),
 }
 
 WEIGHT_LAYOUTS: dict[str, dict[str, CodeLayout]] = {
