@@ -107,13 +107,24 @@ KERNELS: dict[str, dict[str, str]] = {
         "sm100": "megamoe.kernels.linear.nvfp4_weight_only_grouped_linear",
         "sm103": "megamoe.kernels.linear.nvfp4_weight_only_grouped_linear",
     },
-    "embed_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.streams.embed_streams"),
-    "mean_of_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.streams.mean_of_streams"),
-    "add_to_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.streams.add_to_streams"),
-    "rotate_queries": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.queries.rotate_queries"),
-    "round_index_query": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.queries.round_index_query"),
-    "hyper_connection_post_pre_norm": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_post_pre_norm"),
-    "hyper_connection_head_norm": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_head_norm"),
+    "rotate_queries": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.rotate_queries"),
+    "write_latent": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.write_latent"),
+    "round_index_query": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.round_index_query"),
+    "compress_kv": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.compress_kv"),
+    "write_index_keys": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.write_index_keys"),
+    "plan_slots": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.plan_slots"),
+    "write_block_tables": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.write_block_tables"),
+    "copy_cache": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.copy_cache"),
+    "save_rows": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.save_rows"),
+    "embed_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.embed_streams"),
+    "mean_of_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.mean_of_streams"),
+    "add_to_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.add_to_streams"),
+    "hyper_connection_post_pre_norm": dict.fromkeys(
+        ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_post_pre_norm"
+    ),
+    "hyper_connection_head_norm": dict.fromkeys(
+        ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_head_norm"
+    ),
 }
 
 WEIGHT_LAYOUTS: dict[str, dict[str, CodeLayout]] = {

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from megamoe.kernels.hyper_connection import hyper_connection_head
-from megamoe.kernels.rows import rms_norm
-from megamoe.kernels.streams import embed_streams
+from megamoe.kernels.rows import embed_streams, rms_norm
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:

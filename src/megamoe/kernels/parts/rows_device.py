@@ -20,6 +20,13 @@ def symbolic_rows(dtype, num_rows, width: int, align_bytes: int = 16):
     return make_fake_tensor(dtype, (num_rows, width), (stride, 1), assumed_align=align_bytes)
 
 
+def symbolic_heads(dtype, num_tokens, heads: int, width: int):
+    """Return a [num_tokens, heads, width] argument of any strides that keep rows 16-byte aligned."""
+    step = 128 // dtype.width
+    strides = (cute.sym_int64(divisibility=step), cute.sym_int64(divisibility=step), 1)
+    return make_fake_tensor(dtype, (num_tokens, heads, width), strides, assumed_align=16)
+
+
 def symbolic_vector(dtype, size):
     """Return a [size] argument, 16-byte aligned if its size is static."""
     return make_fake_tensor(dtype, (size,), (1,), assumed_align=16 if isinstance(size, int) and size > 1 else None)
@@ -72,10 +79,14 @@ class RowThread:
         return self.vector(index) < tile.width // tile.size
 
     def load(self, matrix):
-        """Return this thread's part of the row as a register tensor [size, vectors]; missing vectors are zero."""
+        """Return this thread's part of its row of a matrix; see load_row."""
+        return self.load_row(matrix[(self.row, None)])
+
+    def load_row(self, row):
+        """Return this thread's part of a row as a register tensor [size, vectors]; missing vectors are zero."""
         tile = self.tile
-        registers = cute.make_rmem_tensor(cute.make_layout((tile.size, tile.vectors)), matrix.element_type)
-        source = cute.zipped_divide(matrix[(self.row, None)], (tile.size,))
+        registers = cute.make_rmem_tensor(cute.make_layout((tile.size, tile.vectors)), row.element_type)
+        source = cute.zipped_divide(row, (tile.size,))
         for index in range(tile.vectors):
             copy_if(self.has(index), source[(None,), self.vector(index)], registers[None, index])
         return registers

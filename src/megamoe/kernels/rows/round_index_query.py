@@ -21,10 +21,9 @@ import torch
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.mxfp4 import BLOCK, MxFp4Tensor
-from megamoe.kernels.parts.launch import DTYPE_NAMES, as_heads, require_heads
-from megamoe.kernels.queries.round_index_query_config import Config
+from megamoe.kernels.parts.launch import DTYPE_NAMES, RotaryTable, as_heads, as_vector, require_heads
+from megamoe.kernels.rows.round_index_query_config import Config
 from megamoe.kernels.store import kernel
-from megamoe.ops.rope import RopeTable
 
 PASSES = 4
 ROUNDINGS = {RowFormat.INDEX_FP4: "mxfp4", RowFormat.INDEX_FP8: "fp8", RowFormat.BF16: None, RowFormat.FP32: None}
@@ -32,21 +31,15 @@ WIDTHS = (32, 64, 128, 256)
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
-    """Yield what a model needs for one entry of its shape table: every format of keys."""
-    for dtype, rounding, hadamard in (
-        ("bf16", "mxfp4", True),
-        ("bf16", "fp8", False),
-        ("bf16", None, False),
-        ("f32", None, False),
-    ):
-        yield Config(dims["Hi"], dims["K"], dims["R"], dtype, rounding, hadamard, PASSES)
+    """Yield what a model needs for one entry of its shape table."""
+    yield Config(dims["Hi"], dims["K"], dims["R"], "bf16", "mxfp4", True, PASSES)
 
 
 def run(
     q: torch.Tensor,
     head_weights: torch.Tensor,
     pos: torch.Tensor,
-    table: RopeTable,
+    table: RotaryTable,
     key_format: RowFormat,
     hadamard: bool,
     head_scale: float,
@@ -79,6 +72,6 @@ def run(
     if num_rows:
         config = Config(num_heads, width, table.rope_dim, DTYPE_NAMES[q.dtype], rounding, hadamard, PASSES)
         given = head_weights if head_weights.stride(-1) == 1 else head_weights.contiguous()
-        frequencies = table.inv_freq.contiguous()
+        frequencies = as_vector(table.inv_freq)
         kernel(config, device)(as_heads(q), given, pos.contiguous(), frequencies, *outputs, weights, head_scale)
     return query, weights

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, has_aligned_rows, require_streams, require_width
+from megamoe.kernels.rows.mean_of_streams_config import Config
 from megamoe.kernels.store import kernel
-from megamoe.kernels.streams.mean_of_streams_config import Config
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:

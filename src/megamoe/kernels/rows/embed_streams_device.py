@@ -18,7 +18,7 @@ from megamoe.kernels.parts.rows_device import (
     symbolic_rows,
     symbolic_vector,
 )
-from megamoe.kernels.streams.embed_streams_config import Config
+from megamoe.kernels.rows.embed_streams_config import Config
 
 
 def program(config: Config):

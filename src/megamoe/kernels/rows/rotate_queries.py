@@ -15,21 +15,19 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.launch import DTYPE_NAMES, as_heads, require_heads
-from megamoe.kernels.queries.rotate_queries_config import Config
+from megamoe.kernels.parts.launch import DTYPE_NAMES, RotaryTable, as_heads, as_vector, require_heads
+from megamoe.kernels.rows.rotate_queries_config import Config
 from megamoe.kernels.store import kernel
-from megamoe.ops.rope import RopeTable
 
 PASSES = 2
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    for name in ("bf16", "f32"):
-        yield Config(dims["H"], dims["C"], dims["R"], name, PASSES)
+    yield Config(dims["H"], dims["C"], dims["R"], "bf16", PASSES)
 
 
-def run(q: torch.Tensor, pos: torch.Tensor, table: RopeTable, eps: float) -> torch.Tensor:
+def run(q: torch.Tensor, pos: torch.Tensor, table: RotaryTable, eps: float) -> torch.Tensor:
     """Compute rotate_queries."""
     num_tokens, num_heads, width = q.shape
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -37,5 +35,5 @@ def run(q: torch.Tensor, pos: torch.Tensor, table: RopeTable, eps: float) -> tor
         return y
     require_heads("rotate_queries", width, table.rope_dim)
     launch = kernel(Config(num_heads, width, table.rope_dim, DTYPE_NAMES[q.dtype], PASSES), q.device)
-    launch(as_heads(q), pos.contiguous(), table.inv_freq.contiguous(), y.view(num_tokens * num_heads, width), eps)
+    launch(as_heads(q), pos.contiguous(), as_vector(table.inv_freq), y.view(num_tokens * num_heads, width), eps)
     return y

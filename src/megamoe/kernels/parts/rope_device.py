@@ -1,71 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotation by positions: sine and cosine of fp32 angles, heads that share them, pairs of channels.
+"""Rotation of channel pairs in registers, with sine and cosine of angles up to some millions.
 
-An angle is the fp32 product of ops/rope.py, up to a million radians. The DSL's own sine is either an approximation or
-a call that keeps its reduction in local memory; three fused steps reduce angles up to 2^22 to a quarter turn exactly
-enough, because an integer multiple of the leading 24 bits of pi / 2 is subtracted without rounding.
+The library's sine reduces large angles through tables in local memory. An angle here is below 2^22, so three products
+suffice: k = round(a * 2 / pi), r = a - k * pi / 2 with pi / 2 in three parts. The first step is exact: both terms are
+multiples of 2^-24 and the difference is below 1. Then polynomials on |r| < 0.9; within 1e-7 of the sine everywhere.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.arch import inline_ptx
-from cutlass.cute.runtime import make_fake_tensor
 
-from megamoe.kernels.parts.ptx_device import multiply
+from megamoe.kernels.parts.ptx_device import fma, multiply
 from megamoe.kernels.parts.rows import VECTOR, RowTile
 from megamoe.kernels.parts.rows_device import RowThread
 
 PAIRS = VECTOR // 2
 
 
-def sine_cosine(angle):
-    """Return sin and cos of an fp32 angle of at most 2^22, within two units in the last place of 1; NaN stays NaN.
-
-    With n the nearest whole number of quarter turns, r = angle - n * pi / 2 in three parts of pi / 2; the series of
-    both functions up to r^10, beyond which fp32 sees nothing below 0.9; n says which is which, and the signs.
-    """
+def sine_and_cosine(angle):
+    """Return the sine and the cosine of an angle in radians."""
     return inline_ptx(
         """{
-        .reg .f32 turns, r, square, sine, cosine, kept;
-        .reg .b32 n, next, flip;
-        .reg .pred odd;
-        mul.rn.f32 turns, {$r0}, 0f3F22F983;
-        cvt.rni.s32.f32 n, turns;
-        cvt.rn.f32.s32 turns, n;
-        fma.rn.f32 r, turns, 0fBFC90FDB, {$r0};
-        fma.rn.f32 r, turns, 0f333BBD2E, r;
-        fma.rn.f32 r, turns, 0f26F72CED, r;
-        mul.rn.f32 square, r, r;
-        fma.rn.f32 sine, square, 0f3638EF1D, 0fB9500D01;
-        fma.rn.f32 sine, sine, square, 0f3C088889;
-        fma.rn.f32 sine, sine, square, 0fBE2AAAAB;
-        mul.rn.f32 sine, sine, square;
-        fma.rn.f32 sine, sine, r, r;
-        fma.rn.f32 cosine, square, 0fB493F27E, 0f37D00D01;
-        fma.rn.f32 cosine, cosine, square, 0fBAB60B61;
-        fma.rn.f32 cosine, cosine, square, 0f3D2AAAAB;
-        fma.rn.f32 cosine, cosine, square, 0fBF000000;
-        fma.rn.f32 cosine, cosine, square, 0f3F800000;
-        and.b32 next, n, 1;
-        setp.ne.b32 odd, next, 0;
-        selp.f32 kept, cosine, sine, odd;
-        selp.f32 cosine, sine, cosine, odd;
-        add.s32 next, n, 1;
-        shl.b32 flip, n, 30;
-        and.b32 flip, flip, 0x80000000;
-        mov.b32 n, kept;
-        xor.b32 n, n, flip;
-        mov.b32 {$w0}, n;
-        shl.b32 flip, next, 30;
-        and.b32 flip, flip, 0x80000000;
-        mov.b32 n, cosine;
-        xor.b32 n, n, flip;
-        mov.b32 {$w1}, n;
+        .reg .f32 q, k, r, z, s, c, t;
+        .reg .s32 n, m;
+        .reg .pred odd, flip;
+        mul.rn.f32 q, {$r0}, 0f3F22F983;
+        cvt.rni.s32.f32 n, q;
+        cvt.rn.f32.s32 k, n;
+        fma.rn.f32 r, k, 0fBFC90FDB, {$r0};
+        fma.rn.f32 r, k, 0f333BBD2E, r;
+        fma.rn.f32 r, k, 0f26F72CED, r;
+        mul.rn.f32 z, r, r;
+        fma.rn.f32 s, z, 0fB94CA1F9, 0f3C08839E;
+        fma.rn.f32 s, z, s, 0fBE2AAAA3;
+        mul.rn.f32 s, s, z;
+        fma.rn.f32 s, s, r, r;
+        fma.rn.f32 c, z, 0f37CCF5CE, 0fBAB6061A;
+        fma.rn.f32 c, z, c, 0f3D2AAAA5;
+        fma.rn.f32 t, z, 0fBF000000, 0f3F800000;
+        mul.rn.f32 z, z, z;
+        fma.rn.f32 c, z, c, t;
+        and.b32 m, n, 1;
+        setp.ne.s32 odd, m, 0;
+        selp.f32 {$w0}, c, s, odd;
+        selp.f32 {$w1}, s, c, odd;
+        and.b32 m, n, 2;
+        setp.ne.s32 flip, m, 0;
+        @flip neg.f32 {$w0}, {$w0};
+        add.s32 m, n, 1;
+        and.b32 m, m, 2;
+        setp.ne.s32 flip, m, 0;
+        @flip neg.f32 {$w1}, {$w1};
         }""",
         write_only_types=[Float32, Float32],
         read_only_args=[angle],
     )
+
+
+@cute.jit
+def rotate_vector(
+    values: cute.Tensor,
+    vector: Int32,
+    first: cutlass.Constexpr,
+    position: Float32,
+    inv_freq: cute.Tensor,
+    inverse: cutlass.Constexpr,
+):
+    """Rotate the four pairs of a vector of 8 fp32 values in place, if it is one of the vectors that rotate.
+
+    Args:
+        values: [8] fp32 in registers.
+        vector: its number in the row.
+        first: the first vector that rotates.
+        position: of the token, as fp32.
+        inv_freq: [R / 2] fp32.
+        inverse: rotate backwards.
+    """
+    if vector >= first:
+        for pair in cutlass.range_constexpr(VECTOR // 2):
+            angle = multiply(position, inv_freq[(vector - first) * (VECTOR // 2) + pair])
+            sine, cosine = sine_and_cosine(angle)
+            if cutlass.const_expr(inverse):
+                sine = -sine
+            even, odd = values[2 * pair], values[2 * pair + 1]
+            values[2 * pair] = fma(even, cosine, -multiply(odd, sine))
+            values[2 * pair + 1] = fma(odd, cosine, multiply(even, sine))
 
 
 def choose(wanted, a, b):
@@ -76,13 +96,6 @@ def choose(wanted, a, b):
         write_only_types=[Float32],
         read_only_args=[Int32(wanted), a, b],
     )
-
-
-def symbolic_heads(dtype, num_tokens, num_heads: int, width: int):
-    """Return a [num_tokens, num_heads, width] argument whose heads are aligned to 16 bytes, at any strides."""
-    divisibility = 128 // dtype.width
-    strides = (cute.sym_int64(divisibility=divisibility), cute.sym_int64(divisibility=divisibility), 1)
-    return make_fake_tensor(dtype, (num_tokens, num_heads, width), strides, assumed_align=16)
 
 
 class HeadThread(RowThread):
@@ -125,7 +138,7 @@ class Rotation:
                 pairs = cute.make_rmem_tensor(cute.make_layout(PAIRS), Float32)
                 group = cutlass.min(cutlass.max(thread.vector(index) - self.first, 0), rope_dim // VECTOR - 1)
                 cute.autovec_copy(cute.zipped_divide(inv_freq, (PAIRS,))[(None,), group], pairs)
-                self.factors[index] = [sine_cosine(multiply(position, pairs[pair])) for pair in range(PAIRS)]
+                self.factors[index] = [sine_and_cosine(multiply(position, pairs[pair])) for pair in range(PAIRS)]
 
     def turned(self, thread: HeadThread, index: int, values):
         """Return eight fp32 values of a vector, rotated if their channels are: products and sums rounded one by one."""

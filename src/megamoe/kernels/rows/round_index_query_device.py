@@ -16,7 +16,7 @@ from megamoe.kernels.parts.ptx_device import (
     max_keeping_nan,
     multiply,
 )
-from megamoe.kernels.parts.rotary_device import HeadThread, Rotation, head_blocks, symbolic_heads
+from megamoe.kernels.parts.rope_device import HeadThread, Rotation, head_blocks
 from megamoe.kernels.parts.rows import VECTOR, row_tile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
@@ -24,10 +24,11 @@ from megamoe.kernels.parts.rows_device import (
     overlap_launches,
     store_if,
     store_scalar_if,
+    symbolic_heads,
     symbolic_rows,
     symbolic_vector,
 )
-from megamoe.kernels.queries.round_index_query_config import Config
+from megamoe.kernels.rows.round_index_query_config import Config
 
 MXFP4_BLOCK = 32
 BLOCK_LANES = MXFP4_BLOCK // VECTOR
@@ -136,7 +137,9 @@ def hadamard(thread: HeadThread, vectors):
     tile = thread.tile
     half = tile.vectors // 2
     while half:
-        pairs = [butterflies(vectors[index], vectors[index + half]) for index in range(tile.vectors) if not index & half]
+        pairs = [
+            butterflies(vectors[index], vectors[index + half]) for index in range(tile.vectors) if not index & half
+        ]
         lows, highs = iter([low for low, _ in pairs]), iter([high for _, high in pairs])
         vectors = [next(highs if index & half else lows) for index in range(tile.vectors)]
         half //= 2
@@ -144,7 +147,8 @@ def hadamard(thread: HeadThread, vectors):
     while half:
         sign = from_bits(Uint32(0x3F800000) | (Uint32(thread.lane & half) << (31 - (half.bit_length() - 1))))
         vectors = [
-            [fma(value, sign, cute.arch.shuffle_sync_bfly(value, offset=half)) for value in values] for values in vectors
+            [fma(value, sign, cute.arch.shuffle_sync_bfly(value, offset=half)) for value in values]
+            for values in vectors
         ]
         half //= 2
     factor = Float32(tile.width**-0.5)

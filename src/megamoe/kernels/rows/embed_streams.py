@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, require_streams, require_width
+from megamoe.kernels.rows.embed_streams_config import Config
 from megamoe.kernels.store import kernel
-from megamoe.kernels.streams.embed_streams_config import Config
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:

@@ -5,7 +5,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int64
 
-from megamoe.kernels.parts.rotary_device import HeadThread, Rotation, head_blocks, symbolic_heads
+from megamoe.kernels.parts.rope_device import HeadThread, Rotation, head_blocks
 from megamoe.kernels.parts.rows import VECTOR, row_tile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
@@ -14,10 +14,11 @@ from megamoe.kernels.parts.rows_device import (
     overlap_launches,
     row_rms_factor,
     store_if,
+    symbolic_heads,
     symbolic_rows,
     symbolic_vector,
 )
-from megamoe.kernels.queries.rotate_queries_config import Config
+from megamoe.kernels.rows.rotate_queries_config import Config
 
 
 def program(config: Config):

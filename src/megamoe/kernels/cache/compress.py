@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compress_kv and write_index_keys launch: the one kernel of both.
+
+Meaning    ops/compress_kv.py, ops/write_index_keys.py; this file only makes them fast
+Grid       one block a token: it stores the token's raw row and, if the token completes a block of tokens, its entry
+Memory     16-byte loads. Rows of this step are read from the argument and not from where they are being stored, so that
+           no block waits for another; older ones from the rings
+Order      sums over rows go in the order of rows, in 8 parts where there are 128: bits depend on an entry's rows alone
+Limits     D 128 or 512, R a multiple of 8; pages at multiples of 16 bytes
+Bound      memory: the raw rows of an entry, its bytes, and each raw row twice
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.formats.cache_rows import CachePool
+from megamoe.kernels.cache.compress_config import Config
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, as_vector
+from megamoe.kernels.parts.pool import ROW_NAMES, as_pool
+from megamoe.kernels.store import kernel
+from megamoe.ops.rope import RopeTable
+
+WIDTHS = (128, 512)
+
+
+def compress(
+    op: str,
+    raw: torch.Tensor,
+    ape: torch.Tensor,
+    norm_weight: torch.Tensor,
+    state: CachePool,
+    step: CachePool | None,
+    entries: CachePool,
+    positions: torch.Tensor,
+    requests: torch.Tensor,
+    first_idx: torch.Tensor,
+    state_tables: torch.Tensor,
+    state_slots: torch.Tensor,
+    entry_slots: torch.Tensor,
+    table: RopeTable,
+    ratio: int,
+    overlap: bool,
+    eps: float,
+    out_dtype: torch.dtype,
+    rotate: bool,
+) -> None:
+    """Store raw rows and write entries; arguments as those of the operations."""
+    width = norm_weight.shape[0]
+    if width not in WIDTHS:
+        raise NotImplementedError(
+            f"{op}: the kernel takes entries of {' or '.join(map(str, WIDTHS))} values; got {width}. Run the "
+            'reference: with megamoe.ops.use("reference").'
+        )
+    if not raw.shape[0]:
+        return
+    names = (DTYPE_NAMES[ape.dtype], DTYPE_NAMES[norm_weight.dtype])
+    is_rounded = out_dtype == torch.bfloat16
+    config = Config(width, ratio, overlap, table.rope_dim, *names, is_rounded, ROW_NAMES[entries.row_format], rotate)
+    into = state if step is None else step
+    kernel(config, raw.device)(
+        as_rows(raw),
+        as_rows(ape),
+        as_vector(norm_weight),
+        as_pool(op, "state", state),
+        as_pool(op, "state or step", into),
+        as_pool(op, "entries", entries),
+        positions,
+        requests,
+        first_idx,
+        state_tables,
+        state_slots,
+        entry_slots,
+        as_vector(table.inv_freq),
+        state.rows_per_block,
+        into.rows_per_block,
+        entries.rows_per_block,
+        eps,
+    )
