@@ -40,7 +40,7 @@ from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.shapes import op_calls
 from megamoe.models.load import load
 from megamoe.ops import dispatch
-from megamoe.verify.inputs import INPUTS
+from megamoe.verify.inputs import INPUTS, kernel_inputs
 from megamoe.verify.values import parts
 
 from ..models.deepseek_v4.checkpoints import CONFIG, encode
@@ -220,7 +220,7 @@ def test_sealed_operations_are_captured_and_replayed(sealed_no_longer: None) -> 
     first_of_op = {call.op: call for call in reversed(calls)}
     made = []
     for op, call in first_of_op.items():
-        for inputs in INPUTS[op]:
+        for inputs in kernel_inputs(op):
             arguments, other = (inputs.make(call.dims, 9, torch.Generator("cuda").manual_seed(seed)) for seed in (1, 2))
             inputs.door(**arguments)
             made.append((op, inputs, arguments, other))

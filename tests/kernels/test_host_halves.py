@@ -23,14 +23,14 @@ from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops import dispatch
 from megamoe.ops.nvfp4_experts import nvfp4_experts
 from megamoe.ops.nvfp4_weight_only_experts import nvfp4_weight_only_experts
-from megamoe.verify.inputs import INPUTS, OpInputs
+from megamoe.verify.inputs import OpInputs, kernel_inputs
 
 MULTIPROCESSORS = 132
 CASES = [
     (call, inputs, arch)
     for op, table in KERNELS.items()
     for call in [one for one in op_shapes(op) if one.model == "tiny"]
-    for which, inputs in enumerate(INPUTS[op])
+    for which, inputs in enumerate(kernel_inputs(op))
     for arch in table
     if (op, which, "G" in call.dims) != ("quantize_nvfp4", 2, True)  # no model asks for tiled scales of groups
 ]

@@ -15,7 +15,7 @@ import torch
 from megamoe.formats.cache_rows import CachePool
 from megamoe.kernels import KERNELS
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
-from megamoe.verify.inputs import INPUTS
+from megamoe.verify.inputs import kernel_inputs
 from megamoe.verify.op_inputs import Arguments, OpInputs
 from megamoe.verify.ops import verify_case
 from megamoe.verify.values import copied, parts, whole_storage
@@ -28,7 +28,7 @@ CASES = [
     for op in KERNELS
     for model in ("tiny", "flash")
     for call in [one for one in op_shapes(op) if one.model == model][:1]
-    for inputs in INPUTS[op]
+    for inputs in kernel_inputs(op)
 ]
 IDS = [f"{call.op} {call}" for call, _ in CASES]
 
@@ -144,7 +144,7 @@ MANY_TILES = ("hyper_connection_pre", "hyper_connection_pre_norm", "hyper_connec
 def test_f9_blocks_that_stay_take_every_tile_in_turn(op: str, model: str, seed: int) -> None:
     """More tiles than blocks hold at once: every group goes round several times, and no token's bits change by it."""
     (call,) = [one for one in op_shapes(op) if one.model == model]
-    (inputs,) = INPUTS[op]
+    (inputs,) = kernel_inputs(op)
     num_tokens = 4000 if model == "tiny" else 1300
     arguments = make(call, inputs, num_tokens, seed)
     got = parts(inputs.door(**arguments))

@@ -33,7 +33,7 @@ def test_every_entry_has_a_file_and_every_file_an_entry(repository: pathlib.Path
         path = root.joinpath(*name.split(".")).with_suffix(".py")
         if path.is_file() and name not in reached:
             reached.add(name)
-            todo += [f"{name}_device", *imported(path)]
+            todo += [f"{name.removesuffix('_config')}_device", *imported(path)]
     files = {f"{path.parent.name}.{path.stem}" for path in root.glob("*/*.py") if path.stem != "__init__"}
     assert files == reached
     operations = {one for one in files if BOUND.sub("", one.partition(".")[2]) in KERNELS}

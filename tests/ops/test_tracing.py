@@ -15,11 +15,17 @@ from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels import KERNELS
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
-from megamoe.verify.inputs import INPUTS
+from megamoe.ops import dispatch
+from megamoe.verify.inputs import INPUTS, kernel_inputs
 from megamoe.verify.op_inputs import Arguments, OpInputs
 from megamoe.verify.values import parts
 
-CASES = [(op_shapes(op)[0], inputs, which) for op in KERNELS for which, inputs in enumerate(INPUTS[op])]
+CASES = [
+    (op_shapes(op)[0], inputs, which)
+    for op in KERNELS
+    if op in dispatch._TRACED  # the others work on pools and plans, which no traced graph holds
+    for which, inputs in enumerate(kernel_inputs(op))
+]
 CASES += [(call, INPUTS["route_experts"][1], 2) for call in op_shapes("route_experts")[1:2]]
 IDS = [f"{call.op}-{which}" for call, _, which in CASES]
 

@@ -38,7 +38,7 @@ from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
 from megamoe.ops.rms_norm import rms_norm
-from megamoe.verify.inputs import INPUTS
+from megamoe.verify.inputs import kernel_inputs
 from megamoe.verify.op_inputs import Arguments, OpInputs
 from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, known_ops, open_gpu
 from megamoe.verify.values import copied, mapped, moved
@@ -393,7 +393,7 @@ def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str])
         for op in names
         for call in op_shapes(op)
         if call.model in models
-        for inputs in INPUTS[op]
+        for inputs in kernel_inputs(op)
         if inputs.timed
     ]
 

@@ -119,8 +119,12 @@ KERNELS: dict[str, dict[str, str]] = {
     "embed_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.embed_streams"),
     "mean_of_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.mean_of_streams"),
     "add_to_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.add_to_streams"),
-    "hyper_connection_post_pre_norm": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_post_pre_norm"),
-    "hyper_connection_head_norm": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_head_norm"),
+    "hyper_connection_post_pre_norm": dict.fromkeys(
+        ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_post_pre_norm"
+    ),
+    "hyper_connection_head_norm": dict.fromkeys(
+        ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_head_norm"
+    ),
 }
 
 WEIGHT_LAYOUTS: dict[str, dict[str, CodeLayout]] = {

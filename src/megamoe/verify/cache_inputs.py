@@ -425,10 +425,9 @@ def _save_rows(*, from_step: bool) -> Make:
     def make(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
         """Return one save a token: requests of three rings, lengths of any kind, rows of the step from token 4 on."""
         device = generator.device
-        ring = filled_pool(generator, NUM_REQUESTS * 3 * PAGE, RowFormat.BF16, dims["width"])
-        target = filled_pool(
-            generator, SNAPSHOT_ROWS * max(num_tokens, 1), RowFormat.BF16, dims["width"], SNAPSHOT_ROWS
-        )
+        row_format = RowFormat.FP8_ROPE_BF16 if dims["width"] == 512 else RowFormat.FP32
+        ring = filled_pool(generator, NUM_REQUESTS * 3 * PAGE, row_format, dims["width"])
+        target = filled_pool(generator, SNAPSHOT_ROWS * max(num_tokens, 1), row_format, dims["width"], SNAPSHOT_ROWS)
         requests = torch.randint(NUM_REQUESTS, (num_tokens,), generator=generator, device=device)
         requests[NOBODY] = -1
         lengths = torch.randint(SNAPSHOT_ROWS, 30, (num_tokens,), generator=generator, device=device)
@@ -437,7 +436,7 @@ def _save_rows(*, from_step: bool) -> Make:
         blocks = torch.randperm(max(num_tokens, 1), generator=generator, device=device)[:num_tokens]
         return {
             "ring": ring,
-            "step": filled_pool(generator, 2 * PAGE, RowFormat.BF16, dims["width"]) if from_step else None,
+            "step": filled_pool(generator, 2 * PAGE, row_format, dims["width"]) if from_step else None,
             "target": target,
             "saves": torch.stack((requests, lengths, starts, firsts, blocks), dim=1).to(torch.int32),
             "block_tables": block_tables(generator, NUM_REQUESTS, 3),
@@ -602,28 +601,46 @@ _PLAN = OpInputs(
 )
 
 
-def _each(entry: OpInputs, makers: list[Make]) -> tuple[OpInputs, ...]:
-    return tuple(dataclasses.replace(entry, make=make) for make in makers)
+def _each(entry: OpInputs, makers: list[Make], *, on_kernels: int | None = None) -> tuple[OpInputs, ...]:
+    """Return an entry for each maker; kernels take the first `on_kernels` of them, or all."""
+    first = len(makers) if on_kernels is None else on_kernels
+    return tuple(dataclasses.replace(entry, make=make, on_kernels=way < first) for way, make in enumerate(makers))
+
+
+COPIED = (RowFormat.FP8_ROPE_BF16, RowFormat.FP32, RowFormat.BF16, RowFormat.INDEX_FP8, RowFormat.INDEX_FP4)
+"""Row formats, those that a model copies first."""
 
 
 CACHE_INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "write_cache": _each(_WRITE, [_write_cache(row_format) for row_format in RowFormat]),
     "read_cache": _each(_READ, [_read_cache(row_format) for row_format in RowFormat]),
-    "copy_cache": _each(_COPY, [_copy_cache(row_format) for row_format in RowFormat]),
+    "copy_cache": _each(_COPY, [_copy_cache(row_format) for row_format in COPIED], on_kernels=2),
     "save_rows": _each(_SAVE, [_save_rows(from_step=one) for one in (False, True)]),
     "compress_kv": _each(
-        _COMPRESS, [_compressor(one, rotate=False) for one in (RowFormat.FP32, RowFormat.FP8_ROPE_BF16)]
+        _COMPRESS,
+        [_compressor(one, rotate=False) for one in (RowFormat.FP8_ROPE_BF16, RowFormat.FP32)],
+        on_kernels=1,
     ),
     "write_index_keys": _each(
-        _KEYS, [_compressor(one, rotate=True) for one in (RowFormat.FP32, RowFormat.INDEX_FP4, RowFormat.INDEX_FP8)]
+        _KEYS,
+        [_compressor(one, rotate=True) for one in (RowFormat.INDEX_FP4, RowFormat.FP32, RowFormat.INDEX_FP8)],
+        on_kernels=1,
     ),
-    "write_latent": _each(_LATENT, [_write_latent(one) for one in (RowFormat.FP8_ROPE_BF16, RowFormat.FP32)]),
+    "write_latent": _each(
+        _LATENT, [_write_latent(one) for one in (RowFormat.FP8_ROPE_BF16, RowFormat.FP32)], on_kernels=1
+    ),
     "round_index_query": tuple(
-        OpInputs(round_index_query, _round_index_query(row_format), ("q", "head_weights", "pos"), rule=rounded_query)
+        OpInputs(
+            round_index_query,
+            _round_index_query(row_format),
+            ("q", "head_weights", "pos"),
+            rule=rounded_query,
+            on_kernels=row_format is RowFormat.INDEX_FP4,
+        )
         for row_format in KEY_FORMATS
     ),
     "index_scores": _each(_SCORES, [_index_scores(kind) for kind in INDEX_FORMATS]),
-    "index_topk": _each(_TOPK, [_index_topk(kind) for kind in INDEX_FORMATS]),
+    "index_topk": _each(_TOPK, [_index_topk(kind) for kind in INDEX_FORMATS], on_kernels=1),
     "sparse_attention": _each(
         _ATTENTION,
         [
@@ -631,6 +648,7 @@ CACHE_INPUTS: dict[str, tuple[OpInputs, ...]] = {
             _sparse_attention(RowFormat.FP8_ROPE_BF16, torch.float16, chosen=False, chunks=True),
             _sparse_attention(RowFormat.FP32, torch.float32, chosen=True, chunks=True),
         ],
+        on_kernels=2,
     ),
     "plan_slots": _each(_PLAN, [_plan_slots(in_rings=one) for one in (True, False)]),
     "write_block_tables": (

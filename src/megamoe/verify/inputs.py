@@ -464,8 +464,9 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "quantize_mxfp4": (OpInputs(quantize_mxfp4, _quantize_mxfp4, ("x",)),),
     "hadamard": (OpInputs(hadamard, _hadamard, ("x",)), OpInputs(hadamard, _hadamard_fp32, ("x",))),
     "rope": (OpInputs(rope, _rope, ("x", "pos")), OpInputs(rope, _rope_inverse, ("x", "pos"))),
-    "rotate_queries": tuple(
-        OpInputs(rotate_queries, make, ("q", "pos")) for make in (_rotate_queries, _rotate_queries_fp32)
+    "rotate_queries": (
+        OpInputs(rotate_queries, _rotate_queries, ("q", "pos")),
+        OpInputs(rotate_queries, _rotate_queries_fp32, ("q", "pos"), on_kernels=False),
     ),
     "embed_streams": (
         OpInputs(
@@ -532,3 +533,8 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
 }
 """Operation → the ways it is called. Every operation that a model calls is here, with a kernel or without (a test sees
 to it)."""
+
+
+def kernel_inputs(op: str) -> tuple[OpInputs, ...]:
+    """Return the ways in which an operation is called on kernels."""
+    return tuple(inputs for inputs in INPUTS[op] if inputs.on_kernels)

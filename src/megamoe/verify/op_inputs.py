@@ -46,6 +46,8 @@ class OpInputs:
         partly: the arguments of which a call reads or writes a part, pools above all.
         partly_bytes: arguments → bytes of that part.
         timed: whether bench times this way of calling; a step padded to its bucket tells nothing about speed.
+        on_kernels: whether kernels have to take it. Formats that no recipe of a GPU has (fp32 rows are those of
+            `exact`) are called on references alone.
     """
 
     door: Callable[..., Any]
@@ -61,6 +63,7 @@ class OpInputs:
     partly: tuple[str, ...] = ()
     partly_bytes: Callable[[Arguments], int] = _no_bytes
     timed: bool = True
+    on_kernels: bool = True
 
     def run(self, arguments: Arguments) -> Any:
         """Call the operation and return its result: what it returns, then what it has written in place."""

@@ -32,7 +32,7 @@ from megamoe.kernels.store import KernelStore, store_for, target_of
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops import use
 from megamoe.verify.guards import GuardedOutputs, check_fences, fenced
-from megamoe.verify.inputs import INPUTS
+from megamoe.verify.inputs import kernel_inputs
 from megamoe.verify.op_inputs import Arguments, OpInputs
 from megamoe.verify.values import copied, plain, strided
 
@@ -98,7 +98,7 @@ def token_counts(tile: int) -> tuple[int, ...]:
 def cases(op: str) -> Iterator[tuple[OpCall, OpInputs, int]]:
     """Yield every shape, way of calling and number of tokens of an operation."""
     for call in op_shapes(op):
-        for inputs in INPUTS[op]:
+        for inputs in kernel_inputs(op):
             for num_tokens in token_counts(inputs.tile):
                 yield call, inputs, num_tokens
 

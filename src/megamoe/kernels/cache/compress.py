@@ -56,9 +56,7 @@ def compress(
         return
     names = (DTYPE_NAMES[ape.dtype], DTYPE_NAMES[norm_weight.dtype])
     is_rounded = out_dtype == torch.bfloat16
-    config = Config(
-        width, ratio, overlap, table.rope_dim, *names, is_rounded, ROW_NAMES[entries.row_format], rotate
-    )
+    config = Config(width, ratio, overlap, table.rope_dim, *names, is_rounded, ROW_NAMES[entries.row_format], rotate)
     into = state if step is None else step
     kernel(config, raw.device)(
         as_rows(raw),

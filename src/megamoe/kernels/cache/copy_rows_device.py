@@ -114,7 +114,9 @@ class CopyRows:
                     self.copy_row(ring, read, ring_rows, target, written, target_rows, lane)
 
     @cute.jit
-    def copy_row(self, source, read: Int32, source_rows: Int32, target, written: Int32, target_rows: Int32, lane: Int32):
+    def copy_row(
+        self, source, read: Int32, source_rows: Int32, target, written: Int32, target_rows: Int32, lane: Int32
+    ):
         """Copy the bytes of a row; all of a thread's loads are on their way before its first store."""
         config = self.config
         sizes = (config.data_bytes, config.scale_bytes)

@@ -35,6 +35,4 @@ def one_warp_tile(width: int) -> RowTile:
     """Return the tile that leaves a row to one warp or less: blocks of both kinds of rows are alike, 128 threads."""
     num_vectors = width // VECTOR
     lanes = min(WARP, max(8, 1 << (-(-num_vectors // 4) - 1).bit_length()))
-    return RowTile(
-        width, lanes, -(-num_vectors // lanes), BLOCK_THREADS // lanes, num_vectors % lanes == 0
-    )
+    return RowTile(width, lanes, -(-num_vectors // lanes), BLOCK_THREADS // lanes, num_vectors % lanes == 0)

@@ -42,7 +42,12 @@ def program(config: Config):
     if config.query is None:
         return WriteLatent(config).rows_alone, latent
     query, y = (symbolic_rows(DTYPES[config.query_latent], num_rows, config.query) for _ in range(2))
-    return WriteLatent(config).with_queries, (query, symbolic_vector(DTYPES[config.query_weight], config.query), y, *latent)
+    return WriteLatent(config).with_queries, (
+        query,
+        symbolic_vector(DTYPES[config.query_weight], config.query),
+        y,
+        *latent,
+    )
 
 
 class BlockRowThread(RowThread):

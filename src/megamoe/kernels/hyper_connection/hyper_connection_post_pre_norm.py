@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hyper_connection_post_pre_norm: the kernels of hyper_connection_post and hyper_connection_pre_norm, one after another.
+"""hyper_connection_post_pre_norm: the kernels of hyper_connection_post and hyper_connection_pre_norm, in turn.
 
 Meaning    ops/hyper_connection.py; everything else as in the two files
 Launches   two; the streams between them are an output, so they are written in any case
