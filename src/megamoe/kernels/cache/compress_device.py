@@ -166,7 +166,7 @@ class Compress:
         if wanted:
             words = [bits_of(value) for value in values]
             if is_score:
-                words = [bits_of(add(value, one)) for value, one in zip(values, bias)]
+                words = [bits_of(add(value, one)) for value, one in zip(values, bias, strict=True)]
             store_global_vector(address, *words)
 
     def load_ape(self, wanted, row, column, count: int):
@@ -252,7 +252,7 @@ class Compress:
                     highest = cutlass.max(highest, score)
                 before = cute.math.exp(top[element] - highest)
                 weight_sum, value_sum = total[element] * before, pooled[element] * before
-                for score, (_, words, _, _) in zip(scores, rows):
+                for score, (_, words, _, _) in zip(scores, rows, strict=True):
                     weight = cute.math.exp(score - highest)
                     weight_sum = weight_sum + weight
                     value_sum = value_sum + weight * from_bits(words[element])
