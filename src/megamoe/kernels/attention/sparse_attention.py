@@ -75,7 +75,8 @@ def run(
         raise NotImplementedError(
             "sparse_attention: the kernel takes bf16 queries of 512 channels, fp16 operands and FP8_ROPE_BF16 rows; "
             f"got {q.dtype} [{width}], {operand_dtype}, output {out_dtype} and rows "
-            f'{", ".join(pool.row_format.name for pool in pools)}. Run the reference: with megamoe.ops.use("reference").'
+            f"{', '.join(pool.row_format.name for pool in pools)}. Run the reference: "
+            'with megamoe.ops.use("reference").'
         )
     y = torch.empty((num_tokens, heads, width), dtype=out_dtype, device=q.device)
     if y.numel() == 0:

@@ -69,7 +69,7 @@ def program(config: Config):
 
 
 def load_matrices_transposed(address):
-    """Return four 8 x 8 matrices of 16-bit values, transposed; lane l gives the address of row l % 8 of matrix l / 8."""
+    """Return four 8 x 8 matrices of 16-bit values, transposed; lane l addresses row l % 8 of matrix l / 8."""
     return inline_ptx(
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Uint32] * 4,
