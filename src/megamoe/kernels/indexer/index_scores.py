@@ -17,7 +17,7 @@ import torch
 from megamoe.formats.cache_rows import CachePool
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.kernels.indexer.index_scores_config import TILE, Config
-from megamoe.kernels.parts.launch import aligned, as_heads, as_rows, num_multiprocessors
+from megamoe.kernels.parts.launch import as_heads, as_rows, num_multiprocessors
 from megamoe.kernels.parts.pool import as_pool
 from megamoe.kernels.store import kernel
 
