@@ -18,6 +18,7 @@ from megamoe.kernels.indexer.indexer_device import (
     lanes_where,
     load_cluster_word,
     store_cluster_word,
+    store_word_if,
 )
 from megamoe.kernels.parts.cluster_device import address_in_block, shared_address_of
 from megamoe.kernels.parts.memory_device import load_global_vector_if
@@ -91,8 +92,10 @@ class IndexSelect:
         if requests[token] < 0:
             visible = Int32(0)
         if visible <= config.top_k:  # the same for the whole cluster
-            for place in cutlass.range(rank * THREADS + thread, config.top_k, config.cluster * THREADS, unroll=1):
-                entries[token, place] = place if place < visible else Int32(-1)
+            for start in cutlass.range_constexpr(0, config.top_k, config.cluster * THREADS):
+                place = start + rank * THREADS + thread
+                entry = place if place < visible else Int32(-1)
+                store_word_if(place < config.top_k, entries[(token, None)].iterator.toint() + Int64(place) * 4, entry)
         else:
             self.select(scores, entries, token, rank, visible, thread, held, counts, sums, shares, found)
 

@@ -57,17 +57,16 @@ def run(
     if not num_tokens or not top_k:
         return entries
     room = block_tables.shape[1] * keys.rows_per_block
-    if room <= top_k:  # nobody can see more: nothing is scored
-        index_select.run(entries.view(torch.uint32), requests, num_visible, room, entries)
-        return entries
-    row = -(-room // ROW_ENTRIES) * ROW_ENTRIES
+    is_scored = room > top_k  # else nobody can see more entries than it selects
+    row = -(-room // ROW_ENTRIES) * ROW_ENTRIES if is_scored else ROW_ENTRIES
     at_once = min(num_tokens, max(1, WORKSPACE_BYTES // (4 * row)))
-    scores = torch.empty((at_once, row), dtype=torch.uint32, device=q.device)
+    scores = torch.empty((at_once, row), dtype=torch.int32, device=q.device)
     for first in range(0, num_tokens, at_once):
         some = slice(first, first + at_once)
         query = MxFp4Tensor(q.codes[some], q.scales[some])
         part = scores[: query.shape[0]]
         rows = requests[some], num_visible[some]
-        index_scores.run(query, head_weights[some], keys, block_tables, *rows, top_k, part)
+        if is_scored:
+            index_scores.run(query, head_weights[some], keys, block_tables, *rows, top_k, part)
         index_select.run(part, *rows, room, entries[some])
     return entries

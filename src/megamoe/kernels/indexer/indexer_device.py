@@ -4,6 +4,8 @@
 from cutlass import Float32, Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
+from megamoe.kernels.parts.memory_device import predicated
+
 TOP_FACTOR = 253
 """Exponent byte of 2^126: the bits of a code, put on the lowest exponent bits of a bf16, are code * 2^-126."""
 
@@ -132,3 +134,8 @@ def lanes_where(flag):
 def bits_set(mask):
     """Return the number of bits set."""
     return inline_ptx("popc.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[mask])
+
+
+def store_word_if(wanted, address, word):
+    """Store a word to global memory if `wanted`."""
+    predicated(wanted, "st.global.b32 [{$r1}], {$r2};", address, word)
