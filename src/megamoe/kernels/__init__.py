@@ -129,6 +129,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "hyper_connection_head_norm": dict.fromkeys(
         ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_head_norm"
     ),
+    "index_topk": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.indexer.index_topk"),
 }
 
 WEIGHT_LAYOUTS: dict[str, dict[str, CodeLayout]] = {
