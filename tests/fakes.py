@@ -12,6 +12,7 @@ import tokenizers
 import torch
 
 from megamoe.cache.batch import Batch, Commit
+from megamoe.cache.buckets import bucket_of
 from megamoe.cache.pools import CacheSize, CapacityReport, LayerCacheSpec, capacity_report
 from megamoe.formats.cache_rows import RowFormat
 
@@ -100,7 +101,7 @@ class FakeSharedCache:
         assert len(set(batch.rings.tolist())) == len(batch.rings)
         longest, num_tokens = int(batch.counts.max()), len(batch.token_ids)
         assert longest <= self.size.ring_tokens or num_tokens <= self.size.step_tokens
-        bucket = num_tokens if longest <= self.size.ring_tokens else None
+        bucket = bucket_of(num_tokens) if longest <= self.size.ring_tokens else None
         return FakePlan(batch.token_ids, batch.starts, batch.counts, batch.rings, batch.saves, bucket)
 
     def finish(self, plan: FakePlan) -> None:

@@ -193,12 +193,12 @@ class Engine:
         """Run `each` tokens of several sequences that are all at `position`, for nobody, while there is no request.
 
         What was in rings and pages is read as if it belonged to them, and overwritten where it is nobody's. Sequences
-        that have no pages are left out.
+        without a ring or pages are left out.
         """
         assert not self._requests and not (self._prefix and self._prefix.pages()), "somebody's pages would be written"
         size = self.plan.size
         width = (position + each - 1) // size.tokens_per_page + 1
-        count = min(-(-len(token_ids) // each), size.num_pages // width)
+        count = min(-(-len(token_ids) // each), size.num_sequences, size.num_pages // width)
         ids = np.array(token_ids[: count * each])
         for ring in range(count):
             self._cache.set_pages(ring, range(ring * width, (ring + 1) * width))
