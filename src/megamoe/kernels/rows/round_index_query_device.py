@@ -18,9 +18,16 @@ from cutlass.cute.arch import inline_ptx
 
 from megamoe.kernels.parts.mma_device import bf16_pair, mma
 from megamoe.kernels.parts.nvfp4_device import pair_signs
-from megamoe.kernels.parts.ptx_device import add, bf16_word, gather_bytes, max_keeping_nan, max_of_pairs, multiply
 from megamoe.kernels.parts.pool_device import FP4_FLOOR, power_of_two_scale
-from megamoe.kernels.parts.ptx_device import subtract
+from megamoe.kernels.parts.ptx_device import (
+    add,
+    bf16_word,
+    gather_bytes,
+    max_keeping_nan,
+    max_of_pairs,
+    multiply,
+    subtract,
+)
 from megamoe.kernels.parts.rope_device import sine_and_cosine
 from megamoe.kernels.parts.rows import VECTOR, WARP
 from megamoe.kernels.parts.rows_device import (
@@ -108,9 +115,7 @@ class RoundIndexQuery:
             block_words, exponent = quantize([sums[tile_index][2 * half : 2 * half + 2] for tile_index in range(16)])
             store_block(wanted[half], row, quarter, block_words, exponent, codes, scales)
         head = tile * TILE + lane
-        store_weight(
-            is_live & (lane < TILE) & (head < config.heads), token, head, head_weights, head_scale, weights
-        )
+        store_weight(is_live & (lane < TILE) & (head < config.heads), token, head, head_weights, head_scale, weights)
 
 
 def rotate(words, quarter, lane, position, inv_freq, rope_dim: int):
@@ -235,9 +240,7 @@ def times_power_of_two(pair, exponent: int):
 
 
 @cute.jit
-def store_block(
-    wanted, row: Int32, block: Int32, words, exponent: Uint32, codes: cute.Tensor, scales: cute.Tensor
-):
+def store_block(wanted, row: Int32, block: Int32, words, exponent: Uint32, codes: cute.Tensor, scales: cute.Tensor):
     """Store 32 codes and their scale if `wanted`."""
     if wanted:
         registers = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
