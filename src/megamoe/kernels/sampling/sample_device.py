@@ -103,9 +103,7 @@ class Sample:
                     least = ceiling_of_product(min_p[row], Int64(2**MASS_BITS))
                 best = logits[row, index]
                 factor = cute.arch.fmin(divide(Float32(LOG2_E), heat), Float32(FLOAT32_MAX))
-                index = self.draw(
-                    logits, row, thread, best, factor, kept, top_p[row], least, uniform[row], bins, found
-                )
+                index = self.draw(logits, row, thread, best, factor, kept, top_p[row], least, uniform[row], bins, found)
             if thread == 0:
                 ids[row] = Int64(index)
 
