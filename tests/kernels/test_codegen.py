@@ -99,6 +99,15 @@ PTX_WANTED = {
         "griddepcontrol.wait",
         "griddepcontrol.launch_dependents",
     ],
+    "rows.rotate_queries": ["rsqrt.approx.f32", "cvt.rni.s32.f32", "fma.rn.f32", "griddepcontrol.wait"],
+    "rows.round_index_query": [
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "cvt.rni.s32.f32",
+        "div.rn.f32",
+        "fma.rn.bf16x2",
+        "max.NaN.bf16x2",
+    ],
+    "hyper_connection.hyper_connection_post": ["mul.rn.f32", "add.rn.f32"],
 }
 """Module → instructions that its PTX must hold."""
 
@@ -106,6 +115,10 @@ PTX_FORBIDDEN = {
     "rows.quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
     "rows.rms_norm_quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
     "rows.quantize_fp8_rows": ["div.full.f32", "div.approx", "rcp.approx"],
+    "rows.mean_of_streams": ["div.full.f32", "div.approx", "rcp.approx", "fma.rn.f32"],
+    "rows.rotate_queries": ["sin.approx", "cos.approx"],
+    "rows.round_index_query": ["sin.approx", "cos.approx", "div.full.f32", "div.approx"],
+    "hyper_connection.hyper_connection_post": ["fma.rn.f32"],
 }
 """Module → instructions whose rounding is not the operation's."""
 
@@ -131,6 +144,11 @@ SASS_WANTED = {
     "fp8.fp8_tiles_sm90": ["UTMALDG.2D", "HGMMA.64x", "STSM.16.MT88.4", "STG.E.128"],
     "fp8.fp8_expand": ["STG.E.128"],
     "cache.copy_rows": ["LDG.E.128", "STG.E.128"],
+    "rows.embed_streams": ["LDG.E.128", "STG.E.128"],
+    "rows.mean_of_streams": ["LDG.E.128", "STG.E.128"],
+    "rows.add_to_streams": ["LDG.E.128", "STG.E.128"],
+    "rows.rotate_queries": ["LDG.E.128", "STG.E.128"],
+    "rows.round_index_query": ["LDG.E.128", "STG.E.128", "HMMA.16816.F32.BF16", "HFMA2.BF16_V2"],
 }
 """Module → prefixes of instructions that its SASS must hold."""
 

@@ -182,7 +182,8 @@ def _hadamard_matrix(width: int, device: torch.device) -> torch.Tensor:
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < width:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (matrix * width**-0.5).bfloat16()
+    scaled: torch.Tensor = matrix * width**-0.5
+    return scaled.bfloat16()
 
 
 def _eager_round_index_query(
