@@ -530,8 +530,7 @@ def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str])
         (call, inputs, tokens)
         for tokens in num_tokens
         for op in names
-        for call in op_shapes(op)
-        if call.model in models
+        for call in op_shapes(op, models)
         for inputs in kernel_inputs(op)
         if inputs.timed
     ]
