@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megamoe.bench import report, timing
+from megamoe.bench import cache_baselines, report, timing
 from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats import fp8, nvfp4
@@ -399,6 +399,9 @@ BASELINES: dict[str, Baseline] = {
     "write_block_tables": Baseline("torch index_put", _eager_tables),
     "copy_cache": Baseline("torch index, index_put", _eager_copy),
     "save_rows": Baseline("torch index, index_put, rings alone", _eager_save),
+    "write_latent": Baseline("torch eager", cache_baselines.write_latent),
+    "compress_kv": Baseline("torch eager, every token pools", cache_baselines.compress),
+    "write_index_keys": Baseline("torch eager, every token pools", cache_baselines.write_index_keys),
 }
 
 WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")
