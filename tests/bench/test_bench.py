@@ -21,12 +21,8 @@ from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats.cache_rows import CachePool, RowFormat
 from megamoe.formats.nvfp4 import quantize
 from megamoe.kernels import KERNELS
-<<<<<<< HEAD
 from megamoe.models.deepseek_v4.shapes import op_calls, op_shapes
-=======
-from megamoe.models.deepseek_v4.shapes import op_shapes
 from megamoe.ops.read_cache import read_cache
->>>>>>> compress13
 from megamoe.verify.inputs import INPUTS
 from megamoe.verify.op_inputs import Arguments, OpInputs
 from megamoe.verify.values import copied, parts
@@ -255,16 +251,6 @@ def test_baselines_do_the_same_work(op: str) -> None:
                 assert close or not other.float().isfinite().all()
 
 
-<<<<<<< HEAD
-def _results(run: Callable[..., Any], inputs: OpInputs, arguments: Arguments) -> list[Any]:
-    """Return what a call returns, then what it writes in place, of copies."""
-    written = {name: copied(arguments[name], "cpu") for name in inputs.written}
-    returned = run(**{**arguments, **written})
-    return [*([] if returned is None else _flat(returned)), *written.values()]
-
-
-def _flat(value: Any) -> list[Any]:
-=======
 @pytest.mark.parametrize(
     ("op", "pool", "slots"),
     [
@@ -289,8 +275,14 @@ def test_baselines_write_the_same_rows(op: str, pool: str, slots: str) -> None:
         assert float((got - want).norm() / want.norm()) < 0.05, str(call)  # a few FP4 codes lie beside a step
 
 
-def _flat(value: Any) -> list[torch.Tensor | None]:
->>>>>>> compress13
+def _results(run: Callable[..., Any], inputs: OpInputs, arguments: Arguments) -> list[Any]:
+    """Return what a call returns, then what it writes in place, of copies."""
+    written = {name: copied(arguments[name], "cpu") for name in inputs.written}
+    returned = run(**{**arguments, **written})
+    return [*([] if returned is None else _flat(returned)), *written.values()]
+
+
+def _flat(value: Any) -> list[Any]:
     return [one for part in value for one in _flat(part)] if isinstance(value, tuple) else [value]
 
 

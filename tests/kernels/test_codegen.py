@@ -124,15 +124,12 @@ PTX_FORBIDDEN = {
     "rows.quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
     "rows.rms_norm_quantize_nvfp4": ["div.full.f32", "div.approx", "rcp.approx"],
     "rows.quantize_fp8_rows": ["div.full.f32", "div.approx", "rcp.approx"],
-<<<<<<< HEAD
     "rows.mean_of_streams": ["div.full.f32", "div.approx", "rcp.approx", "fma.rn.f32"],
     "rows.rotate_queries": ["sin.approx", "cos.approx"],
     "rows.round_index_query": ["sin.approx", "cos.approx", "div.full.f32", "div.approx"],
     "hyper_connection.hyper_connection_post": ["fma.rn.f32"],
-=======
     "cache.write_latent": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
     "cache.compress": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
->>>>>>> compress13
 }
 """Module → instructions whose rounding is not the operation's."""
 
@@ -158,16 +155,13 @@ SASS_WANTED = {
     "fp8.fp8_tiles_sm90": ["UTMALDG.2D", "HGMMA.64x", "STSM.16.MT88.4", "STG.E.128"],
     "fp8.fp8_expand": ["STG.E.128"],
     "cache.copy_rows": ["LDG.E.128", "STG.E.128"],
-<<<<<<< HEAD
     "rows.embed_streams": ["LDG.E.128", "STG.E.128"],
     "rows.mean_of_streams": ["LDG.E.128", "STG.E.128"],
     "rows.add_to_streams": ["LDG.E.128", "STG.E.128"],
     "rows.rotate_queries": ["LDG.E.128", "STG.E.128"],
     "rows.round_index_query": ["LDG.E.128", "STG.E.128", "HMMA.16816.F32.BF16", "HFMA2.BF16_V2"],
-=======
     "cache.write_latent": ["LDG.E.128", "STG.E.128", "STG.E.64", "STG.E.U8"],
     "cache.compress": ["LDG.E.128", "STG.E.128", "STG.E.U8"],
->>>>>>> compress13
 }
 """Module → prefixes of instructions that its SASS must hold."""
 
