@@ -30,15 +30,24 @@ from megamoe.bench import cache_baselines, report, timing
 from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats import fp8, nvfp4
+<<<<<<< HEAD
 from megamoe.formats.cache_rows import CachePool, RowFormat
+=======
+from megamoe.formats.cache_rows import CachePool, decode_rows
+>>>>>>> index13
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
+from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
+<<<<<<< HEAD
 from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots
 from megamoe.ops.read_cache import row_views
+=======
+from megamoe.ops.index_topk import query_values
+>>>>>>> index13
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import RopeTable
 from megamoe.verify.inputs import kernel_inputs
@@ -292,6 +301,28 @@ def _cublas_plain(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype | Non
     return x @ w.T  # bf16 where the operation may return fp32: cuBLAS writes less
 
 
+def _eager_topk(
+    q: torch.Tensor | MxFp4Tensor | Fp8RowTensor,
+    head_weights: torch.Tensor,
+    keys: CachePool,
+    block_tables: torch.Tensor,
+    requests: torch.Tensor,
+    num_visible: torch.Tensor,
+    top_k: int,
+) -> torch.Tensor:
+    """Score every entry that the tables have room for in bf16, torch.topk, sort: no order among equal ones."""
+    data, scales = (one[block_tables.long()].flatten(0, 2) for one in (keys.data_rows, keys.scale_rows))
+    values = decode_rows(data, scales, keys.row_format, keys.width).bfloat16()
+    values = values.unflatten(0, (block_tables.shape[0], -1))  # [R, room, K]
+    logits = query_values(q).bfloat16() @ values[requests.clamp(min=0).long()].mT  # [T, Hi, room]
+    scores = (logits.float().clamp(min=0.0) * head_weights[..., None]).sum(1)
+    is_hidden = torch.arange(scores.shape[1], device=scores.device) >= num_visible[:, None]
+    best = scores.masked_fill(is_hidden, -torch.inf).topk(top_k, dim=1).indices
+    last = torch.iinfo(torch.int32).max
+    order = best.masked_fill(best >= num_visible[:, None], last).sort(dim=1).values
+    return torch.where((order == last) | (requests[:, None] < 0), -1, order)
+
+
 def _bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)  # strided; a contiguous copy is left out
 
@@ -388,6 +419,7 @@ BASELINES: dict[str, Baseline] = {
     "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
+<<<<<<< HEAD
     "hyper_connection_post_pre_norm": Baseline("torch eager", _eager_post_pre_norm),
     "hyper_connection_head_norm": Baseline("torch eager", _eager_head_norm),
     "embed_streams": Baseline("torch F.embedding, repeat", _eager_embed),
@@ -402,6 +434,9 @@ BASELINES: dict[str, Baseline] = {
     "write_latent": Baseline("torch eager", cache_baselines.write_latent),
     "compress_kv": Baseline("torch eager, every token pools", cache_baselines.compress),
     "write_index_keys": Baseline("torch eager, every token pools", cache_baselines.write_index_keys),
+=======
+    "index_topk": Baseline("torch eager, bf16 logits", _eager_topk),
+>>>>>>> index13
 }
 
 WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")

@@ -6,12 +6,11 @@ from cutlass.cute.arch import inline_ptx
 
 from megamoe.kernels.parts.memory_device import predicated
 
-TOP_FACTOR = 253
-"""Exponent byte of 2^126: the bits of a code, put on the lowest exponent bits of a bf16, are code * 2^-126."""
-
 
 def relative_factor(byte, highest):
     """Return, twice in a register, the bf16 factor 2^126 * 2^(byte - highest); 0 below the range.
+
+    The bits of a code, put on the lowest exponent bits of a bf16, are code * 2^-126. 253 is the exponent byte of 2^126.
 
     Args:
         byte: the E8M0 scale of a group.
