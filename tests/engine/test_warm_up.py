@@ -45,7 +45,7 @@ from megamoe.text.llm import LLM
 
 from ..fakes import FakeModel
 from ..kernels.objects import FakeCompiler
-from .test_ready_gpu import REFERENCES
+from ..lent import REFERENCES
 
 CUDA = torch.device("cuda", 0)
 
