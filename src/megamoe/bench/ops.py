@@ -229,6 +229,10 @@ def _bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)  # strided; a contiguous copy is left out
 
 
+def _bmm_fp8(x: Fp8RowTensor, w: Fp8BlockTensor) -> torch.Tensor:
+    return _bmm(_bf16_rows(x.codes, x.scales), _bf16_of_fp8(w.codes, w.scales))
+
+
 def _bmm_weight_only(x: torch.Tensor, w: NvFp4Tensor) -> torch.Tensor:
     return _bmm(x, _bf16(w))
 
@@ -254,6 +258,7 @@ BASELINES: dict[str, Baseline] = {
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "linear": Baseline("cuBLAS bf16", _cublas_plain),
     "grouped_linear": Baseline("torch.bmm bf16", _bmm),
+    "fp8_grouped_linear": Baseline("torch.bmm bf16, x and w dequantized before", _bmm_fp8),
     "nvfp4_grouped_linear": Baseline("torch.bmm bf16 after dequantizing x", _bmm_nvfp4),
     "nvfp4_weight_only_grouped_linear": Baseline("torch.bmm bf16", _bmm_weight_only),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
@@ -274,6 +279,7 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
     "linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
+    "fp8_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_weight_only_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "sparse_attention": lambda dims, tokens: 4 * tokens * dims["H"] * dims["C"] * (dims["W"] + dims["J"]),
