@@ -92,6 +92,13 @@ PTX_WANTED = {
     ],
     "fp8.fp8_tiles_sm90": ["wgmma.mma_async.sync.aligned.m64n", "setmaxnreg.inc"],
     "fp8.fp8_expand": ["cvt.rn.f16x2.e4m3x2"],
+    "cache.plan_slots": ["griddepcontrol.wait", "griddepcontrol.launch_dependents"],
+    "cache.copy_rows": [
+        "ld.global.v4.b32",
+        "st.global.v4.b32",
+        "griddepcontrol.wait",
+        "griddepcontrol.launch_dependents",
+    ],
 }
 """Module → instructions that its PTX must hold."""
 
@@ -123,6 +130,7 @@ SASS_WANTED = {
     "fp8.fp8_stream": ["LDGSTS.E.BYPASS.LTC128B.128", "LDS.128", "F2FP.F16.E4M3.UNPACK_B", "HMMA.16816.F32"],
     "fp8.fp8_tiles_sm90": ["UTMALDG.2D", "HGMMA.64x", "STSM.16.MT88.4", "STG.E.128"],
     "fp8.fp8_expand": ["STG.E.128"],
+    "cache.copy_rows": ["LDG.E.128", "STG.E.128"],
 }
 """Module → prefixes of instructions that its SASS must hold."""
 

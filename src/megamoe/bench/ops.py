@@ -37,6 +37,8 @@ from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
+from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots
+from megamoe.ops.read_cache import row_views
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.verify.inputs import kernel_inputs
 from megamoe.verify.op_inputs import Arguments, OpInputs
@@ -241,6 +243,67 @@ def _bmm_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor) -> torch.Tensor:
     return _bmm(nvfp4.dequantize(x, torch.bfloat16), _bf16(w))
 
 
+def _eager_copy(source: CachePool, source_slots: torch.Tensor, target: CachePool, target_slots: torch.Tensor) -> None:
+    """Copy rows by index: -1 is the last row, for leaving it out would take a synchronization."""
+    from_block, from_row = source_slots // source.rows_per_block, source_slots % source.rows_per_block
+    to_block, to_row = target_slots // target.rows_per_block, target_slots % target.rows_per_block
+    for read, written in zip(row_views(source), row_views(target), strict=True):
+        if read.shape[-1]:
+            written[to_block, to_row] = read[from_block, from_row]
+
+
+def _eager_save(
+    ring: CachePool, step: CachePool | None, target: CachePool, saves: torch.Tensor, block_tables: torch.Tensor
+) -> None:
+    """Copy every row from its ring, those of the step, too."""
+    request, length, _, _, block = saves.unbind(1)
+    row = torch.arange(target.rows_per_block, device=saves.device)
+    position = (length[:, None] - target.rows_per_block + row).clamp(min=0)
+    blocks = block_tables[request[:, None], position // ring.rows_per_block % block_tables.shape[1]]
+    read = blocks.long() * ring.rows_per_block + position % ring.rows_per_block
+    written = block.long()[:, None] * target.rows_per_block + row
+    _eager_copy(ring, read.flatten(), target, written.flatten())
+
+
+def _eager_slots(
+    tokens: torch.Tensor, window: RowTables, kinds: tuple[EntryTables, ...], out: StepSlots, in_rings: bool
+) -> None:
+    ids, positions, requests, first_idx = tokens.unbind()
+    for one, given in ((out.token_ids, ids), (out.positions, positions), (out.requests, requests)):
+        one.copy_(given)
+    out.first_idx.copy_(first_idx)
+    _eager_ring(out.window_slots, out.window_kept, positions, requests, window, in_rings)
+    for kind, slots in zip(kinds, out.entries, strict=True):
+        _eager_ring(slots.state_slots, slots.state_kept, positions, requests, kind.state, in_rings)
+        visible = (positions + 1) // kind.ratio
+        slots.num_visible.copy_(visible)
+        entry = torch.where(visible * kind.ratio == positions + 1, visible - 1, -1)
+        slots.entry_slots.copy_(torch.where(entry >= 0, _eager_rows(entry, requests, kind.entries), -1))
+
+
+def _eager_ring(
+    slots: torch.Tensor,
+    kept: torch.Tensor,
+    positions: torch.Tensor,
+    requests: torch.Tensor,
+    tables: RowTables,
+    in_rings: bool,
+) -> None:
+    """Leave out which rows of a long step a ring keeps."""
+    in_ring = torch.where(positions >= 0, _eager_rows(positions, requests, tables), -1)
+    slots.copy_(in_ring if in_rings else torch.arange(slots.shape[0], device=slots.device))
+    kept.copy_(in_ring)
+
+
+def _eager_rows(rows: torch.Tensor, requests: torch.Tensor, tables: RowTables) -> torch.Tensor:
+    size = tables.rows_per_block
+    return tables.block_tables[requests, rows // size % tables.block_tables.shape[1]] * size + rows % size
+
+
+def _eager_tables(tables: torch.Tensor, changes: torch.Tensor) -> None:
+    tables[changes[:, 0], changes[:, 1]] = changes[:, 2]  # nobody's changes go to the last row
+
+
 BASELINES: dict[str, Baseline] = {
     "rms_norm": Baseline("torch F.rms_norm", _eager_rms_norm),
     "rms_norm_quantize_nvfp4": Baseline("torch eager", _eager_rms_norm_quantize),
@@ -265,6 +328,10 @@ BASELINES: dict[str, Baseline] = {
     "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
+    "plan_slots": Baseline("torch eager, nothing kept", _eager_slots),
+    "write_block_tables": Baseline("torch index_put", _eager_tables),
+    "copy_cache": Baseline("torch index, index_put", _eager_copy),
+    "save_rows": Baseline("torch index, index_put, rings alone", _eager_save),
 }
 
 WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")

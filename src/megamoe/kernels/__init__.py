@@ -116,6 +116,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "write_block_tables": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.write_block_tables"),
     "copy_cache": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.copy_cache"),
     "save_rows": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.save_rows"),
+    "sparse_attention": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.attention.sparse_attention"),
     "embed_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.embed_streams"),
     "mean_of_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.mean_of_streams"),
     "add_to_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.add_to_streams"),
@@ -162,6 +163,7 @@ BORDERS: dict[str, Border] = {
     "nvfp4_weight_only_experts": Border("4 E / A, at least 12", ("sm90",)),
     "fp8_linear": Border("64 (N ≤ 4,095), 32", ("sm90",)),
     "fp8_grouped_linear": Border("32", ("sm90",)),
+    "sparse_attention": Border("32", ("sm90", "sm100", "sm103")),
 }
 """Operations with two paths. Others take any number of tokens wherever they have a kernel."""
 

@@ -15,6 +15,7 @@ import torch
 
 from megamoe.formats import fp8, mxfp4
 from megamoe.formats.cache_rows import CachePool, RowFormat, page_bytes, row_bytes
+from megamoe.kernels.attention.sparse_attention import FEW_TOKENS
 from megamoe.ops import copy_cache as copying
 from megamoe.ops import write_cache as writing
 from megamoe.ops.compress_kv import compress_kv
@@ -577,6 +578,7 @@ _ATTENTION = OpInputs(
     _sparse_attention(RowFormat.FP8_ROPE_BF16, torch.float16, chosen=True, chunks=False),
     ("q", "positions", "requests", "first_idx", "entry_idx", "num_visible"),
     rule=attention,
+    order_until=lambda dims: FEW_TOKENS,
     cut=_fewer_rows_of_step,
     together=_last_request,
     partly=("window", "entries", "step"),
@@ -607,14 +609,16 @@ def _each(entry: OpInputs, makers: list[Make], *, on_kernels: int | None = None)
     return tuple(dataclasses.replace(entry, make=make, on_kernels=way < first) for way, make in enumerate(makers))
 
 
-COPIED = (RowFormat.FP8_ROPE_BF16, RowFormat.FP32, RowFormat.BF16, RowFormat.INDEX_FP8, RowFormat.INDEX_FP4)
-"""Row formats, those that a model copies first."""
+COPIED = (RowFormat.FP8_ROPE_BF16, RowFormat.FP32)
+"""Row formats that models copy."""
 
 
 CACHE_INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "write_cache": _each(_WRITE, [_write_cache(row_format) for row_format in RowFormat]),
     "read_cache": _each(_READ, [_read_cache(row_format) for row_format in RowFormat]),
-    "copy_cache": _each(_COPY, [_copy_cache(row_format) for row_format in COPIED], on_kernels=2),
+    "copy_cache": tuple(
+        dataclasses.replace(_COPY, make=_copy_cache(row_format), timed=row_format in COPIED) for row_format in RowFormat
+    ),
     "save_rows": _each(_SAVE, [_save_rows(from_step=one) for one in (False, True)]),
     "compress_kv": _each(
         _COMPRESS,

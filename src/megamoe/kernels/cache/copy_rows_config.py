@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile key of copy_cache and save_rows."""
+"""Compile key of copy_cache and save_rows, and how their rows are shared out."""
 
 from __future__ import annotations
 
 import dataclasses
+
+THREADS = 128
+LANES = 32
+PIECES = 4
+"""Pieces of 16 bytes that a thread has on their way at once; a warp copies LANES * PIECES of them, of one row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,28 +17,6 @@ class Config:
 
     Attributes:
         op: "copy" rows by slots, or "save" the last rows of sequences.
-        data_bytes: of a row, a multiple of 16.
-        scale_bytes: of a row: 0, 4 or 8.
     """
 
     op: str
-    data_bytes: int
-    scale_bytes: int
-
-    @property
-    def lanes(self) -> int:
-        """Threads of a row: one for each 16 bytes, in powers of two up to a block."""
-        lanes = 4
-        while lanes < min(self.data_bytes // 16, 128):
-            lanes *= 2
-        return lanes
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 128
-
-    @property
-    def rows(self) -> int:
-        """Rows of a block."""
-        return self.threads // self.lanes

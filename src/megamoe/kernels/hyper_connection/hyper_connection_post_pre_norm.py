@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hyper_connection_post_pre_norm: the kernels of hyper_connection_post and hyper_connection_pre_norm, in turn.
+"""hyper_connection_post_pre_norm: the kernel of one sublayer's end, then that of the next one's beginning.
 
-Meaning    ops/hyper_connection.py; everything else as in the two files
-Launches   two; the streams between them are an output, so they are written in any case
+Meaning    ops/hyper_connection.py; bit for bit hyper_connection_post, then hyper_connection_pre_norm, two launches
+Memory     the mixed streams, which are a result, are written by the first and read back by the second: from the L2
+           cache where a step has few tokens
+Limits     those of both
+Bound      memory: (2 X + 2) D values a token, and X D that are read back
 """
 
 from __future__ import annotations
@@ -36,7 +39,4 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute hyper_connection_post_pre_norm."""
     streams = hyper_connection_post.run(y, x, post, comb)
-    normed, next_post, next_comb = hyper_connection_pre_norm.run(
-        streams, fn, base, scale, weight, norm_eps, hc_eps, sinkhorn_iters
-    )
-    return streams, normed, next_post, next_comb
+    return streams, *hyper_connection_pre_norm.run(streams, fn, base, scale, weight, norm_eps, hc_eps, sinkhorn_iters)

@@ -5,10 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 
-LANES = 4
-"""Threads of a head of 128 channels: each has 32 of them, in four vectors of 8."""
-THREADS = 128
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -17,15 +13,17 @@ class Config:
     Attributes:
         heads: Hi.
         width: K.
-        rope: R.
+        rope_dim: R.
         q: "bf16" or "f32".
-        rounding: what the query is rounded to: "index_fp4", "index_fp8", or "plain" for the dtype of q.
-        rotate: by a Hadamard matrix.
+        rounding: "mxfp4", "fp8", or None where the query keeps the dtype of q.
+        hadamard: the query is rotated by the Hadamard matrix before.
+        passes: heads a thread takes part in; they share its sines and cosines.
     """
 
     heads: int
     width: int
-    rope: int
+    rope_dim: int
     q: str
-    rounding: str
-    rotate: bool
+    rounding: str | None
+    hadamard: bool
+    passes: int
