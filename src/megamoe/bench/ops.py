@@ -30,11 +30,7 @@ from megamoe.bench import cache_baselines, report, timing
 from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats import fp8, nvfp4
-<<<<<<< HEAD
-from megamoe.formats.cache_rows import CachePool, RowFormat
-=======
-from megamoe.formats.cache_rows import CachePool, decode_rows
->>>>>>> index13
+from megamoe.formats.cache_rows import CachePool, RowFormat, decode_rows
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
@@ -42,12 +38,9 @@ from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
-<<<<<<< HEAD
 from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots
 from megamoe.ops.read_cache import row_views
-=======
 from megamoe.ops.index_topk import query_values
->>>>>>> index13
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import RopeTable
 from megamoe.verify.inputs import kernel_inputs
@@ -327,6 +320,10 @@ def _bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)  # strided; a contiguous copy is left out
 
 
+def _bmm_fp8(x: Fp8RowTensor, w: Fp8BlockTensor) -> torch.Tensor:
+    return _bmm(_bf16_rows(x.codes, x.scales), _bf16_of_fp8(w.codes, w.scales))
+
+
 def _bmm_weight_only(x: torch.Tensor, w: NvFp4Tensor) -> torch.Tensor:
     return _bmm(x, _bf16(w))
 
@@ -413,13 +410,13 @@ BASELINES: dict[str, Baseline] = {
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "linear": Baseline("cuBLAS bf16", _cublas_plain),
     "grouped_linear": Baseline("torch.bmm bf16", _bmm),
+    "fp8_grouped_linear": Baseline("torch.bmm bf16, x and w dequantized before", _bmm_fp8),
     "nvfp4_grouped_linear": Baseline("torch.bmm bf16 after dequantizing x", _bmm_nvfp4),
     "nvfp4_weight_only_grouped_linear": Baseline("torch.bmm bf16", _bmm_weight_only),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
-<<<<<<< HEAD
     "hyper_connection_post_pre_norm": Baseline("torch eager", _eager_post_pre_norm),
     "hyper_connection_head_norm": Baseline("torch eager", _eager_head_norm),
     "embed_streams": Baseline("torch F.embedding, repeat", _eager_embed),
@@ -434,9 +431,7 @@ BASELINES: dict[str, Baseline] = {
     "write_latent": Baseline("torch eager", cache_baselines.write_latent),
     "compress_kv": Baseline("torch eager, every token pools", cache_baselines.compress),
     "write_index_keys": Baseline("torch eager, every token pools", cache_baselines.write_index_keys),
-=======
     "index_topk": Baseline("torch eager, bf16 logits", _eager_topk),
->>>>>>> index13
 }
 
 WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")
@@ -451,6 +446,7 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
     "linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
+    "fp8_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_weight_only_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "sparse_attention": lambda dims, tokens: 4 * tokens * dims["H"] * dims["C"] * (dims["W"] + dims["J"]),
