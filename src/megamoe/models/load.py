@@ -9,10 +9,12 @@ from collections.abc import Iterable
 
 import torch
 
+from megamoe.cache.pools import CacheSize, capacity_report
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.models import BUNDLED, find_checkpoint
+from megamoe.models.deepseek_v4.cache import backbone_specs, tokens_per_page
 from megamoe.models.deepseek_v4.calls import model_calls, pairs, weight_ops
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.examine import examine
@@ -21,7 +23,7 @@ from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.rules import check_accept
 from megamoe.models.deepseek_v4.weights import WeightLoader, bytes_when_loaded
 from megamoe.models.recipe import Recipe, get_recipe
-from megamoe.models.room import no_room_is_told, require_room
+from megamoe.models.room import Budget, no_room_is_told, require_budget, require_room
 from megamoe.ops import dispatch
 
 __all__ = ["BUNDLED", "load"]
@@ -34,6 +36,7 @@ def load(
     dtype: torch.dtype | None = None,
     pack: str | os.PathLike[str] | None = None,
     accept: Iterable[str] = (),
+    budget: Budget | None = None,
 ) -> Model:
     """Load a model.
 
@@ -49,6 +52,7 @@ def load(
         pack: a kernel pack to load kernels from, on a CUDA device (megamoe compile).
         accept: rules of docs/checkpoints.md that the checkpoint may break, of those that can be accepted; what was
             accepted is among the model's `notes`.
+        budget: the device memory that may be used; a model that cannot fit it is refused before its weights are read.
 
     Returns:
         The model: `logits`, `new_cache`, `step`.
@@ -87,11 +91,25 @@ def load(
         )
         calls = model_calls(config, loader.formats, chosen)
         dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
+        if budget is not None:
+            require_budget(what, {"weights": num_bytes, **_least_caches(config, chosen, budget)}, budget.memory_bytes)
         require_room(what, num_bytes, examined.headers.num_bytes, where)
         with no_room_is_told(what, num_bytes):
             weights = loader.load(_layouts(chosen, where))
     notes = tuple(f"{finding.rule}: {finding}" for finding in (*warnings, *examined.told))
     return Model(config, weights, chosen, where, name=str(model), directory=directory, warnings=notes)
+
+
+def _least_caches(config: ModelConfig, recipe: Recipe, budget: Budget) -> dict[str, int]:
+    """Return the bytes of the least caches that an engine can run with, by what they are for."""
+    per_page = tokens_per_page(config) if budget.tokens_per_page is None else budget.tokens_per_page
+    size = CacheSize(budget.num_sequences, 1, per_page, budget.ring_tokens, budget.step_tokens)
+    report = capacity_report(backbone_specs(config, recipe), size)
+    return {
+        f"rings of {size.num_sequences} sequences": size.num_sequences * report.bytes_per_sequence,
+        "step area": report.step_area_bytes,
+        "one page": report.bytes_per_page,
+    }
 
 
 def _layouts(recipe: Recipe, device: torch.device) -> dict[str, CodeLayout]:

@@ -42,7 +42,7 @@ class OpCall:
 
 
 _LINEAR = "linear fp8_linear nvfp4_linear nvfp4_weight_only_linear"
-_GROUPED = "grouped_linear nvfp4_grouped_linear nvfp4_weight_only_grouped_linear"
+_GROUPED = "grouped_linear fp8_grouped_linear nvfp4_grouped_linear nvfp4_weight_only_grouped_linear"
 _EXPERTS = "experts fp8_experts nvfp4_experts nvfp4_weight_only_experts"
 _QUANTIZE = "quantize_nvfp4 quantize_fp8_rows"
 
@@ -93,7 +93,7 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     # Inputs of quantized linears.
     (_QUANTIZE, "attn input, ffn input", {"K": (256, 4096, 7168)}),
     (_QUANTIZE, "attn.wq_b input", {"K": (128, 1024, 1536)}),
-    ("quantize_nvfp4", "attn.wo_a input", {"G": (2, 8, 16), "K": (1024, 4096, 4096)}),
+    (_QUANTIZE, "attn.wo_a input", {"G": (2, 8, 16), "K": (1024, 4096, 4096)}),
     (_QUANTIZE, "attn.wo_b input", {"K": (128, 8192, 16384)}),
     (_QUANTIZE, "ffn.w2 input", {"K": (128, 2048, 3072)}),
     (_QUANTIZE, "mtp.main_proj input", {"K": (512, 12288, 21504)}),
