@@ -10,10 +10,12 @@ from collections.abc import Iterable
 
 import torch
 
+from megamoe.cache.pools import CacheSize, capacity_report
 from megamoe.checkpoint.reader import CheckpointReader
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.models import BUNDLED, find_checkpoint
+from megamoe.models.deepseek_v4.cache import backbone_specs, tokens_per_page
 from megamoe.models.deepseek_v4.calls import model_calls, pairs, weight_ops
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.dummy import DummyWeights, dummy_bytes, dummy_model
@@ -23,7 +25,7 @@ from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.rules import check_accept
 from megamoe.models.deepseek_v4.weights import WeightLoader, bytes_when_loaded
 from megamoe.models.recipe import Recipe, get_recipe
-from megamoe.models.room import no_room_is_told, require_room
+from megamoe.models.room import Budget, no_room_is_told, require_budget, require_room
 from megamoe.ops import dispatch
 
 __all__ = ["BUNDLED", "load"]
@@ -40,6 +42,7 @@ def load(
     accept: Iterable[str] = (),
     load_format: str = "safetensors",
     num_layers: int | None = None,
+    budget: Budget | None = None,
 ) -> Model:
     """Load a model.
 
@@ -58,6 +61,7 @@ def load(
         load_format: "safetensors", or "dummy": random weights are made on the device and no tensor is read; config.json
             alone is needed, and "flash" and "pro" are models as well. They have no draft.
         num_layers: of dummy weights, how many of the model's layers are made, the first ones; None for all.
+        budget: the device memory that may be used; a model that cannot fit it is refused before its weights are read.
 
     Returns:
         The model: `logits`, `new_cache`, `step`.
@@ -78,7 +82,7 @@ def load(
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load: unknown load_format {load_format!r}; allowed are {', '.join(LOAD_FORMATS)}.")
     if load_format == "dummy":
-        return _load_dummy(os.fspath(model), chosen, where, pack, num_layers)
+        return _load_dummy(os.fspath(model), chosen, where, pack, num_layers, budget)
     if num_layers is not None:
         raise ValueError(
             f"load: num_layers goes with load_format 'dummy', where layers are made; got {num_layers}. Leave it out: a "
@@ -107,6 +111,8 @@ def load(
         calls = model_calls(config, loader.formats, chosen)
         dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
         clock.ends("kernels")
+        if budget is not None:
+            require_budget(what, {"weights": num_bytes, **_least_caches(config, chosen, budget)}, budget.memory_bytes)
         require_room(what, num_bytes, examined.headers.num_bytes, where)
         with no_room_is_told(what, num_bytes):
             weights = loader.load(_layouts(chosen, where))
@@ -117,7 +123,12 @@ def load(
 
 
 def _load_dummy(
-    model: str, recipe: Recipe, where: torch.device, pack: str | os.PathLike[str] | None, num_layers: int | None
+    model: str,
+    recipe: Recipe,
+    where: torch.device,
+    pack: str | os.PathLike[str] | None,
+    num_layers: int | None,
+    budget: Budget | None,
 ) -> Model:
     """Make a model of random weights; arguments and errors are those of `load`."""
     clock = _Clock()
@@ -129,6 +140,9 @@ def _load_dummy(
     dispatch.prepare(pairs(calls), where, what=what, pack=None if pack is None else pathlib.Path(pack))
     clock.ends("kernels")
     num_bytes = dummy_bytes(made, _held_dtype(recipe))
+    if budget is not None:
+        needed = {"weights": num_bytes, **_least_caches(made.config, recipe, budget)}
+        require_budget(what, needed, budget.memory_bytes)
     require_room(what, num_bytes, 0, where)
     with no_room_is_told(what, num_bytes, "of weights were made", "make fewer layers (num_layers)"):
         weights = DummyWeights(made, dtype=_held_dtype(recipe), device=where, layouts=_layouts(recipe, where)).make()
@@ -165,6 +179,18 @@ class _Clock:
 def _held_dtype(recipe: Recipe) -> torch.dtype | None:
     """Return what weights are dequantized to, None where they stay in their containers."""
     return recipe.activation_dtype if recipe.dequantize_weights else None
+
+
+def _least_caches(config: ModelConfig, recipe: Recipe, budget: Budget) -> dict[str, int]:
+    """Return the bytes of the least caches that an engine can run with, by what they are for."""
+    per_page = tokens_per_page(config) if budget.tokens_per_page is None else budget.tokens_per_page
+    size = CacheSize(budget.num_sequences, 1, per_page, budget.ring_tokens, budget.step_tokens)
+    report = capacity_report(backbone_specs(config, recipe), size)
+    return {
+        f"rings of {size.num_sequences} sequences": size.num_sequences * report.bytes_per_sequence,
+        "step area": report.step_area_bytes,
+        "one page": report.bytes_per_page,
+    }
 
 
 def _layouts(recipe: Recipe, device: torch.device) -> dict[str, CodeLayout]:
