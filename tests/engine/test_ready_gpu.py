@@ -35,7 +35,7 @@ from megamoe.models.deepseek_v4.shapes import op_calls
 from megamoe.models.load import load
 from megamoe.ops import dispatch
 from megamoe.verify.inputs import INPUTS, kernel_inputs
-from megamoe.verify.values import parts
+from megamoe.verify.values import copied, parts
 
 from ..lent import OUTSIDE_OF_GRAPHS, REFERENCES
 from ..models.deepseek_v4.checkpoints import CONFIG, encode
@@ -159,17 +159,23 @@ def test_sealed_operations_are_captured_and_replayed(sealed_no_longer: None) -> 
     for op, call in first_of_op.items():
         for inputs in kernel_inputs(op):
             arguments, other = (inputs.make(call.dims, 9, torch.Generator("cuda").manual_seed(seed)) for seed in (1, 2))
-            inputs.door(**arguments)
-            made.append((op, inputs, arguments, other))
+            fresh = {name: copied(arguments[name], device) for name in inputs.written}
+            inputs.run(arguments)
+            made.append((op, inputs, arguments, other, fresh))
     dispatch.seal(device)
     kernels = len(store_for(target_of(device)).ledger)
-    for op, inputs, arguments, other in made:
+    for op, inputs, arguments, other, fresh in made:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = inputs.door(**arguments)
-        wanted = inputs.door(**{**arguments, **{name: other[name] for name in _tensors(arguments)}})
-        for name in _tensors(arguments):
-            arguments[name].copy_(other[name])
+            got = inputs.run(arguments)
+        changed = {name: other[name] for name in _tensors(arguments) if name not in fresh}
+        again = {name: copied(value, device) for name, value in fresh.items()}
+        wanted = inputs.run({**arguments, **changed, **again})
+        for name, value in changed.items():
+            arguments[name].copy_(value)
+        for name, value in fresh.items():
+            for part, before in zip(parts(arguments[name]).values(), parts(value).values(), strict=True):
+                part.copy_(before)
         graph.replay()
         torch.cuda.synchronize()
         for name, part in parts(wanted).items():

@@ -15,7 +15,7 @@ The tiny model has no DSpark draft; its sizes in those rows are of one with two 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 MODELS = ("tiny", "flash", "pro")
 
@@ -183,14 +183,14 @@ def op_calls(model: str) -> tuple[OpCall, ...]:
     )
 
 
-def op_shapes(op: str) -> tuple[OpCall, ...]:
-    """Return the calls of one operation in all models, each set of sizes once.
+def op_shapes(op: str, models: Iterable[str] = MODELS) -> tuple[OpCall, ...]:
+    """Return the calls of one operation in some models, each set of sizes once, as the first model's that has it.
 
     Raises:
         ValueError: no model calls this operation.
     """
     calls: dict[tuple[tuple[str, int], ...], OpCall] = {}
-    for call in (call for model in MODELS for call in op_calls(model) if call.op == op):
+    for call in (call for model in models for call in op_calls(model) if call.op == op):
         calls.setdefault(tuple(call.dims.items()), call)
     if not calls:
         known = sorted({name for ops, _, _ in TABLE for name in ops.split()})
