@@ -16,6 +16,7 @@ from megamoe.ops.read_cache import read_cache
 from megamoe.ops.rope import rope_table
 from megamoe.ops.write_cache import write_cache
 from megamoe.ops.write_index_keys import write_index_keys
+from megamoe.verify.values import moved, whole_storage
 
 from .steps import slot_of, step_of
 
@@ -53,7 +54,8 @@ class Written:
 class Sequences:
     """Raw rows of several requests, and one compressor.
 
-    `rotate` says that it is the compressor of index keys, and whether they are rotated; None for any other.
+    `rotate` says that it is the compressor of index keys, and whether they are rotated; None for any other. Slots are
+    planned on the CPU; the compressor runs on `device`, with the pools as they are before each step.
     """
 
     def __init__(
@@ -66,12 +68,21 @@ class Sequences:
         row_format: RowFormat = RowFormat.FP32,
         rotate: bool | None = None,
         out_dtype: torch.dtype = torch.float32,
+        rope_dim: int = 2,
+        device: str = "cpu",
     ) -> None:
         half = (2 if overlap else 1) * width
         self.ratio, self.overlap, self.width, self.longest = ratio, overlap, width, longest
         self.row_format, self.rotate, self.out_dtype = row_format, rotate, out_dtype
         self.raw = torch.randn(3, longest, 2 * half)
-        self.ape, self.norm, self.table = 2 * torch.randn(ratio, half), torch.rand(width) + 0.5, rope_table(2, 1e4)
+        self.ape, self.norm, self.table = (
+            2 * torch.randn(ratio, half),
+            torch.rand(width) + 0.5,
+            rope_table(rope_dim, 1e4),
+        )
+        self.device = device
+        if device == "cuda":
+            self.norm = self.norm.bfloat16()  # as checkpoints have it, and a pack
 
     @property
     def num_rows(self) -> int:
@@ -87,8 +98,12 @@ class Sequences:
         in_step: bool,
         nobody: float = 0.0,
         poison: int = 0xFF,
+        first_idx: int | None = None,
     ) -> Written:
-        """Take the steps; the pools begin as bytes of NaN, so what is read before it is written shows."""
+        """Take the steps; the pools begin as bytes of NaN, so what is read before it is written shows.
+
+        `first_idx` is given to the compressor in place of the right ones.
+        """
         written = Written(
             self._pool(state, RowFormat.FP32, self.raw.shape[2], poison),
             self._pool(entries, self.row_format, self.width, poison),
@@ -106,8 +121,11 @@ class Sequences:
             if in_step:
                 area = CachePool.allocate(1, num_tokens, RowFormat.FP32, raw.shape[1])
                 area.storage.fill_(poison)
+            addresses = step.addresses
+            if first_idx is not None:
+                addresses["first_idx"] = torch.full_like(step.first_idx, first_idx)
             given = {
-                **step.addresses,
+                **addresses,
                 "state_tables": state.block_tables,
                 "state_slots": of_kind.state_slots,
                 "table": self.table,
@@ -117,10 +135,15 @@ class Sequences:
             pools = written.state, area, written.entries
             if self.rotate is None:
                 given |= {"entry_slots": of_kind.entry_slots, "overlap": self.overlap}
-                compress_kv(raw, self.ape, self.norm, *pools, **given)
             else:
                 given |= {"key_slots": of_kind.entry_slots, "rotate": self.rotate}
-                write_index_keys(raw, self.ape, self.norm, *pools, **given)
+            write = compress_kv if self.rotate is None else write_index_keys
+            given = {name: moved(value, self.device) for name, value in given.items()}
+            there = moved(pools, self.device)
+            write(*(moved(one, self.device) for one in (raw, self.ape, self.norm)), *there, **given)
+            for pool, result in zip(pools, there, strict=True):
+                if pool is not None and result is not pool:
+                    whole_storage(pool.storage).copy_(whole_storage(result.storage))
             if area is not None:
                 copy_cache(area, of_kind.state_slots, written.state, of_kind.state_kept)
             for request, count in parts:

@@ -18,6 +18,7 @@ from megamoe.ops.compress_kv import compress_kv, entries_of
 from megamoe.ops.plan_slots import RowTables
 from megamoe.ops.read_cache import read_cache
 from megamoe.ops.rope import RopeTable, rope_table
+from megamoe.verify.tolerance import assert_within
 
 from .compressor_cases import Sequences, block_slots, pool_of
 from .steps import tables_of
@@ -428,6 +429,68 @@ def test_empty():
     assert not bool(given["entries"].storage.any()) and bool(given["state"].storage[1, :16].any())
     no_table = torch.empty(2, 0, dtype=torch.int32)
     by_hand(entry_slots=torch.tensor([-1, -1]), state_tables=no_table)  # nothing is looked for
+
+
+# --- kernel ---
+
+
+GPU_CHUNKS = [[300], [1] * 300, [127, 1, 128, 44], [5, 123, 130, 42]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ratio, overlap", [(4, True), (128, False)])
+def test_the_kernel_gives_the_same_bytes_for_any_chunking(ratio, overlap, seed):
+    """Prefill equals decoding, through rings and through the step area; near the reference, and fp32 rows exactly."""
+    torch.manual_seed(seed)
+    given = {"longest": 300, "row_format": RowFormat.FP8_ROPE_BF16, "out_dtype": torch.bfloat16, "rope_dim": 64}
+    one = Sequences(ratio, overlap, 512, **given, device="cuda")
+    pages = tables_of(3, -(-300 // ratio), 1)
+    found = []
+    for chunks in GPU_CHUNKS:
+        for in_step in (False, True):
+            capacity = one.num_rows if in_step else state_capacity(ratio, overlap, max(chunks))
+            ring = RowTables(int32([1], [0], [2]), capacity)
+            written = one.run([[(2, length)] for length in chunks], ring, pages, in_step=in_step)
+            found.append((chunks, in_step, written, one.slots(pages, 2, 300)))
+    (*_, first, slots), *others = found
+    want = one.expected(2, 300)
+    assert_within("compress_kv", read_cache(first.entries, slots), want, rounding=2e-2)
+    start = 2 * state_capacity(ratio, overlap, 300)  # the ring of the first way holds all rows
+    assert torch.equal(read_cache(first.state, torch.arange(start, start + 300)), one.rows(2))
+    for chunks, in_step, written, _ in others:
+        assert torch.equal(written.entries.storage, first.entries.storage), (len(chunks), in_step)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ratio, overlap", [(4, True), (128, False)])
+@pytest.mark.parametrize("in_step", [False, True])
+def test_the_kernel_passes_nobody_over(ratio, overlap, in_step, seed):
+    """Requests side by side, nobody's tokens between them; rings of several blocks; nothing else is written."""
+    torch.manual_seed(seed)
+    given = {"longest": 300, "row_format": RowFormat.FP8_ROPE_BF16, "out_dtype": torch.bfloat16, "rope_dim": 64}
+    one = Sequences(ratio, overlap, 512, **given, device="cuda")
+    state, pages = tables_of(3, 3, 100, spare=2), tables_of(3, -(-300 // ratio), 1, spare=2)
+    steps = [[(1, 7), (0, 130)], [(0, 1), (2, 128), (1, 1)], [(2, 3), (1, 120)], [(1, 1), (0, 1), (2, 1)]]
+    written = one.run(steps, state, pages, in_step=in_step)
+    for request, num_tokens in enumerate((132, 129, 132)):
+        want = one.expected(request, num_tokens)
+        assert_within("compress_kv", one.values(written, pages, request, num_tokens), want, rounding=2e-2)
+    padded = [[(-1, 2), *[part for parts in step for part in (parts, (-1, 3))]] for step in steps]
+    for content in (torch.nan, 1e30):
+        assert one.run(padded, state, pages, in_step=in_step, nobody=content).same_bytes(written)
+    spare = sorted(set(range(written.entries.num_blocks)) - set(pages.block_tables.flatten().tolist()))
+    assert spare and bool((written.entries.storage[spare] == 0xFF).all())
+
+
+@pytest.mark.gpu
+def test_first_idx_is_not_read_where_rows_go_into_the_rings(seed):
+    torch.manual_seed(seed)
+    given = {"row_format": RowFormat.FP8_ROPE_BF16, "out_dtype": torch.bfloat16, "rope_dim": 64}
+    one = Sequences(4, True, 512, **given, device="cuda")
+    ring, pages = RowTables(int32([1], [0], [2]), state_capacity(4, True, 9)), tables_of(3, 10, 1)
+    want = one.run(STEPS, ring, pages, in_step=False)
+    assert one.run(STEPS, ring, pages, in_step=False, first_idx=0).same_bytes(want)
+    assert one.run(STEPS, ring, pages, in_step=False, first_idx=10**9).same_bytes(want)
 
 
 # --- refusals ---

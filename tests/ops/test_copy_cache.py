@@ -87,6 +87,9 @@ def test_refusals(seed: int) -> None:
         copy_cache(source, slots(4), source, slots(0))
     with pytest.raises(ValueError, match="target_slots must be -1 or in 0 .. 3; got -2"):
         copy_cache(source, slots(0), source, slots(-2))
+    with pytest.raises(ValueError, match="target_slots must be distinct; slot 2 appears twice"):
+        copy_cache(source, slots(0, 1, 3), source, slots(2, -1, 2))
+    copy_cache(source, slots(0, -1), source, slots(2, 2))  # one of them is not copied
     with pytest.raises(ValueError, match=r"target_slots must be \[T\] with T = 1"):
         copy_cache(source, slots(0), source, slots(0, 1))
     with pytest.raises(TypeError, match="source must be a CachePool"):

@@ -169,7 +169,18 @@ def test_faults_are_caught(fault, monkeypatch):
             ValueError,
             "the rows of this step or of the rings must be -1 or in 0 .. 7",
         ),
-        ({"saves": saves_of((0, 3, 0, 0, 2))}, ValueError, "the rows of snapshots must be -1 or in 0 .. 5; got 8"),
+        ({"saves": saves_of((0, 3, 0, 0, 2))}, ValueError, r"blocks of saves must be in 0 .. 1, .*; got 2"),
+        ({"saves": saves_of((0, 3, 0, 0, -1))}, ValueError, r"blocks of saves must be in 0 .. 1, .*; got -1"),
+        (
+            {"saves": saves_of((0, 3, 0, 0, -1)), "target": blank(2, 1)},  # block -1 of one row is slot -1
+            ValueError,
+            r"blocks of saves must be in 0 .. 1, .*; got -1",
+        ),
+        (
+            {"saves": saves_of((0, 3, 0, 0, 1), (-1, 3, 0, 0, 0), (0, 2, 0, 0, 1))},
+            ValueError,
+            r"blocks of saves must be distinct; got \[1, 1\]",
+        ),
         ({"block_tables": torch.tensor([[-1]], dtype=torch.int32), "step": None}, ValueError, "negative in the block"),
         ({"block_tables": torch.tensor([[3]], dtype=torch.int32), "step": None}, ValueError, "in 0 .. 4; got 17"),
     ],

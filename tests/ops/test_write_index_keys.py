@@ -15,6 +15,7 @@ from megamoe.ops.plan_slots import RowTables
 from megamoe.ops.read_cache import read_cache
 from megamoe.ops.rope import RopeTable
 from megamoe.ops.write_index_keys import write_index_keys
+from megamoe.verify.tolerance import ROW_ROUNDING, assert_within
 
 from .compressor_cases import Sequences
 from .steps import tables_of
@@ -145,6 +146,29 @@ def test_empty():
         given = by_hand(**no_token, state_slots=none, key_slots=none, rotate=rotate)
         assert not bool(given["keys"].storage.any()) and not bool(given["state"].storage.any())
         assert not bool(by_hand(key_slots=torch.tensor([-1, -1]), rotate=rotate)["keys"].storage.any())
+
+
+# --- kernel ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row_format", [RowFormat.INDEX_FP4])
+def test_the_kernel_gives_the_same_bytes_for_any_chunking(row_format, seed):
+    """Prefill equals decoding, through rings and through the step area."""
+    torch.manual_seed(seed)
+    one = Sequences(
+        4, True, 128, row_format=row_format, rotate=True, out_dtype=torch.bfloat16, rope_dim=64, device="cuda"
+    )
+    pages, found = tables_of(3, 5, 2), []
+    for chunks in ([40], [1] * 40, [3, 1, 8, 8, 5, 7, 8]):
+        for in_step in (False, True):
+            capacity = one.num_rows if in_step else state_capacity(4, True, max(chunks))
+            ring = RowTables(int32([1], [0], [2]), capacity)
+            found.append(one.run([[(2, length)] for length in chunks], ring, pages, in_step=in_step))
+    got, want = one.values(found[0], pages, 2, 40), one.expected(2, 40)
+    assert_within("write_index_keys", got, want, rounding=ROW_ROUNDING[row_format])
+    for other in found[1:]:
+        assert torch.equal(other.entries.storage, found[0].entries.storage)
 
 
 # --- refusals ---

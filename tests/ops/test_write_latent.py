@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import rope, rope_table
 from megamoe.ops.write_cache import write_cache
 from megamoe.ops.write_latent import write_latent
+from megamoe.verify.tolerance import assert_within
+from megamoe.verify.values import copied, moved, whole_storage
 
 FORMATS = [(RowFormat.FP8_ROPE_BF16, 128), (RowFormat.BF16, 24), (RowFormat.FP32, 16)]
 TABLE = rope_table(8, 10000.0)
 NONE = torch.empty(0, dtype=torch.int64)
+PER_TOKEN = ("query_latent", "kv", "slots", "pos")
 
 
 def pool_of(row_format: RowFormat, width: int) -> CachePool:
@@ -105,6 +109,65 @@ def test_no_tokens() -> None:
     pool = pool_of(RowFormat.FP32, 16)
     y = write_latent(torch.empty(0, 40), torch.empty(0, 16), torch.ones(40), torch.ones(16), pool, NONE, NONE, TABLE)
     assert y is not None and y.shape == (0, 40) and pool.storage.unique().tolist() == [0xAA]
+
+
+# --- kernel ---
+
+
+def on_gpu(
+    num_tokens: int, query_width: int | None, seed: int, row_stride: int = 0
+) -> tuple[dict[str, Any], CachePool]:
+    """Return arguments as a model calls it, columns of one linear, and the pool, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(num_tokens, (query_width or 0) + 512 + row_stride, generator=generator).bfloat16()
+    pool = CachePool.allocate(40, 11, RowFormat.FP8_ROPE_BF16, 512)
+    pool.storage.fill_(0xAA)
+    slots = torch.randperm(440, generator=generator)[:num_tokens]
+    slots[1::5] = -1
+    given = {
+        "query_latent": None if query_width is None else both[:, :query_width],
+        "kv": both[:, (query_width or 0) :][:, :512],
+        "q_norm": None
+        if query_width is None
+        else (1.0 + 0.2 * torch.randn(query_width, generator=generator)).bfloat16(),
+        "kv_norm": (1.0 + 0.2 * torch.randn(512, generator=generator)).bfloat16(),
+        "slots": slots,
+        "pos": torch.randint(2**20, (num_tokens,), generator=generator).masked_fill(slots < 0, -1),
+        "table": rope_table(64, 10000.0),
+    }
+    return given, pool
+
+
+def written(given: dict[str, Any], pool: CachePool) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Run the kernel on copies; return what it returns and the bytes of the pool."""
+    there = copied(pool, "cuda")
+    y = write_latent(pool=there, **{name: moved(one, "cuda") for name, one in given.items()})
+    return None if y is None else y.cpu(), whole_storage(there.storage).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("query_width", [None, 128, 1024, 1536])
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 131])
+def test_the_kernel_gives_a_token_the_same_bytes_whatever_shares_its_call(
+    query_width: int | None, num_tokens: int, seed: int
+) -> None:
+    given, pool = on_gpu(num_tokens, query_width, seed, row_stride=64)
+    y, stored = written(given, pool)
+    want = copied(pool, "cpu")
+    expected = write_latent(pool=want, **given)
+    if y is not None and expected is not None:
+        assert_within("write_latent", y, expected)
+    touched = whole_storage(want.storage) != whole_storage(pool.storage)
+    assert not bool(((stored != whole_storage(pool.storage)) & ~touched).any())
+    alone = pool
+    for token in range(num_tokens):
+        part = slice(token, token + 1)
+        few = {name: one[part] if name in PER_TOKEN and one is not None else one for name, one in given.items()}
+        row, bytes_after = written(few, alone)
+        alone = copied(alone, "cpu")
+        whole_storage(alone.storage).copy_(bytes_after)
+        assert y is None or row is None or torch.equal(row[0], y[token])
+    assert torch.equal(whole_storage(alone.storage), stored)
 
 
 # --- refusals ---

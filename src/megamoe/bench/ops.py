@@ -26,18 +26,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megamoe.bench import report, timing
+from megamoe.bench import attention_baseline, cache_baselines, report, sampling_baselines, timing
 from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats import fp8, nvfp4
-from megamoe.formats.cache_rows import CachePool
+from megamoe.formats.cache_rows import CachePool, RowFormat, decode_rows
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
+from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
+from megamoe.ops.index_topk import query_values
+from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots
+from megamoe.ops.read_cache import row_views
 from megamoe.ops.rms_norm import rms_norm
+from megamoe.ops.rope import RopeTable
 from megamoe.verify.inputs import kernel_inputs
 from megamoe.verify.op_inputs import Arguments, OpInputs
 from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, known_ops, open_gpu
@@ -137,6 +142,70 @@ def _eager_head(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: to
     return ((torch.sigmoid(m * scale + base) + 1e-6)[:, :, None] * values).sum(1).to(x.dtype)
 
 
+def _eager_post_pre_norm(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    weight: torch.Tensor,
+    **mixing: torch.Tensor,
+) -> Any:
+    streams = _eager_post(y, x, post, comb)
+    u, *following = _eager_pre(streams, **mixing)
+    return streams, _eager_rms_norm(u, weight), *following
+
+
+def _eager_head_norm(x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None = None, **mixing: Any) -> Any:
+    x = x if rows is None else x[rows.clamp(min=0)]
+    y = _eager_rms_norm(_eager_head(x, **mixing), weight)
+    return y if rows is None else y.masked_fill_((rows < 0)[:, None], 0.0)
+
+
+def _eager_embed(table: torch.Tensor, token_ids: torch.Tensor, num_streams: int) -> torch.Tensor:
+    rows = F.embedding(token_ids.clamp(min=0), table).masked_fill_((token_ids < 0)[:, None], 0.0)
+    return rows[:, None].repeat(1, num_streams, 1)
+
+
+def _eager_rope(x: torch.Tensor, pos: torch.Tensor, table: RopeTable) -> torch.Tensor:
+    """Rotate by the complex product."""
+    angles = pos.float()[:, None] * table.inv_freq
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+    kept, turned = x.split((x.shape[-1] - table.rope_dim, table.rope_dim), -1)
+    pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
+    return torch.cat((kept, torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)), -1)
+
+
+def _eager_rotate_queries(q: torch.Tensor, pos: torch.Tensor, table: RopeTable) -> torch.Tensor:
+    return _eager_rope(_eager_rms_norm(q, None), pos, table)
+
+
+@functools.cache
+def _hadamard_matrix(width: int, device: torch.device) -> torch.Tensor:
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < width:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    scaled: torch.Tensor = matrix * width**-0.5
+    return scaled.bfloat16()
+
+
+def _eager_round_index_query(
+    q: torch.Tensor,
+    head_weights: torch.Tensor,
+    pos: torch.Tensor,
+    table: RopeTable,
+    head_scale: float,
+    key_format: RowFormat,
+    hadamard: bool,
+) -> Any:
+    """Take a product with the matrix, and MXFP4."""
+    values = (_eager_rope(q, pos, table) @ _hadamard_matrix(q.shape[-1], q.device)).float().unflatten(-1, (-1, 32))
+    scale = torch.exp2(torch.ceil(torch.log2(values.abs().amax(-1).clamp(min=6.0 * 2.0**-126) / 6.0)))
+    quotient = values / scale[..., None]
+    codes = torch.bucketize(quotient.abs(), _thresholds(q.device)).to(torch.uint8)
+    pairs = (codes | (quotient.signbit().to(torch.uint8) << 3)).flatten(-2).unflatten(-1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4), scale, head_weights * head_scale
+
+
 def _eager_route(
     x: torch.Tensor,
     gate: torch.Tensor,
@@ -225,8 +294,34 @@ def _cublas_plain(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype | Non
     return x @ w.T  # bf16 where the operation may return fp32: cuBLAS writes less
 
 
+def _eager_topk(
+    q: torch.Tensor | MxFp4Tensor | Fp8RowTensor,
+    head_weights: torch.Tensor,
+    keys: CachePool,
+    block_tables: torch.Tensor,
+    requests: torch.Tensor,
+    num_visible: torch.Tensor,
+    top_k: int,
+) -> torch.Tensor:
+    """Score every entry that the tables have room for in bf16, torch.topk, sort: no order among equal ones."""
+    data, scales = (one[block_tables.long()].flatten(0, 2) for one in (keys.data_rows, keys.scale_rows))
+    values = decode_rows(data, scales, keys.row_format, keys.width).bfloat16()
+    values = values.unflatten(0, (block_tables.shape[0], -1))  # [R, room, K]
+    logits = query_values(q).bfloat16() @ values[requests.clamp(min=0).long()].mT  # [T, Hi, room]
+    scores = (logits.float().clamp(min=0.0) * head_weights[..., None]).sum(1)
+    is_hidden = torch.arange(scores.shape[1], device=scores.device) >= num_visible[:, None]
+    best = scores.masked_fill(is_hidden, -torch.inf).topk(top_k, dim=1).indices
+    last = torch.iinfo(torch.int32).max
+    order = best.masked_fill(best >= num_visible[:, None], last).sort(dim=1).values
+    return torch.where((order == last) | (requests[:, None] < 0), -1, order)
+
+
 def _bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)  # strided; a contiguous copy is left out
+
+
+def _bmm_fp8(x: Fp8RowTensor, w: Fp8BlockTensor) -> torch.Tensor:
+    return _bmm(_bf16_rows(x.codes, x.scales), _bf16_of_fp8(w.codes, w.scales))
 
 
 def _bmm_weight_only(x: torch.Tensor, w: NvFp4Tensor) -> torch.Tensor:
@@ -235,6 +330,67 @@ def _bmm_weight_only(x: torch.Tensor, w: NvFp4Tensor) -> torch.Tensor:
 
 def _bmm_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor) -> torch.Tensor:
     return _bmm(nvfp4.dequantize(x, torch.bfloat16), _bf16(w))
+
+
+def _eager_copy(source: CachePool, source_slots: torch.Tensor, target: CachePool, target_slots: torch.Tensor) -> None:
+    """Copy rows by index: -1 is the last row, for leaving it out would take a synchronization."""
+    from_block, from_row = source_slots // source.rows_per_block, source_slots % source.rows_per_block
+    to_block, to_row = target_slots // target.rows_per_block, target_slots % target.rows_per_block
+    for read, written in zip(row_views(source), row_views(target), strict=True):
+        if read.shape[-1]:
+            written[to_block, to_row] = read[from_block, from_row]
+
+
+def _eager_save(
+    ring: CachePool, step: CachePool | None, target: CachePool, saves: torch.Tensor, block_tables: torch.Tensor
+) -> None:
+    """Copy every row from its ring, those of the step, too."""
+    request, length, _, _, block = saves.unbind(1)
+    row = torch.arange(target.rows_per_block, device=saves.device)
+    position = (length[:, None] - target.rows_per_block + row).clamp(min=0)
+    blocks = block_tables[request[:, None], position // ring.rows_per_block % block_tables.shape[1]]
+    read = blocks.long() * ring.rows_per_block + position % ring.rows_per_block
+    written = block.long()[:, None] * target.rows_per_block + row
+    _eager_copy(ring, read.flatten(), target, written.flatten())
+
+
+def _eager_slots(
+    tokens: torch.Tensor, window: RowTables, kinds: tuple[EntryTables, ...], out: StepSlots, in_rings: bool
+) -> None:
+    ids, positions, requests, first_idx = tokens.unbind()
+    for one, given in ((out.token_ids, ids), (out.positions, positions), (out.requests, requests)):
+        one.copy_(given)
+    out.first_idx.copy_(first_idx)
+    _eager_ring(out.window_slots, out.window_kept, positions, requests, window, in_rings)
+    for kind, slots in zip(kinds, out.entries, strict=True):
+        _eager_ring(slots.state_slots, slots.state_kept, positions, requests, kind.state, in_rings)
+        visible = (positions + 1) // kind.ratio
+        slots.num_visible.copy_(visible)
+        entry = torch.where(visible * kind.ratio == positions + 1, visible - 1, -1)
+        slots.entry_slots.copy_(torch.where(entry >= 0, _eager_rows(entry, requests, kind.entries), -1))
+
+
+def _eager_ring(
+    slots: torch.Tensor,
+    kept: torch.Tensor,
+    positions: torch.Tensor,
+    requests: torch.Tensor,
+    tables: RowTables,
+    in_rings: bool,
+) -> None:
+    """Leave out which rows of a long step a ring keeps."""
+    in_ring = torch.where(positions >= 0, _eager_rows(positions, requests, tables), -1)
+    slots.copy_(in_ring if in_rings else torch.arange(slots.shape[0], device=slots.device))
+    kept.copy_(in_ring)
+
+
+def _eager_rows(rows: torch.Tensor, requests: torch.Tensor, tables: RowTables) -> torch.Tensor:
+    size = tables.rows_per_block
+    return tables.block_tables[requests, rows // size % tables.block_tables.shape[1]] * size + rows % size
+
+
+def _eager_tables(tables: torch.Tensor, changes: torch.Tensor) -> None:
+    tables[changes[:, 0], changes[:, 1]] = changes[:, 2]  # nobody's changes go to the last row
 
 
 BASELINES: dict[str, Baseline] = {
@@ -254,12 +410,32 @@ BASELINES: dict[str, Baseline] = {
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "linear": Baseline("cuBLAS bf16", _cublas_plain),
     "grouped_linear": Baseline("torch.bmm bf16", _bmm),
+    "fp8_grouped_linear": Baseline("torch.bmm bf16, x and w dequantized before", _bmm_fp8),
     "nvfp4_grouped_linear": Baseline("torch.bmm bf16 after dequantizing x", _bmm_nvfp4),
     "nvfp4_weight_only_grouped_linear": Baseline("torch.bmm bf16", _bmm_weight_only),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
     "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
+    "hyper_connection_post_pre_norm": Baseline("torch eager", _eager_post_pre_norm),
+    "hyper_connection_head_norm": Baseline("torch eager", _eager_head_norm),
+    "embed_streams": Baseline("torch F.embedding, repeat", _eager_embed),
+    "mean_of_streams": Baseline("torch mean", lambda x: x.mean(1)),
+    "add_to_streams": Baseline("torch add", lambda x, e: x + e[:, None]),
+    "rotate_queries": Baseline("torch F.rms_norm, complex product", _eager_rotate_queries),
+    "round_index_query": Baseline("torch eager, bf16 matrix product", _eager_round_index_query),
+    "plan_slots": Baseline("torch eager, nothing kept", _eager_slots),
+    "write_block_tables": Baseline("torch index_put", _eager_tables),
+    "copy_cache": Baseline("torch index, index_put", _eager_copy),
+    "save_rows": Baseline("torch index, index_put, rings alone", _eager_save),
+    "write_latent": Baseline("torch eager", cache_baselines.write_latent),
+    "compress_kv": Baseline("torch eager, every token pools", cache_baselines.compress),
+    "write_index_keys": Baseline("torch eager, every token pools", cache_baselines.write_index_keys),
+    "index_topk": Baseline("torch eager, bf16 logits", _eager_topk),
+    "sparse_attention": Baseline("torch eager, bf16 rows", attention_baseline.sparse_attention),
+    "sample": Baseline("torch sort, cumsum", sampling_baselines.sample),
+    "penalize": Baseline("torch index, index_put", sampling_baselines.penalize),
+    "token_logprobs": Baseline("torch log_softmax, topk", sampling_baselines.token_logprobs),
 }
 
 WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")
@@ -274,6 +450,7 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
     "linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
+    "fp8_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_weight_only_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "sparse_attention": lambda dims, tokens: 4 * tokens * dims["H"] * dims["C"] * (dims["W"] + dims["J"]),
@@ -391,8 +568,7 @@ def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str])
         (call, inputs, tokens)
         for tokens in num_tokens
         for op in names
-        for call in op_shapes(op)
-        if call.model in models
+        for call in op_shapes(op, models)
         for inputs in kernel_inputs(op)
         if inputs.timed
     ]

@@ -4,7 +4,8 @@
 Math       row target_slots[i] of `target` = row source_slots[i] of `source`      nothing where either slot is -1
 Numerics   none: bytes move, nothing is decoded, so a copied row reads as the original in every format
 Tolerance  none: bit-exact
-Kernels    none yet
+Kernels    eight threads copy 1 KiB of a row; pages at multiples of 16 bytes, rows of a multiple of 16 bytes with a
+           multiple of 4 bytes of scales
 Source     docs/engine.md, section "Prefix reuse"
 """
 
@@ -15,7 +16,7 @@ import torch
 from megamoe.formats.cache_rows import CachePool
 from megamoe.ops.check import INT64, check
 from megamoe.ops.dispatch import pick
-from megamoe.ops.read_cache import check_pool, check_slots, row_views
+from megamoe.ops.read_cache import check_pool, check_slots, refuse_twice, row_views
 
 
 def copy_cache(source: CachePool, source_slots: torch.Tensor, target: CachePool, target_slots: torch.Tensor) -> None:
@@ -26,12 +27,12 @@ def copy_cache(source: CachePool, source_slots: torch.Tensor, target: CachePool,
         source_slots: [T] int64; -1 skips the row.
         target: where they go; its row format and width are those of `source`. Its bytes outside the named slots are
             untouched. It may be the same pool if no slot is both read and written.
-        target_slots: [T] int64, distinct; -1 skips the row.
+        target_slots: [T] int64, distinct where a row is copied; -1 skips the row.
 
     Raises:
         TypeError: slots are not int64, or a pool is not a CachePool.
         ValueError: the pools hold different rows, the slots differ in number, or (on the CPU) a slot is not in
-            -1 .. num_slots - 1.
+            -1 .. num_slots - 1 or two rows are copied to one slot.
     """
     check_pool("copy_cache", "source", source)
     check_pool("copy_cache", "target", target)
@@ -56,6 +57,7 @@ def reference(source: CachePool, source_slots: torch.Tensor, target: CachePool, 
     check_slots("copy_cache", "target_slots", target_slots, target)
     is_kept = (source_slots >= 0) & (target_slots >= 0)
     source_slots, target_slots = source_slots[is_kept], target_slots[is_kept]
+    refuse_twice("copy_cache", "target_slots", target_slots)
     from_block, from_row = source_slots // source.rows_per_block, source_slots % source.rows_per_block
     to_block, to_row = target_slots // target.rows_per_block, target_slots % target.rows_per_block
     for read, written in zip(row_views(source), row_views(target), strict=True):

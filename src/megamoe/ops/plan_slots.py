@@ -13,7 +13,7 @@ Nobody     A token at position -1 belongs to nobody (padding of a bucket): its s
 Numerics   integers
 Shapes     [T] everywhere, whatever the positions and however many requests: a captured graph replays it
 Tolerance  none: exact
-Kernels    none yet; the CPU reference runs
+Kernels    one launch, a thread a token for the window and one more for each kind of layer; slots below 2^31
 Source     docs/architecture.md, section "A step"; ops/row_slots.py
 """
 

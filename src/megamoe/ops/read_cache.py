@@ -5,7 +5,7 @@ Math       y[i, :] = values of row slots[i] of the pool, or zeros where slots[i]
 Numerics   the decoded values in fp32, which every row format represents exactly; nothing is rounded
            Row p of the pool is row p % rows_per_block of block p // rows_per_block, whatever the blocks' stride.
 Tolerance  none: bit-exact
-Kernels    none yet; the CPU reference runs
+Kernels    none: what reads rows in a step decodes them itself
 Source     docs/numerics.md, section "Cache rows"
 """
 
@@ -113,4 +113,26 @@ def check_slots(op: str, name: str, slots: torch.Tensor, pool: CachePool) -> Non
         raise ValueError(
             f"{op}: {name} must be -1 or in 0 .. {pool.num_slots - 1}; got {bad} for a pool of "
             f"{pool.storage.shape[0]} blocks of {pool.rows_per_block} rows. Slots are block * rows_per_block + row."
+        )
+
+
+def refuse_twice(op: str, name: str, slots: torch.Tensor) -> None:
+    """Refuse slots to write that name a row twice; for references, since it reads the slots.
+
+    Args:
+        op: the operation.
+        name: of the argument, in the plural.
+        slots: [T] int64, none of them negative.
+
+    Raises:
+        ValueError: a slot appears twice.
+    """
+    if slots.shape[0] < 2:
+        return
+    in_order = slots.sort().values
+    twice = in_order[1:][in_order[1:] == in_order[:-1]]
+    if twice.numel():
+        raise ValueError(
+            f"{op}: {name} must be distinct; slot {int(twice[0])} appears twice. Either a ring is too small for this "
+            f"many tokens, or two sequences were given one page."
         )

@@ -7,7 +7,7 @@ Math       save (request r, length L, start s, first token f, block b): for j = 
 Numerics   none: bytes move
 Nobody     a save whose request is -1 copies nothing
 Tolerance  none: bit-exact
-Kernels    none yet; the CPU reference runs
+Kernels    as copy_cache's
 Source     docs/engine.md, section "Prefix reuse"; ops/row_slots.py
 """
 
@@ -36,12 +36,13 @@ def save_rows(
         target: one block per snapshot; the rows of a block are the rows that are copied. Row format and width are those
             of `ring`.
         saves: [S, 5] int32: request, length, position of the request's first token in this step, number of that token
-            in the step, block of `target`.
+            in the step, block of `target`. Each save of a request has a block of its own.
         block_tables: [R, n] int32, of the rings.
 
     Raises:
         TypeError: a dtype is not as above, or a pool is not a CachePool.
-        ValueError: the pools hold different rows, or a row lies outside its pool.
+        ValueError: the pools hold different rows, or (on the CPU) a row lies outside its pool, or a save has no block,
+            or that of another one.
     """
     pools = {"ring": ring, "target": target} | ({"step": step} if step is not None else {})
     for name, pool in pools.items():
@@ -66,6 +67,7 @@ def reference(
     """Compute the operation's meaning in plain torch."""
     requests = saves[:, 0]
     _, length, start, first, block = saves.to(torch.int64).unbind(1)
+    _check_blocks(block[requests >= 0], target)
     num_rows = target.rows_per_block
     row = torch.arange(num_rows, dtype=torch.int64, device=saves.device)
     positions = (length[:, None] - num_rows + row).masked_fill((requests < 0)[:, None], -1)  # [S, P]
@@ -79,7 +81,22 @@ def reference(
     _copy(ring, in_ring, target, to)
 
 
+def _check_blocks(blocks: torch.Tensor, target: CachePool) -> None:
+    if not blocks.numel():
+        return
+    low, high = (int(bound) for bound in blocks.aminmax())
+    if low < 0 or high >= target.num_blocks:
+        raise ValueError(
+            f"save_rows: blocks of saves must be in 0 .. {target.num_blocks - 1}, the snapshots of target; got "
+            f"{low if low < 0 else high}. A save that is not wanted has request -1."
+        )
+    if blocks.unique().numel() < blocks.numel():
+        raise ValueError(
+            f"save_rows: blocks of saves must be distinct; got {blocks.tolist()}. Two boundaries cannot share a "
+            f"snapshot."
+        )
+
+
 def _copy(source: CachePool, source_slots: torch.Tensor, target: CachePool, target_slots: torch.Tensor) -> None:
     check_slots("save_rows", "the rows of this step or of the rings", source_slots, source)
-    check_slots("save_rows", "the rows of snapshots", target_slots, target)
     copy_rows(source, source_slots.flatten(), target, target_slots.flatten())

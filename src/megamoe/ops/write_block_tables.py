@@ -4,7 +4,7 @@
 Math       tables[request, column] = block        for each change (request, column, block); nothing where request is -1
 Numerics   integers
 Tolerance  none: exact
-Kernels    none yet; the CPU reference runs
+Kernels    a thread a change; a change outside the tables changes nothing
 Source     docs/architecture.md, section "A step"
 """
 

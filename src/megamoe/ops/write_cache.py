@@ -4,7 +4,7 @@
 Math       row slots[t] of the pool = encode(rows[t, :])          nothing where slots[t] is -1
 Numerics   formats/cache_rows.py says how each format rounds; every row is rounded on its own
 Tolerance  none: bit-exact
-Kernels    none yet; the CPU reference runs
+Kernels    none: steps write rows with write_latent, compress_kv and write_index_keys, which round them as this does
 Source     docs/numerics.md, section "Cache rows"
 """
 
@@ -15,7 +15,7 @@ import torch
 from megamoe.formats.cache_rows import CachePool, encode_rows
 from megamoe.ops.check import FLOATS, INT64, check
 from megamoe.ops.dispatch import pick
-from megamoe.ops.read_cache import as_words, check_pool, check_slots, row_views
+from megamoe.ops.read_cache import as_words, check_pool, check_slots, refuse_twice, row_views
 
 
 def write_cache(rows: torch.Tensor, pool: CachePool, slots: torch.Tensor) -> None:
@@ -53,20 +53,9 @@ def reference(rows: torch.Tensor, pool: CachePool, slots: torch.Tensor) -> None:
         rows, slots = rows[is_kept], slots[is_kept]
     if not slots.shape[0]:
         return
-    if slots.shape[0] > 1:
-        _refuse_twice(slots)
+    refuse_twice("write_cache", "slots", slots)
     data, scales = encode_rows(rows, pool.row_format)
     block, row = slots // pool.rows_per_block, slots % pool.rows_per_block
     for section, values in zip(row_views(pool), (data, scales), strict=True):
         if section.shape[-1]:
             section[block, row] = as_words(values, section.dtype)
-
-
-def _refuse_twice(slots: torch.Tensor) -> None:
-    in_order = slots.sort().values
-    twice = in_order[1:][in_order[1:] == in_order[:-1]]
-    if twice.numel():
-        raise ValueError(
-            f"write_cache: slots must be distinct; slot {int(twice[0])} appears twice. Either a ring is too small "
-            f"for this many tokens, or two sequences were given one page."
-        )

@@ -159,14 +159,22 @@ def _last_request(arguments: Arguments) -> int:
     return int(len(first_idx) - first_idx[-1])
 
 
+def _last_of_one_order(arguments: Arguments) -> int:
+    """Return the tokens of the last request, or all tokens where those alone would be added in another order."""
+    num_tokens, heads, _ = arguments["q"].shape
+    last = _last_request(arguments)
+    return num_tokens if arguments["step"] is not None and last <= few_tokens(heads) < num_tokens else last
+
+
 def _fewer_rows_of_step(arguments: Arguments, index: torch.Tensor) -> Arguments:
-    """Return first_idx and the step area of the last request alone."""
+    """Return first_idx and the step area of the last tokens alone, of whole requests."""
     step = arguments["step"]
     if step is None or len(index) == 0:
         return {}
     few = filled_pool(torch.Generator(step.device), len(index), step.row_format, step.width)
     copying.reference(step, index.to(step.device), few, torch.arange(len(index), device=step.device))
-    return {"step": few, "first_idx": torch.zeros(len(index), dtype=torch.int32, device=step.device)}
+    first_idx = arguments["first_idx"]
+    return {"step": few, "first_idx": first_idx[index.to(first_idx.device)] - int(index[0])}
 
 
 # Compressed entries.
@@ -580,7 +588,7 @@ _ATTENTION = OpInputs(
     order_until=lambda dims: few_tokens(dims["H"]),
     rule=attention,
     cut=_fewer_rows_of_step,
-    together=_last_request,
+    together=_last_of_one_order,
     partly=("window", "entries", "step"),
     partly_bytes=_attended_bytes,
 )
@@ -609,14 +617,16 @@ def _each(entry: OpInputs, makers: list[Make], *, on_kernels: int | None = None)
     return tuple(dataclasses.replace(entry, make=make, on_kernels=way < first) for way, make in enumerate(makers))
 
 
-COPIED = (RowFormat.FP8_ROPE_BF16, RowFormat.FP32, RowFormat.BF16, RowFormat.INDEX_FP8, RowFormat.INDEX_FP4)
-"""Row formats, those that a model copies first."""
+COPIED = (RowFormat.FP8_ROPE_BF16, RowFormat.FP32)
+"""Row formats that models copy."""
 
 
 CACHE_INPUTS: dict[str, tuple[OpInputs, ...]] = {
     "write_cache": _each(_WRITE, [_write_cache(row_format) for row_format in RowFormat]),
     "read_cache": _each(_READ, [_read_cache(row_format) for row_format in RowFormat]),
-    "copy_cache": _each(_COPY, [_copy_cache(row_format) for row_format in COPIED], on_kernels=2),
+    "copy_cache": tuple(
+        dataclasses.replace(_COPY, make=_copy_cache(row_format), timed=row_format in COPIED) for row_format in RowFormat
+    ),
     "save_rows": _each(_SAVE, [_save_rows(from_step=one) for one in (False, True)]),
     "compress_kv": _each(
         _COMPRESS,

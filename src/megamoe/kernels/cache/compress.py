@@ -75,5 +75,6 @@ def compress(
         state.rows_per_block,
         into.rows_per_block,
         entries.rows_per_block,
+        0 if step is None else 1,
         eps,
     )

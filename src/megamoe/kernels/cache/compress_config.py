@@ -5,6 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from megamoe.kernels.parts.rows import VECTOR
+
+ROWS_AT_ONCE = 4
+MAX_THREADS = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -34,7 +39,7 @@ class Config:
     @property
     def lanes(self) -> int:
         """Threads that share the channels of an entry, a vector of 8 each."""
-        return self.width // 8
+        return self.width // VECTOR
 
     @property
     def num_rows(self) -> int:
@@ -42,6 +47,16 @@ class Config:
         return self.ratio * (2 if self.overlap else 1)
 
     @property
+    def half(self) -> int:
+        """Values of a raw row, and its scores."""
+        return self.width * (2 if self.overlap else 1)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that a thread loads before it works on the first."""
+        return min(ROWS_AT_ONCE, self.num_rows)
+
+    @property
     def parts(self) -> int:
-        """Groups of threads that share the rows of an entry."""
-        return 1 if self.num_rows <= 8 else 8
+        """Groups of threads that share the rows of an entry: as many as 256 threads allow."""
+        return min(self.num_rows // self.rows_at_once, max(1, MAX_THREADS // self.lanes))

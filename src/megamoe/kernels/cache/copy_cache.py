@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""copy_cache: rows of pools copied, a few threads a row.
+"""copy_cache: rows of pools copied, eight threads for 1 KiB of a row.
 
 Meaning    ops/copy_cache.py; this file only makes it fast
-Grid       128 threads for one or several rows
-Memory     16-byte loads and stores
-Limits     pages at multiples of 16 bytes; rows of 16-byte multiples with 0, 4 or 8 bytes of scales
+Grid       128 threads a block; rows of any size and format are one object
+Memory     16-byte loads and stores of data, four bytes of scales
+Limits     pages at multiples of 16 bytes, below 2 GiB; rows of a multiple of 16 bytes with a multiple of 4 bytes of
+           scales; slots below 2^31
 Bound      memory: each row read and written
 """
 
@@ -14,45 +15,43 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.formats.cache_rows import CachePool, RowFormat, row_bytes
+from megamoe.formats.cache_rows import CachePool, row_bytes
 from megamoe.kernels.cache.copy_rows_config import Config
 from megamoe.kernels.parts.pool import as_pool
 from megamoe.kernels.store import kernel
 
-LATENT_WIDTH = 512
-
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    for row_format in row_formats(dims["width"]):
-        yield Config("copy", *row_bytes(row_format, dims["width"]))
+    yield Config("copy")
 
 
-def row_formats(width: int) -> tuple[RowFormat, ...]:
-    """Return the formats in which a model copies rows of a width: latents are 512 wide, so are raw index rows."""
-    return (RowFormat.FP8_ROPE_BF16, RowFormat.FP32) if width == LATENT_WIDTH else (RowFormat.FP32,)
+def row_pieces(op: str, pool: CachePool) -> tuple[int, int]:
+    """Return the 16-byte vectors of a row's data and the 4-byte words of its scales.
 
-
-def require_rows(op: str, pool: CachePool) -> tuple[int, int]:
-    """Return the bytes of a row's data and scales, refusing rows that the kernel does not move."""
+    Raises:
+        NotImplementedError: a row is not made of these.
+    """
     data_bytes, scale_bytes = row_bytes(pool.row_format, pool.width)
-    if data_bytes % 16 or scale_bytes not in (0, 4, 8):
+    if data_bytes % 16 or scale_bytes % 4:
         raise NotImplementedError(
-            f"{op}: the kernel moves rows of a multiple of 16 bytes with 0, 4 or 8 bytes of scales; got {data_bytes} "
-            f'and {scale_bytes}. Run the reference: with megamoe.ops.use("reference").'
+            f"{op}: the kernel takes rows of a multiple of 16 bytes with a multiple of 4 bytes of scales; got "
+            f"{data_bytes} and {scale_bytes} bytes ({pool.row_format.name} of width {pool.width}). Run the reference: "
+            'with megamoe.ops.use("reference").'
         )
-    return data_bytes, scale_bytes
+    return data_bytes // 16, scale_bytes // 4
 
 
 def run(source: CachePool, source_slots: torch.Tensor, target: CachePool, target_slots: torch.Tensor) -> None:
     """Compute copy_cache."""
     if source_slots.shape[0]:
-        launch = kernel(Config("copy", *require_rows("copy_cache", source)), source.device)
-        launch(
+        pieces = row_pieces("copy_cache", source)
+        kernel(Config("copy"), source.device)(
             as_pool("copy_cache", "source", source),
             source_slots,
             as_pool("copy_cache", "target", target),
             target_slots,
             source.rows_per_block,
             target.rows_per_block,
+            *pieces,
         )

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile key of copy_cache and save_rows."""
+"""Compile key of copy_cache and save_rows, and how their rows are shared out."""
 
 from __future__ import annotations
 
 import dataclasses
+
+THREADS = 128
+LANES = 8
+VECTORS = 8
+WORDS = 2
+"""LANES threads copy a chunk of a row: each up to VECTORS of 16 bytes of its data and WORDS of 4 bytes of its scales,
+which are all on their way at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,28 +19,6 @@ class Config:
 
     Attributes:
         op: "copy" rows by slots, or "save" the last rows of sequences.
-        data_bytes: of a row, a multiple of 16.
-        scale_bytes: of a row: 0, 4 or 8.
     """
 
     op: str
-    data_bytes: int
-    scale_bytes: int
-
-    @property
-    def lanes(self) -> int:
-        """Threads of a row: one for each 16 bytes, in powers of two up to a block."""
-        lanes = 4
-        while lanes < min(self.data_bytes // 16, 128):
-            lanes *= 2
-        return lanes
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 128
-
-    @property
-    def rows(self) -> int:
-        """Rows of a block."""
-        return self.threads // self.lanes

@@ -5,48 +5,56 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from megamoe.kernels.cache.copy_rows_config import Config
-from megamoe.kernels.parts.memory_device import load_global_if, load_global_vector_if, store_global_vector
-from megamoe.kernels.parts.pool_device import (
-    ring_slot,
-    row_addresses,
-    store_bytes,
-    store_pair,
-    symbolic_integers,
-    symbolic_pool,
-)
+from megamoe.kernels.cache.copy_rows_config import LANES, THREADS, VECTORS, WORDS, Config
+from megamoe.kernels.parts.memory_device import load_global_if, load_global_vector_if, store_global_vector_if
+from megamoe.kernels.parts.pool_device import ring_slot, row_addresses, store_bytes, symbolic_integers, symbolic_pool
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches
+
+GROUPS = THREADS // LANES
+VECTOR_BYTES = 16
+WORD_BYTES = 4
 
 
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
-    copier = CopyRows(config)
+    copier = CopyRows()
     if config.op == "copy":
         num_rows = cute.sym_int32()
         slots = [symbolic_integers(Int64, num_rows) for _ in range(2)]
-        arguments = (symbolic_pool(), slots[0], symbolic_pool(), slots[1], Int32(0), Int32(0), current_stream())
-        return copier.copy, arguments
+        sizes = [Int32(0) for _ in range(4)]
+        return copier.copy, (symbolic_pool(), slots[0], symbolic_pool(), slots[1], *sizes, current_stream())
     saves = symbolic_integers(Int32, cute.sym_int32(), 5)
     tables = symbolic_integers(Int32, cute.sym_int32(), cute.sym_int32())
     pools = [symbolic_pool() for _ in range(3)]
-    sizes = [Int32(0) for _ in range(4)]
+    sizes = [Int32(0) for _ in range(6)]
     return copier.save, (*pools, saves, tables, *sizes, current_stream())
 
 
-class CopyRows:
-    """A few threads copy a row."""
+def chunks_of(vectors, words):
+    """Return into how many chunks a row of 16-byte vectors and 4-byte words is cut."""
+    of_vectors = (vectors + LANES * VECTORS - 1) // (LANES * VECTORS)
+    return cutlass.max(of_vectors, (words + LANES * WORDS - 1) // (LANES * WORDS))
 
-    def __init__(self, config: Config):
-        self.config = config
+
+class CopyRows:
+    """Eight threads copy up to 1 KiB of a row's data, and some of its scales."""
 
     @cute.jit
-    def copy(self, source, source_slots, target, target_slots, source_rows: Int32, target_rows: Int32, stream):
-        rows = self.config.rows
-        self.copy_kernel(source, source_slots, target, target_slots, source_rows, target_rows).launch(
-            grid=((source_slots.shape[0] + rows - 1) // rows, 1, 1),
-            block=(self.config.threads, 1, 1),
-            stream=stream,
-            use_pdl=True,
+    def copy(
+        self,
+        source,
+        source_slots,
+        target,
+        target_slots,
+        source_rows: Int32,
+        target_rows: Int32,
+        vectors: Int32,
+        words: Int32,
+        stream,
+    ):
+        units = source_slots.shape[0] * chunks_of(vectors, words)
+        self.copy_kernel(source, source_slots, target, target_slots, source_rows, target_rows, vectors, words).launch(
+            grid=((units + GROUPS - 1) // GROUPS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.jit
@@ -60,28 +68,40 @@ class CopyRows:
         ring_rows: Int32,
         step_rows: Int32,
         target_rows: Int32,
+        vectors: Int32,
+        words: Int32,
         has_step: Int32,
         stream,
     ):
-        rows = self.config.rows
-        self.save_kernel(ring, step, target, saves, tables, ring_rows, step_rows, target_rows, has_step).launch(
-            grid=((target_rows + rows - 1) // rows, saves.shape[0], 1),
-            block=(self.config.threads, 1, 1),
-            stream=stream,
-            use_pdl=True,
-        )
+        units = saves.shape[0] * target_rows * chunks_of(vectors, words)
+        self.save_kernel(
+            ring, step, target, saves, tables, ring_rows, step_rows, target_rows, vectors, words, has_step
+        ).launch(grid=((units + GROUPS - 1) // GROUPS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True)
 
     @cute.kernel
-    def copy_kernel(self, source, source_slots, target, target_slots, source_rows: Int32, target_rows: Int32):
-        config = self.config
+    def copy_kernel(
+        self,
+        source,
+        source_slots,
+        target,
+        target_slots,
+        source_rows: Int32,
+        target_rows: Int32,
+        vectors: Int32,
+        words: Int32,
+    ):
         block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         overlap_launches()
-        index = block * config.rows + thread // config.lanes
-        if index < source_slots.shape[0]:
-            read, written = Int32(source_slots[index]), Int32(target_slots[index])
+        unit, chunks = block * GROUPS + thread // LANES, chunks_of(vectors, words)
+        row = unit // chunks
+        if row < source_slots.shape[0]:
+            read, written = Int32(source_slots[row]), Int32(target_slots[row])
             if (read >= 0) & (written >= 0):
-                self.copy_row(source, read, source_rows, target, written, target_rows, thread % config.lanes)
+                sizes = (vectors * VECTOR_BYTES, words * WORD_BYTES)
+                origin = row_addresses(source, read, source_rows, *sizes)
+                goal = row_addresses(target, written, target_rows, *sizes)
+                self.copy_chunk(*origin, *goal, vectors, words, unit - row * chunks, thread % LANES)
 
     @cute.kernel
     def save_kernel(
@@ -94,46 +114,60 @@ class CopyRows:
         ring_rows: Int32,
         step_rows: Int32,
         target_rows: Int32,
+        vectors: Int32,
+        words: Int32,
         has_step: Int32,
     ):
-        config = self.config
-        block, save, _ = cute.arch.block_idx()
+        block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         overlap_launches()
-        row = block * config.rows + thread // config.lanes
-        request = saves[save, 0]
-        position = saves[save, 1] - target_rows + row
-        if (row < target_rows) & (request >= 0) & (position >= 0) & (saves[save, 4] >= 0):
-            written, lane = saves[save, 4] * target_rows + row, thread % config.lanes
-            if (has_step != 0) & (position >= saves[save, 2]):
-                read = saves[save, 3] + position - saves[save, 2]
-                self.copy_row(step, read, step_rows, target, written, target_rows, lane)
-            else:
-                read = ring_slot(tables, ring_rows, request, position)
-                if read >= 0:
-                    self.copy_row(ring, read, ring_rows, target, written, target_rows, lane)
+        unit, chunks = block * GROUPS + thread // LANES, chunks_of(vectors, words)
+        place = unit // chunks
+        save = place // target_rows
+        if save < saves.shape[0]:
+            row = place - save * target_rows
+            request, first, written = saves[save, 0], saves[save, 2], saves[save, 4] * target_rows + row
+            position = saves[save, 1] - target_rows + row
+            if (request >= 0) & (position >= 0) & (saves[save, 4] >= 0):
+                sizes = (vectors * VECTOR_BYTES, words * WORD_BYTES)
+                from_data, from_scales = Int64(0), Int64(0)
+                if (has_step != 0) & (position >= first):
+                    in_step = saves[save, 3] + position - first
+                    from_data, from_scales = row_addresses(step, in_step, step_rows, *sizes)
+                else:
+                    in_ring = ring_slot(tables, ring_rows, request, position)
+                    if in_ring >= 0:
+                        from_data, from_scales = row_addresses(ring, in_ring, ring_rows, *sizes)
+                if from_data != 0:
+                    goal = row_addresses(target, written, target_rows, *sizes)
+                    self.copy_chunk(
+                        from_data, from_scales, *goal, vectors, words, unit - place * chunks, thread % LANES
+                    )
 
     @cute.jit
-    def copy_row(
-        self, source, read: Int32, source_rows: Int32, target, written: Int32, target_rows: Int32, lane: Int32
+    def copy_chunk(
+        self,
+        from_data: Int64,
+        from_scales: Int64,
+        to_data: Int64,
+        to_scales: Int64,
+        vectors: Int32,
+        words: Int32,
+        chunk: Int32,
+        lane: Int32,
     ):
-        """Copy the bytes of a row; all of a thread's loads are on their way before its first store."""
-        config = self.config
-        sizes = (config.data_bytes, config.scale_bytes)
-        from_data, from_scales = row_addresses(source, read, source_rows, *sizes)
-        to_data, to_scales = row_addresses(target, written, target_rows, *sizes)
-        num_vectors = config.data_bytes // 16
-        words = []
-        for first in cutlass.range_constexpr(0, num_vectors, config.lanes):
-            vector = first + lane
-            words.append(load_global_vector_if(Int32(vector < num_vectors), from_data + Int64(vector) * 16, 4))
-        for index in cutlass.range_constexpr(len(words)):
-            vector = index * config.lanes + lane
-            if vector < num_vectors:
-                store_global_vector(to_data + Int64(vector) * 16, *words[index])
-        if cutlass.const_expr(config.scale_bytes > 0):
-            if lane == 0:
-                if cutlass.const_expr(config.scale_bytes == 8):
-                    store_pair(to_scales, *load_global_vector_if(Int32(1), from_scales, 2))
-                else:
-                    store_bytes(to_scales, load_global_if(Int32(1), from_scales), 4)
+        """Copy a thread's part of a chunk of a row; all of it is loaded before any is stored."""
+        data, scales = [], []
+        for index in cutlass.range_constexpr(VECTORS):
+            vector = (chunk * VECTORS + index) * LANES + lane
+            data.append(load_global_vector_if(Int32(vector < vectors), from_data + Int64(vector) * VECTOR_BYTES, 4))
+        for index in cutlass.range_constexpr(WORDS):
+            word = (chunk * WORDS + index) * LANES + lane
+            scales.append(load_global_if(Int32(word < words), from_scales + Int64(word) * WORD_BYTES))
+        for index in cutlass.range_constexpr(VECTORS):
+            vector = (chunk * VECTORS + index) * LANES + lane
+            store_global_vector_if(vector < vectors, to_data + Int64(vector) * VECTOR_BYTES, *data[index])
+        for index in cutlass.range_constexpr(WORDS):
+            word = (chunk * WORDS + index) * LANES + lane
+            if word < words:
+                store_bytes(to_scales + Int64(word) * WORD_BYTES, scales[index], WORD_BYTES)

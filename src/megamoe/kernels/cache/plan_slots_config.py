@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 
 THREADS = 128
+KINDS = 2
+"""Kinds of layers with entries that a launch takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,8 +15,7 @@ class Config:
     """The compile key.
 
     Attributes:
-        op: "window", "kind" or "tables": the part of a plan that every layer needs, that of layers of one kind, or a
-            change of block tables.
+        op: "slots" of a step, or "tables": a change of block tables.
     """
 
     op: str

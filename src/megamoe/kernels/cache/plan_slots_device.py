@@ -4,7 +4,7 @@
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from megamoe.kernels.cache.plan_slots_config import THREADS, Config
+from megamoe.kernels.cache.plan_slots_config import KINDS, THREADS, Config
 from megamoe.kernels.parts.pool_device import ring_slot, symbolic_integers
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches
 
@@ -12,139 +12,99 @@ from megamoe.kernels.parts.rows_device import current_stream, overlap_launches
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
     num_tokens, plan = cute.sym_int32(), PlanSlots()
-    tables = [symbolic_integers(Int32, cute.sym_int32(), cute.sym_int32()) for _ in range(2)]
     if config.op == "tables":
         changes = symbolic_integers(Int32, cute.sym_int32(), 3)
-        return plan.tables, (tables[0], changes, current_stream())
+        return plan.write_tables, (symbolic_tables(), changes, current_stream())
     tokens = symbolic_integers(Int32, 4, num_tokens)
-    if config.op == "window":
-        dtypes = (Int64, Int64, Int32, Int32, Int64, Int64)
-        outputs = [symbolic_integers(dtype, num_tokens) for dtype in dtypes]
-        return plan.window, (tokens, tables[0], *outputs, Int32(0), Int32(0), current_stream())
-    outputs = [symbolic_integers(dtype, num_tokens) for dtype in (Int64, Int64, Int64, Int32)]
-    sizes = [Int32(0) for _ in range(4)]
-    return plan.kind, (tokens, *tables, *outputs, *sizes, current_stream())
+    dtypes = (Int64, Int64, Int32, Int32, Int64, Int64, *(Int64, Int64, Int64, Int32) * KINDS)
+    outputs = [symbolic_integers(dtype, num_tokens) for dtype in dtypes]
+    tables = [symbolic_tables() for _ in range(1 + 2 * KINDS)]
+    sizes = [Int32(0) for _ in range(1 + 3 * KINDS + 2)]
+    return plan.fill, (tokens, tables[0], *outputs[:6], *tables[1:], *outputs[6:], *sizes, current_stream())
+
+
+def symbolic_tables():
+    """Return an argument of block tables, [requests, blocks]."""
+    return symbolic_integers(Int32, cute.sym_int32(), cute.sym_int32())
 
 
 class PlanSlots:
-    """See ops/plan_slots.py."""
+    """See ops/plan_slots.py. What is of the first kind of layers with entries ends in _a, of the second in _b."""
 
     @cute.jit
-    def window(
+    def fill(
         self,
         tokens,
-        tables,
+        window_tables,
         token_ids,
         positions,
         requests,
         first_idx,
-        slots,
-        kept,
-        rows_per_block: Int32,
+        window_slots,
+        window_kept,
+        state_tables_a,
+        entry_tables_a,
+        state_tables_b,
+        entry_tables_b,
+        state_slots_a,
+        state_kept_a,
+        entry_slots_a,
+        num_visible_a,
+        state_slots_b,
+        state_kept_b,
+        entry_slots_b,
+        num_visible_b,
+        window_rows: Int32,
+        state_rows_a: Int32,
+        entry_rows_a: Int32,
+        ratio_a: Int32,
+        state_rows_b: Int32,
+        entry_rows_b: Int32,
+        ratio_b: Int32,
+        num_kinds: Int32,
         in_rings: Int32,
         stream,
     ):
-        self.window_kernel(
-            tokens, tables, token_ids, positions, requests, first_idx, slots, kept, rows_per_block, in_rings
-        ).launch(
-            grid=((tokens.shape[1] + THREADS - 1) // THREADS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
-        )
-
-    @cute.jit
-    def kind(
-        self,
-        tokens,
-        state_tables,
-        entry_tables,
-        slots,
-        kept,
-        entry_slots,
-        num_visible,
-        state_rows: Int32,
-        entry_rows: Int32,
-        ratio: Int32,
-        in_rings: Int32,
-        stream,
-    ):
-        self.kind_kernel(
+        self.fill_kernel(
             tokens,
-            state_tables,
-            entry_tables,
-            slots,
-            kept,
-            entry_slots,
-            num_visible,
-            state_rows,
-            entry_rows,
-            ratio,
+            (token_ids, positions, requests, first_idx),
+            (window_tables, window_slots, window_kept, window_rows),
+            (state_tables_a, state_slots_a, state_kept_a, state_rows_a),
+            (entry_tables_a, entry_slots_a, num_visible_a, entry_rows_a, ratio_a),
+            (state_tables_b, state_slots_b, state_kept_b, state_rows_b),
+            (entry_tables_b, entry_slots_b, num_visible_b, entry_rows_b, ratio_b),
             in_rings,
         ).launch(
-            grid=((tokens.shape[1] + THREADS - 1) // THREADS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
-        )
-
-    @cute.jit
-    def tables(self, tables, changes, stream):
-        self.tables_kernel(tables, changes).launch(
-            grid=((changes.shape[0] + THREADS - 1) // THREADS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
+            grid=((tokens.shape[1] + THREADS - 1) // THREADS, 1 + num_kinds, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
-    def window_kernel(
-        self,
-        tokens,
-        tables,
-        token_ids,
-        positions,
-        requests,
-        first_idx,
-        slots,
-        kept,
-        rows_per_block: Int32,
-        in_rings: Int32,
-    ):
-        block, _, _ = cute.arch.block_idx()
+    def fill_kernel(self, tokens, of_tokens, window, state_a, entries_a, state_b, entries_b, in_rings: Int32):
+        block, part, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         overlap_launches()
         token = block * THREADS + thread
         if token < tokens.shape[1]:
             position, request = tokens[1, token], tokens[2, token]
-            token_ids[token] = Int64(tokens[0, token])
-            positions[token] = Int64(position)
-            requests[token] = request
-            first_idx[token] = tokens[3, token]
-            self.ring(tokens, tables, slots, kept, rows_per_block, in_rings, token, position, request)
-
-    @cute.kernel
-    def kind_kernel(
-        self,
-        tokens,
-        state_tables,
-        entry_tables,
-        slots,
-        kept,
-        entry_slots,
-        num_visible,
-        state_rows: Int32,
-        entry_rows: Int32,
-        ratio: Int32,
-        in_rings: Int32,
-    ):
-        block, _, _ = cute.arch.block_idx()
-        thread, _, _ = cute.arch.thread_idx()
-        overlap_launches()
-        token = block * THREADS + thread
-        if token < tokens.shape[1]:
-            position, request = tokens[1, token], tokens[2, token]
-            self.ring(tokens, state_tables, slots, kept, state_rows, in_rings, token, position, request)
-            visible = (position + 1) // ratio
-            num_visible[token] = visible
-            entry = Int32(-1)
-            if visible * ratio == position + 1:
-                entry = visible - 1
-            entry_slots[token] = Int64(ring_slot(entry_tables, entry_rows, request, entry))
+            if part == 0:
+                token_ids, positions, requests, first_idx = of_tokens
+                token_ids[token] = Int64(tokens[0, token])
+                positions[token] = Int64(position)
+                requests[token] = request
+                first_idx[token] = tokens[3, token]
+                self.ring_row(tokens, *window, in_rings, token, position, request)
+            elif part == 1:
+                self.ring_row(tokens, *state_a, in_rings, token, position, request)
+                self.entry(*entries_a, token, position, request)
+            else:
+                self.ring_row(tokens, *state_b, in_rings, token, position, request)
+                self.entry(*entries_b, token, position, request)
 
     @cute.jit
-    def ring(
+    def ring_row(
         self,
         tokens,
         tables,
@@ -170,6 +130,32 @@ class PlanSlots:
                     keeping = Int32(-1)
         slots[token] = Int64(place)
         kept[token] = Int64(keeping)
+
+    @cute.jit
+    def entry(
+        self,
+        tables,
+        slots,
+        num_visible,
+        rows_per_block: Int32,
+        ratio: Int32,
+        token: Int32,
+        position: Int32,
+        request: Int32,
+    ):
+        """Fill where the entry goes that a token completes, and how many entries it sees."""
+        visible = (position + 1) // ratio
+        entry = Int32(-1)
+        if visible * ratio == position + 1:
+            entry = visible - 1
+        num_visible[token] = visible
+        slots[token] = Int64(ring_slot(tables, rows_per_block, request, entry))
+
+    @cute.jit
+    def write_tables(self, tables, changes, stream):
+        self.tables_kernel(tables, changes).launch(
+            grid=((changes.shape[0] + THREADS - 1) // THREADS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
+        )
 
     @cute.kernel
     def tables_kernel(self, tables, changes):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""save_rows: the last rows of sequences copied into snapshots, a few threads a row.
+"""save_rows: the last rows of sequences copied into snapshots, eight threads for 1 KiB of a row.
 
 Meaning    ops/save_rows.py; everything else as in cache/copy_cache.py
 """
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.formats.cache_rows import CachePool, row_bytes
-from megamoe.kernels.cache.copy_cache import require_rows, row_formats
+from megamoe.formats.cache_rows import CachePool
+from megamoe.kernels.cache.copy_cache import row_pieces
 from megamoe.kernels.cache.copy_rows_config import Config
 from megamoe.kernels.parts.pool import as_pool
 from megamoe.kernels.store import kernel
@@ -19,8 +19,7 @@ from megamoe.kernels.store import kernel
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    for row_format in row_formats(dims["width"]):
-        yield Config("save", *row_bytes(row_format, dims["width"]))
+    yield Config("save")
 
 
 def run(
@@ -28,9 +27,9 @@ def run(
 ) -> None:
     """Compute save_rows."""
     if saves.shape[0]:
-        launch = kernel(Config("save", *require_rows("save_rows", ring)), ring.device)
+        pieces = row_pieces("save_rows", ring)
         rows = ring if step is None else step
-        launch(
+        kernel(Config("save"), ring.device)(
             as_pool("save_rows", "ring", ring),
             as_pool("save_rows", "step", rows),
             as_pool("save_rows", "target", target),
@@ -39,5 +38,6 @@ def run(
             ring.rows_per_block,
             rows.rows_per_block,
             target.rows_per_block,
+            *pieces,
             int(step is not None),
         )

@@ -1,35 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""write_latent: a latent row normed, rotated, rounded and stored in one pass; the query latent normed.
+"""write_latent: the latent row normed, rotated, rounded and stored, the query latent normed; one launch.
 
 Meaning    ops/write_latent.py; this file only makes it fast
-Launches   two, or one without a query latent
-Grid       128 threads for several rows (parts/rows.py)
+Grid       blocks of 128 threads: the first ones have latent rows, the others query latents; a row in one warp or less
 Memory     16-byte loads; stores of 8 to 16 bytes, a scale byte per group
-Limits     C a multiple of 64 up to 512, R one of 8; pages at multiples of 16 bytes
-Bound      memory: C values read, a row of the pool written
+Limits     C a multiple of 64 up to 512, Q one of 8 up to 4096, R one of 8; pages at multiples of 16 bytes; slots below
+           2^31
+Bound      memory: C values read and a row of the pool written; Q values read and written
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 
 from megamoe.formats.cache_rows import CachePool
 from megamoe.kernels.cache.write_latent_config import Config
-from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, as_vector, require_width
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, as_vector
 from megamoe.kernels.parts.pool import ROW_NAMES, as_pool
-from megamoe.kernels.rows import rms_norm
 from megamoe.kernels.store import kernel
 from megamoe.ops.rope import RopeTable
 
+MAX_LATENT_WIDTH = 512
+MAX_QUERY_WIDTH = 4096
 
-def configs(dims: Mapping[str, int]) -> Iterator[Any]:
+
+def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield Config(dims["C"], dims["R"], "bf16", "bf16", "fp8_rope_bf16")
-    if "Q" in dims:
-        yield from rms_norm.configs({"K": dims["Q"]})
+    query = (dims["Q"], "bf16", "bf16") if "Q" in dims else (None, None, None)
+    yield Config(dims["C"], dims["R"], "bf16", "bf16", "fp8_rope_bf16", *query)
 
 
 def run(
@@ -44,14 +44,31 @@ def run(
     eps: float,
 ) -> torch.Tensor | None:
     """Compute write_latent."""
-    if kv.shape[0]:
-        width = kv.shape[1]
-        require_width("write_latent", width, 64)
-        names = (DTYPE_NAMES[kv.dtype], DTYPE_NAMES[kv_norm.dtype], ROW_NAMES[pool.row_format])
-        launch = kernel(Config(width, table.rope_dim, *names), kv.device)
-        storage = as_pool("write_latent", "pool", pool)
-        inv_freq, weight = as_vector(table.inv_freq), as_vector(kv_norm)
-        launch(as_rows(kv), weight, storage, slots, pos, inv_freq, pool.rows_per_block, eps)
-    if query_latent is None:
+    y = None if query_latent is None else torch.empty(query_latent.shape, dtype=query_latent.dtype, device=kv.device)
+    if not kv.shape[0]:
+        return y
+    width, query_width = kv.shape[1], 0 if query_latent is None else query_latent.shape[1]
+    if width % 64 or width > MAX_LATENT_WIDTH or query_width % 8 or query_width > MAX_QUERY_WIDTH or table.rope_dim % 8:
+        raise NotImplementedError(
+            f"write_latent: the kernel takes latents of a multiple of 64 up to {MAX_LATENT_WIDTH} channels, of which a "
+            f"multiple of 8 rotate, and query latents of a multiple of 8 up to {MAX_QUERY_WIDTH}; got {width}, "
+            f'{table.rope_dim} and {query_width}. Run the reference: with megamoe.ops.use("reference").'
+        )
+    names = (DTYPE_NAMES[kv.dtype], DTYPE_NAMES[kv_norm.dtype], ROW_NAMES[pool.row_format])
+    latent = (
+        as_rows(kv),
+        as_vector(kv_norm),
+        as_pool("write_latent", "pool", pool),
+        slots,
+        pos,
+        as_vector(table.inv_freq),
+        pool.rows_per_block,
+        eps,
+    )
+    if query_latent is None or q_norm is None or y is None:
+        kernel(Config(width, table.rope_dim, *names, None, None, None), kv.device)(*latent)
         return None
-    return rms_norm.run(query_latent, q_norm, eps, query_latent.dtype)
+    query = (query_width, DTYPE_NAMES[query_latent.dtype], DTYPE_NAMES[q_norm.dtype])
+    launch = kernel(Config(width, table.rope_dim, *names, *query), kv.device)
+    launch(as_rows(query_latent), as_vector(q_norm), y, *latent)
+    return y

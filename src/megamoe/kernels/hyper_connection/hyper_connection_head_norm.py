@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hyper_connection_head_norm: rows are gathered, collapsed by the kernel of hyper_connection_head, and normed.
+"""hyper_connection_head_norm: rows gathered, collapsed and normed by three kernels, one after the other.
 
-Meaning    ops/hyper_connection.py; everything else as in the files named
-Launches   three, or two where all rows are wanted. A row of nobody is gathered as zeros, and zeros stay zeros
+Meaning    ops/hyper_connection.py; bit for bit hyper_connection_head, then rms_norm, of the rows
+Grid       three launches, or two where no rows are named; few rows, one a sequence, so that launches are what counts
+Memory     the gather is embed_streams over tokens instead of a vocabulary, all streams of one a row of its table
+Limits     those of the three; X D at most 32768 where rows are named. It cannot raise for a row outside the tokens
+           without waiting for the device: such a row gets zeros, as nobody's does
+Bound      latency for few rows; memory: (X + 1) D values a row, and (2 X + 2) D between the launches
 """
 
 from __future__ import annotations
@@ -14,15 +18,14 @@ import torch
 
 from megamoe.kernels.hyper_connection import hyper_connection_head
 from megamoe.kernels.rows import embed_streams, rms_norm
-from megamoe.kernels.rows.embed_streams_config import Config as GatherConfig
-from megamoe.kernels.rows.rms_norm_config import Config as NormConfig
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
+    width = dims["D"]
+    yield from embed_streams.configs({"D": dims["X"] * width, "X": 1})
     yield from hyper_connection_head.configs(dims)
-    yield GatherConfig(dims["X"] * dims["D"], 1, "bf16", "bf16")
-    yield NormConfig(dims["D"], "bf16", "bf16", "bf16")
+    yield from rms_norm.configs({"K": width})
 
 
 def run(
@@ -37,6 +40,7 @@ def run(
 ) -> torch.Tensor:
     """Compute hyper_connection_head_norm."""
     if rows is not None:
-        x = embed_streams.run(x.flatten(1), rows, 1, x.dtype).view(rows.shape[0], *x.shape[1:])
-    h = hyper_connection_head.run(x, fn, base, scale, norm_eps, hc_eps)
-    return rms_norm.run(h, weight, norm_eps, h.dtype)
+        num_tokens, streams, width = x.shape
+        flat = x.reshape(num_tokens, streams * width)
+        x = embed_streams.run(flat, rows, 1, x.dtype).view(-1, streams, width)
+    return rms_norm.run(hyper_connection_head.run(x, fn, base, scale, norm_eps, hc_eps), weight, norm_eps, x.dtype)

@@ -15,10 +15,8 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.kernels.hyper_connection.hyper_connection_post_config import Config
-from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, require_width
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, require_streams, require_width
 from megamoe.kernels.store import kernel
-
-MAX_STREAMS = 8
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
@@ -43,12 +41,3 @@ def run(y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
         out.view(num_tokens * streams, width),
     )
     return out
-
-
-def require_streams(op: str, streams: int) -> None:
-    """Refuse numbers of streams the kernels keep no registers for."""
-    if streams > MAX_STREAMS:
-        raise NotImplementedError(
-            f"{op}: the kernel takes up to {MAX_STREAMS} streams; got {streams}. Run the reference: "
-            f'with megamoe.ops.use("reference").'
-        )

@@ -7,6 +7,7 @@ No object depends on this file.
 from __future__ import annotations
 
 import functools
+from typing import Protocol
 
 import torch
 
@@ -17,6 +18,20 @@ from megamoe.kernels.store import architecture_of
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_WIDTH = 32768
+MAX_STREAMS = 8
+MAX_HEAD_WIDTH = 1024
+
+
+class RotaryTable(Protocol):
+    """What host halves take of the frequencies of one kind of layer; ops/rope.py has them."""
+
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        """Return fp32 [R/2], radians per position of each pair."""
+
+    @property
+    def rope_dim(self) -> int:
+        """Return R, the number of channels that rotate."""
 
 
 @functools.cache
@@ -34,14 +49,6 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def as_heads(x: torch.Tensor) -> torch.Tensor:
-    """Return x [T, H, K] with 16-byte aligned rows: itself at any stride, or one contiguous copy."""
-    step = 16 // x.element_size()
-    if x.stride(-1) != 1 or x.stride(0) % step or x.stride(1) % step or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x
-
-
 def as_vector(x: torch.Tensor) -> torch.Tensor:
     """Return [K] contiguous and 16-byte aligned: x, or a copy where it is not."""
     return x if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
@@ -52,12 +59,41 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
+def has_aligned_rows(x: torch.Tensor) -> bool:
+    """Return whether the rows of x [..., K] start at multiples of 16 bytes and their values lie side by side."""
+    step = 16 // x.element_size()
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(stride % step for stride in x.stride()[:-1])
+
+
+def as_heads(x: torch.Tensor) -> torch.Tensor:
+    """Return x [T, H, C] with 16-byte aligned heads: itself, or a contiguous copy where they are not."""
+    return x if has_aligned_rows(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 def require_width(op: str, width: int, multiple: int = 8) -> None:
     """Refuse row widths the kernel has no tile for."""
     if width < multiple or width % multiple or width > MAX_WIDTH:
         raise NotImplementedError(
             f"{op}: the kernel takes rows of {multiple} to {MAX_WIDTH} values, a multiple of {multiple}; got {width}. "
             f'Pad the rows, or run the reference: with megamoe.ops.use("reference").'
+        )
+
+
+def require_streams(op: str, streams: int) -> None:
+    """Refuse numbers of streams the kernels keep no registers for."""
+    if streams > MAX_STREAMS:
+        raise NotImplementedError(
+            f"{op}: the kernel takes up to {MAX_STREAMS} streams; got {streams}. Run the reference: "
+            f'with megamoe.ops.use("reference").'
+        )
+
+
+def require_heads(op: str, width: int, rope_dim: int) -> None:
+    """Refuse heads wider than a warp, and borders between channels that rotate and others within a vector."""
+    if width % 8 or width > MAX_HEAD_WIDTH or rope_dim % 8:
+        raise NotImplementedError(
+            f"{op}: the kernel takes heads of up to {MAX_HEAD_WIDTH} channels, a multiple of 8, of which a multiple of "
+            f'8 rotate; got {width} and {rope_dim}. Run the reference: with megamoe.ops.use("reference").'
         )
 
 

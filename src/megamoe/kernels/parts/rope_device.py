@@ -11,8 +11,11 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.arch import inline_ptx
 
-from megamoe.kernels.parts.ptx_device import fma, multiply
-from megamoe.kernels.parts.rows import VECTOR
+from megamoe.kernels.parts.ptx_device import multiply
+from megamoe.kernels.parts.rows import VECTOR, RowTile
+from megamoe.kernels.parts.rows_device import RowThread
+
+PAIRS = VECTOR // 2
 
 
 def sine_and_cosine(angle):
@@ -55,31 +58,68 @@ def sine_and_cosine(angle):
     )
 
 
-@cute.jit
-def rotate_vector(
-    values: cute.Tensor,
-    vector: Int32,
-    first: cutlass.Constexpr,
-    position: Float32,
-    inv_freq: cute.Tensor,
-    inverse: cutlass.Constexpr,
-):
-    """Rotate the four pairs of a vector of 8 fp32 values in place, if it is one of the vectors that rotate.
+def choose(wanted, a, b):
+    """Return a if `wanted`, else b."""
+    return inline_ptx(
+        "{ .reg .pred p; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 p, flag, 0; "
+        "selp.f32 {$w0}, {$r1}, {$r2}, p; }",
+        write_only_types=[Float32],
+        read_only_args=[Int32(wanted), a, b],
+    )
 
-    Args:
-        values: [8] fp32 in registers.
-        vector: its number in the row.
-        first: the first vector that rotates.
-        position: of the token, as fp32.
-        inv_freq: [R / 2] fp32.
-        inverse: rotate backwards.
+
+class HeadThread(RowThread):
+    """This thread's share of one head of a token; blocks of a token follow each other, `passes` heads a thread.
+
+    Attributes:
+        row: the head's index; heads past the last one repeat it, and `live` says not to store them.
+        lane: position among the head's threads.
     """
-    if vector >= first:
-        for pair in cutlass.range_constexpr(VECTOR // 2):
-            angle = multiply(position, inv_freq[(vector - first) * (VECTOR // 2) + pair])
-            sine, cosine = sine_and_cosine(angle)
-            if cutlass.const_expr(inverse):
-                sine = -sine
+
+    def __init__(self, tile: RowTile, part, tidx, index: int, passes: int, num_heads: int):
+        self.tile = tile
+        self.lane = tidx % tile.lanes
+        head = (part * passes + index) * tile.rows + tidx // tile.lanes
+        if cutlass.const_expr(num_heads % (passes * tile.rows) == 0):
+            self.live, self.row = True, head
+        else:
+            self.live = head < num_heads
+            self.row = cutlass.min(head, num_heads - 1)
+
+
+def head_blocks(tile: RowTile, passes: int, num_heads: int) -> int:
+    """Return how many blocks the heads of a token take."""
+    return -(-num_heads // (passes * tile.rows))
+
+
+class Rotation:
+    """Sines and cosines of this thread's channels for one position.
+
+    The last `rope_dim` channels of a head rotate. A vector of 8 lies on one side of that border, which is a multiple
+    of 8; where only some threads' vector at an index rotates, the others keep their values.
+    """
+
+    def __init__(self, thread: RowThread, inv_freq, position, rope_dim: int):
+        tile = thread.tile
+        self.first = (tile.width - rope_dim) // VECTOR
+        self.factors = {}
+        for index in range(tile.vectors):
+            if (index + 1) * tile.lanes > self.first:
+                pairs = cute.make_rmem_tensor(cute.make_layout(PAIRS), Float32)
+                group = cutlass.min(cutlass.max(thread.vector(index) - self.first, 0), rope_dim // VECTOR - 1)
+                cute.autovec_copy(cute.zipped_divide(inv_freq, (PAIRS,))[(None,), group], pairs)
+                self.factors[index] = [sine_and_cosine(multiply(position, pairs[pair])) for pair in range(PAIRS)]
+
+    def turned(self, thread: RowThread, index: int, values):
+        """Return eight fp32 values of a vector, rotated if their channels are: products and sums rounded one by one."""
+        if index not in self.factors:
+            return values
+        turned = []
+        for pair, (sine, cosine) in enumerate(self.factors[index]):
             even, odd = values[2 * pair], values[2 * pair + 1]
-            values[2 * pair] = fma(even, cosine, -multiply(odd, sine))
-            values[2 * pair + 1] = fma(odd, cosine, multiply(even, sine))
+            turned.append(multiply(even, cosine) - multiply(odd, sine))
+            turned.append(multiply(odd, cosine) + multiply(even, sine))
+        if index * thread.tile.lanes >= self.first:
+            return turned
+        rotates = thread.vector(index) >= self.first
+        return [choose(rotates, new, old) for new, old in zip(turned, values, strict=True)]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""embed_streams: rows of a table, each read once and written into every stream.
+"""embed_streams: a row of the table read once, stored to every stream.
 
 Meaning    ops/embed_streams.py; this file only makes it fast
-Grid       one block a token
+Grid       one block a token, or 128 threads for several short rows (parts/rows.py)
 Memory     16-byte loads and stores
-Limits     D a multiple of 8 up to 32768
-Bound      memory: (1 + X) D values a token
+Limits     D a multiple of 8 up to 32768; 1 to 8 streams. It cannot raise for an id outside the table without waiting
+           for the device: such a token gets zeros, as nobody does, and nothing outside the table is read
+Bound      memory: (bytes of a row of the table + X * bytes of a row of y) a token
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, require_width
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, require_streams, require_width
 from megamoe.kernels.rows.embed_streams_config import Config
 from megamoe.kernels.store import kernel
 
@@ -27,10 +28,11 @@ def configs(dims: Mapping[str, int]) -> Iterator[Config]:
 def run(table: torch.Tensor, token_ids: torch.Tensor, num_streams: int, out_dtype: torch.dtype) -> torch.Tensor:
     """Compute embed_streams."""
     num_tokens, width = token_ids.shape[0], table.shape[1]
-    y = torch.empty((num_tokens, num_streams, width), dtype=out_dtype, device=token_ids.device)
+    y = torch.empty((num_tokens, num_streams, width), dtype=out_dtype, device=table.device)
     if y.numel() == 0:
         return y
+    require_streams("embed_streams", num_streams)
     require_width("embed_streams", width)
-    launch = kernel(Config(width, num_streams, DTYPE_NAMES[table.dtype], DTYPE_NAMES[out_dtype]), y.device)
-    launch(as_rows(table), token_ids, y.view(-1, width))
+    launch = kernel(Config(width, num_streams, DTYPE_NAMES[table.dtype], DTYPE_NAMES[out_dtype]), table.device)
+    launch(as_rows(table), token_ids.contiguous(), y.view(num_tokens * num_streams, width))
     return y

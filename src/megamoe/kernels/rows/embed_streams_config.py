@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 
-MAX_THREADS = 256
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -14,7 +12,7 @@ class Config:
 
     Attributes:
         width: D.
-        streams: X, how often a row is repeated.
+        streams: X.
         table, out: "bf16" or "f32".
     """
 
@@ -22,8 +20,3 @@ class Config:
     streams: int
     table: str
     out: str
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block: one for each vector of 8, in whole warps, up to a limit."""
-        return min(MAX_THREADS, -(-(self.width // 8) // 32) * 32)

@@ -13,11 +13,13 @@ class Config:
     Attributes:
         heads: H.
         width: C.
-        rope: R.
-        q: "bf16" or "f32", of the queries and of the result.
+        rope_dim: R.
+        q: "bf16" or "f32", also of the result.
+        passes: heads a thread takes part in; they share its sines and cosines.
     """
 
     heads: int
     width: int
-    rope: int
+    rope_dim: int
     q: str
+    passes: int

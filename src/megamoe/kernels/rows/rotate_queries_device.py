@@ -3,18 +3,14 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
-from cutlass.cute.runtime import make_fake_tensor
+from cutlass import Float32, Int64
 
-from megamoe.kernels.parts.pool_device import round_vector
-from megamoe.kernels.parts.rope_device import rotate_vector
+from megamoe.kernels.parts.rope_device import HeadThread, Rotation, head_blocks
 from megamoe.kernels.parts.rows import VECTOR, row_tile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
-    RowThread,
     both,
     current_stream,
-    num_blocks,
     overlap_launches,
     row_rms_factor,
     store_if,
@@ -29,43 +25,51 @@ def program(config: Config):
     """Return the launcher and its symbolic arguments."""
     num_tokens = cute.sym_int32()
     q = symbolic_heads(DTYPES[config.q], num_tokens, config.heads, config.width)
-    pos = make_fake_tensor(Int64, (num_tokens,), (1,))
-    inv_freq = symbolic_vector(Float32, config.rope // 2)
+    positions = symbolic_vector(Int64, num_tokens)
+    inv_freq = symbolic_vector(Float32, config.rope_dim // 2)
     y = symbolic_rows(DTYPES[config.q], cute.sym_int32(), config.width)
-    return RotateQueries(config), (q, pos, inv_freq, y, Float32(0.0), current_stream())
+    return RotateQueries(config), (q, positions, inv_freq, y, Float32(0.0), current_stream())
 
 
 class RotateQueries:
-    """y = rope(rms_norm(q))."""
+    """y = rope(x * rsqrt(mean(x^2) + eps)), rounded to the dtype of x in between."""
 
     def __init__(self, config: Config):
-        self.config, self.tile = config, row_tile(config.width)
+        self.config = config
+        self.tile = row_tile(config.width)
+        self.blocks = head_blocks(self.tile, config.passes, config.heads)
 
     @cute.jit
-    def __call__(self, q: cute.Tensor, pos: cute.Tensor, inv_freq: cute.Tensor, y: cute.Tensor, eps: Float32, stream):
-        self.kernel(q, pos, inv_freq, y, eps).launch(
-            grid=(num_blocks(self.tile, y.shape[0]), 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
+    def __call__(
+        self, q: cute.Tensor, positions: cute.Tensor, inv_freq: cute.Tensor, y: cute.Tensor, eps: Float32, stream
+    ):
+        self.kernel(q, positions, inv_freq, y, eps).launch(
+            grid=(self.blocks * positions.shape[0], 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
-    def kernel(self, q: cute.Tensor, pos: cute.Tensor, inv_freq: cute.Tensor, y: cute.Tensor, eps: Float32):
-        tile, config = self.tile, self.config
-        scratch = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(tile.warps))
+    def kernel(self, q: cute.Tensor, positions: cute.Tensor, inv_freq: cute.Tensor, y: cute.Tensor, eps: Float32):
+        config, tile = self.config, self.tile
+        tidx, _, _ = cute.arch.thread_idx()
+        bidx, _, _ = cute.arch.block_idx()
+        token, part = bidx // self.blocks, bidx % self.blocks
         overlap_launches()
-        thread = RowThread(tile, y.shape[0])
-        token, head = thread.row // config.heads, thread.row % config.heads
-        registers = thread.load_row(q[(token, head, None)])
-        factor = row_rms_factor(thread, registers, eps, scratch)
-        position = Float32(Int32(pos[token]))
-        target = cute.zipped_divide(y[(thread.row, None)], (VECTOR,))
-        first = (config.width - config.rope) // VECTOR
-        for index in cutlass.range_constexpr(tile.vectors):
-            values = cute.make_rmem_tensor(cute.make_layout(VECTOR), Float32)
-            values.store(registers[None, index].load().to(Float32) * factor)
-            if cutlass.const_expr(config.q == "bf16"):
-                round_vector(values)
-            if cutlass.const_expr((index + 1) * tile.lanes > first):
-                rotate_vector(values, thread.vector(index), first, position, inv_freq, False)
-            rounded = cute.make_rmem_tensor(cute.make_layout(VECTOR), y.element_type)
-            rounded.store(values.load().to(y.element_type))
-            store_if(both(thread.live, thread.has(index)), rounded, target[(None,), thread.vector(index)])
+        threads = [HeadThread(tile, part, tidx, index, config.passes, config.heads) for index in range(config.passes)]
+        heads = q[(token, None, None)]
+        loaded = [thread.load(heads) for thread in threads]
+        rotation = Rotation(threads[0], inv_freq, Float32(positions[token]), config.rope_dim)
+        for one in cutlass.range_constexpr(config.passes):
+            thread, registers = threads[one], loaded[one]
+            factor = row_rms_factor(thread, registers, eps, None)
+            target = cute.zipped_divide(y[(token * config.heads + thread.row, None)], (VECTOR,))
+            for index in cutlass.range_constexpr(tile.vectors):
+                normed = cute.make_rmem_tensor(cute.make_layout(VECTOR), y.element_type)
+                normed.store((registers[None, index].load().to(Float32) * factor).to(y.element_type))
+                values = normed.load().to(Float32)
+                turned = rotation.turned(thread, index, [values[element] for element in range(VECTOR)])
+                result = cute.make_rmem_tensor(cute.make_layout(VECTOR), Float32)
+                for element in cutlass.range_constexpr(VECTOR):
+                    result[element] = turned[element]
+                rounded = cute.make_rmem_tensor(cute.make_layout(VECTOR), y.element_type)
+                rounded.store(result.load().to(y.element_type))
+                store_if(both(thread.live, thread.has(index)), rounded, target[(None,), thread.vector(index)])

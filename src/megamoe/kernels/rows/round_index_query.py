@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""round_index_query: every index head rotated, rotated again by a Hadamard matrix and rounded in registers.
+"""round_index_query: every index head read once, rotated twice and rounded to MXFP4 in registers.
 
 Meaning    ops/round_index_query.py; this file only makes it fast
-Grid       128 threads for 32 heads, 4 threads a head
-Memory     16-byte loads; stores of 4 to 16 bytes
-Limits     K = 128, R a multiple of 8
-Bound      memory: Hi K values read, the codes written
+Grid       a warp takes 16 heads of a token, a block four warps. A lane makes the sine and cosine of one pair
+Matrix     the Hadamard rotation is a product with signs on the matrix unit. Channels are dealt to the instruction's
+           rows and columns so that a lane ends up with the 32 values of an MXFP4 block, and so that only a quarter of
+           the 128 x 128 signs is multiplied: the other factor of four is butterflies in registers
+Rounding   codes by bf16 arithmetic, two at a time; every step of it is exact but the one that rounds
+Memory     16-byte loads of heads, 16-byte stores of codes
+Limits     bf16 heads of 128 channels, of which 32 or 64 rotate; INDEX_FP4 keys after the Hadamard rotation: what the
+           quantized recipes ask for. Positions up to 2^22. It cannot raise for NaN and infinity without waiting for the
+           device: the scale bytes of such a head become 255 (NaN), which dequantize refuses
+Bound      memory: 256 + 64 + 4 + 8 bytes a head
 """
 
 from __future__ import annotations
@@ -15,60 +21,54 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.formats.cache_rows import RowFormat
-from megamoe.formats.fp8 import Fp8RowTensor
-from megamoe.formats.mxfp4 import MxFp4Tensor
-from megamoe.kernels.parts.launch import DTYPE_NAMES, as_heads, as_vector
-from megamoe.kernels.rows.round_index_query_config import Config
+from megamoe.formats.mxfp4 import BLOCK, MxFp4Tensor
+from megamoe.kernels.parts.launch import RotaryTable, as_heads, as_vector
+from megamoe.kernels.rows.round_index_query_config import WIDTH, Config
 from megamoe.kernels.store import kernel
-from megamoe.ops.rope import RopeTable
-from megamoe.ops.round_index_query import IndexQuery
 
-WIDTH = 128
+ROPE_DIMS = (32, 64)
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield Config(dims["Hi"], dims["K"], dims["R"], "bf16", "index_fp4", True)
+    yield Config(dims["Hi"], dims["R"])
 
 
 def run(
     q: torch.Tensor,
     head_weights: torch.Tensor,
     pos: torch.Tensor,
-    table: RopeTable,
+    table: RotaryTable,
     key_format: RowFormat,
     hadamard: bool,
     head_scale: float,
-) -> tuple[IndexQuery, torch.Tensor]:
+) -> tuple[MxFp4Tensor, torch.Tensor]:
     """Compute round_index_query."""
-    num_tokens, heads, width = q.shape
-    if width != WIDTH:
+    num_tokens, num_heads, width = q.shape
+    if (q.dtype, width, key_format, hadamard) != (torch.bfloat16, WIDTH, RowFormat.INDEX_FP4, True):
         raise NotImplementedError(
-            f"round_index_query: the kernel takes heads of {WIDTH} channels; got {width}. Run the reference: "
-            'with megamoe.ops.use("reference").'
+            f"round_index_query: the kernel takes bf16 heads of {WIDTH} channels for INDEX_FP4 keys after a Hadamard "
+            f"rotation; got {q.dtype} {list(q.shape)}, {key_format.name}, hadamard={hadamard}. Choose a quantized "
+            'recipe, or run the reference: with megamoe.ops.use("reference").'
         )
-    rounding = {RowFormat.INDEX_FP4: "index_fp4", RowFormat.INDEX_FP8: "index_fp8"}.get(key_format, "plain")
-    data_bytes = {"index_fp4": width // 2, "index_fp8": width, "plain": width * q.element_size()}[rounding]
-    num_scales = {"index_fp4": width // 32, "index_fp8": 1, "plain": 0}[rounding]
-    device, shape = q.device, (num_tokens, heads)
-    weights = torch.empty(shape, dtype=torch.float32, device=device)
-    data = torch.empty((*shape, data_bytes), dtype=torch.uint8, device=device)
-    scales = torch.empty((*shape, max(num_scales, 1)), dtype=torch.uint8, device=device)
-    if num_tokens and heads:
-        launch = kernel(Config(heads, width, table.rope_dim, DTYPE_NAMES[q.dtype], rounding, hadamard), device)
-        inv_freq, rows = as_vector(table.inv_freq), num_tokens * heads
-        launch(
+    if table.rope_dim not in ROPE_DIMS:
+        raise NotImplementedError(
+            f"round_index_query: the kernel rotates {' or '.join(map(str, ROPE_DIMS))} channels; got {table.rope_dim}. "
+            'Run the reference: with megamoe.ops.use("reference").'
+        )
+    num_rows, device = num_tokens * num_heads, q.device
+    codes = torch.empty((num_tokens, num_heads, width // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty((num_tokens, num_heads, width // BLOCK), dtype=torch.uint8, device=device)
+    weights = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=device)
+    if num_rows:
+        kernel(Config(num_heads, table.rope_dim), device)(
             as_heads(q),
-            head_weights,
-            pos,
-            inv_freq,
-            data.view(rows, data_bytes),
-            scales.view(rows, -1),
-            weights.view(rows),
+            head_weights if head_weights.stride(-1) == 1 else head_weights.contiguous(),
+            pos.contiguous(),
+            as_vector(table.inv_freq),
+            codes.view(torch.int32).view(num_rows, width // 8),
+            scales.view(num_rows, width // BLOCK),
+            weights,
             head_scale,
         )
-    if rounding == "index_fp4":
-        return MxFp4Tensor(data, scales.view(torch.float8_e8m0fnu)), weights
-    if rounding == "index_fp8":
-        return Fp8RowTensor(data.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), width), weights
-    return data.view(q.dtype), weights
+    return MxFp4Tensor(codes, scales.view(torch.float8_e8m0fnu)), weights

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile key of round_index_query."""
+"""Compile key of round_index_query, and how heads are shared out."""
 
 from __future__ import annotations
 
 import dataclasses
 
-LANES = 4
-"""Threads of a head of 128 channels: each has 32 of them, in four vectors of 8."""
-THREADS = 128
+WIDTH = 128
+TILE = 16
+"""Heads of a warp: the rows of a matrix instruction."""
+WARPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,16 +17,13 @@ class Config:
 
     Attributes:
         heads: Hi.
-        width: K.
-        rope: R.
-        q: "bf16" or "f32".
-        rounding: what the query is rounded to: "index_fp4", "index_fp8", or "plain" for the dtype of q.
-        rotate: by a Hadamard matrix.
+        rope_dim: R, 32 or 64.
     """
 
     heads: int
-    width: int
-    rope: int
-    q: str
-    rounding: str
-    rotate: bool
+    rope_dim: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a token; the last one may have fewer heads."""
+        return -(-self.heads // TILE)
