@@ -44,8 +44,9 @@ def test_ranges_cover_all_tiles_and_are_at_most_16() -> None:
     for tiles in range(1, 300):
         splits = num_splits(tiles)
         share = -(-tiles // splits)
-        assert 1 <= splits <= 16 and share * splits >= tiles > share * (splits - 1)
-    assert few_tokens(4) == few_tokens(64) == 16 and few_tokens(128) == 8
+        assert 1 <= splits <= 16 and share * splits >= tiles
+    assert (num_splits(0), num_splits(2), num_splits(10), num_splits(18)) == (1, 2, 5, 6)
+    assert few_tokens(4) == few_tokens(64) == 22 and few_tokens(128) == 11
 
 
 @pytest.mark.gpu

@@ -125,7 +125,10 @@ class AttentionTiles:
 
     def __init__(self, config: Config):
         self.config = config
-        self.registers = (72, 184)  # of fetching and of multiplying threads: as many together as two threads have at launch
+        self.registers = (
+            72,
+            184,
+        )  # of fetching and of multiplying threads: as many together as two threads have at launch
         self.warp_tiles, self.warp_blocks = config.head_tiles, 1  # of 16 heads and of 64 columns, whose sums a warp has
 
     def place_of_sums(self, warp):
