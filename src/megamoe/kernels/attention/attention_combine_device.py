@@ -10,8 +10,8 @@ from megamoe.kernels.attention.attention_combine_config import THREADS, Config
 from megamoe.kernels.attention.attention_device import HEADROOM, LOG2_E, LOWEST, exp2, power_of_two
 from megamoe.kernels.parts.memory_device import load_global_vector_if
 from megamoe.kernels.parts.pool_device import round_vector
-from megamoe.kernels.parts.ptx_device import fma, from_bits, max_keeping_nan, reciprocal
-from megamoe.kernels.parts.rope_device import rotate_vector
+from megamoe.kernels.parts.ptx_device import fma, from_bits, max_keeping_nan, multiply, reciprocal
+from megamoe.kernels.parts.rope_device import sine_and_cosine
 from megamoe.kernels.parts.rows import VECTOR
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
@@ -109,7 +109,14 @@ class AttentionCombine:
         if cutlass.const_expr(config.out == "bf16"):
             round_vector(values)
         first = (config.width - config.rope) // VECTOR
-        rotate_vector(values, lane, first, Float32(Int32(positions[token])), inv_freq, True)
+        if lane >= first:
+            position = Float32(Int32(positions[token]))
+            for pair in cutlass.range_constexpr(VECTOR // 2):
+                frequency = inv_freq[(lane - first) * (VECTOR // 2) + pair]
+                sine, cosine = sine_and_cosine(multiply(position, frequency))
+                even, odd = values[2 * pair], values[2 * pair + 1]
+                values[2 * pair] = fma(even, cosine, multiply(odd, sine))
+                values[2 * pair + 1] = fma(odd, cosine, -multiply(even, sine))
         rounded = cute.make_rmem_tensor(cute.make_layout(VECTOR), out.element_type)
         rounded.store(values.load().to(out.element_type))
         if block * self.heads + thread // config.lanes < out.shape[0]:
