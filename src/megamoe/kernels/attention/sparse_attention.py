@@ -2,8 +2,8 @@
 """sparse_attention: rows gathered into fp16 tiles, scores and values on the matrix unit.
 
 Meaning    ops/sparse_attention.py; this file only makes it fast
-Few tokens the items of a token are cut into up to 6 ranges of whole tiles of 64, of many tiles up to 16; fp32
-           sums of the ranges (attention_tiles_device.py) are added in the order of items by a second launch (attention_combine_device.py)
+Few tokens the tiles of 64 items of a token are cut into up to 6 ranges, more than 32 tiles into up to 16; fp32 sums of
+           the ranges are added in the order of items by a second launch (attention_combine_device.py)
 Many       one launch: a thread block goes over all items of up to 64 heads and writes the result
 Order      the ranges follow from the token's own number of items, so its bits depend on no other token; the two ways
            add in different orders
