@@ -206,6 +206,7 @@ def test_a_bucket_that_is_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     engine = Engine(load("tiny"), CONFIG)
     picks = Picks(monkeypatch)
     monkeypatch.setattr(warming, "buckets", lambda most: [1])
+    monkeypatch.setattr(warming, "buckets_up_to", lambda most: [1])
     run_every_bucket(engine)
     warmed = picks.take()
     for index in range(2):
@@ -246,6 +247,7 @@ class PretendGpu:
         monkeypatch.setattr(dispatch, "_arch", lambda device: "sm90")
         monkeypatch.setattr(dispatch, "uses_kernels", lambda device: True)
         monkeypatch.setattr(warming, "buckets", lambda most: [min(most, 4), 1])  # the steps are slow here
+        monkeypatch.setattr(warming, "buckets_up_to", lambda most: [1, min(most, 4)])
         if complete:
             module = types.ModuleType("megamoe_test_kernel")
             module.configs = lambda dims: ()  # type: ignore[attr-defined]

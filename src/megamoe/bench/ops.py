@@ -30,7 +30,7 @@ from megamoe.bench import report, timing
 from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats import fp8, nvfp4
-from megamoe.formats.cache_rows import CachePool
+from megamoe.formats.cache_rows import CachePool, RowFormat
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
@@ -40,6 +40,7 @@ from megamoe.ops.hyper_connection import hyper_connection_pre
 from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots
 from megamoe.ops.read_cache import row_views
 from megamoe.ops.rms_norm import rms_norm
+from megamoe.ops.rope import RopeTable
 from megamoe.verify.inputs import kernel_inputs
 from megamoe.verify.op_inputs import Arguments, OpInputs
 from megamoe.verify.ops import DONE, NO_GPU, WRONG, NoGpuError, known_ops, open_gpu
@@ -137,6 +138,69 @@ def _two_kernels_pre_norm(
 def _eager_head(x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     values, m = _eager_projection(x, fn)
     return ((torch.sigmoid(m * scale + base) + 1e-6)[:, :, None] * values).sum(1).to(x.dtype)
+
+
+def _eager_post_pre_norm(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    post: torch.Tensor,
+    comb: torch.Tensor,
+    weight: torch.Tensor,
+    **mixing: torch.Tensor,
+) -> Any:
+    streams = _eager_post(y, x, post, comb)
+    u, *following = _eager_pre(streams, **mixing)
+    return streams, _eager_rms_norm(u, weight), *following
+
+
+def _eager_head_norm(x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None = None, **mixing: Any) -> Any:
+    x = x if rows is None else x[rows.clamp(min=0)]
+    y = _eager_rms_norm(_eager_head(x, **mixing), weight)
+    return y if rows is None else y.masked_fill_((rows < 0)[:, None], 0.0)
+
+
+def _eager_embed(table: torch.Tensor, token_ids: torch.Tensor, num_streams: int) -> torch.Tensor:
+    rows = F.embedding(token_ids.clamp(min=0), table).masked_fill_((token_ids < 0)[:, None], 0.0)
+    return rows[:, None].repeat(1, num_streams, 1)
+
+
+def _eager_rope(x: torch.Tensor, pos: torch.Tensor, table: RopeTable) -> torch.Tensor:
+    """Rotate by the complex product."""
+    angles = pos.float()[:, None] * table.inv_freq
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+    kept, turned = x.split((x.shape[-1] - table.rope_dim, table.rope_dim), -1)
+    pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
+    return torch.cat((kept, torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)), -1)
+
+
+def _eager_rotate_queries(q: torch.Tensor, pos: torch.Tensor, table: RopeTable) -> torch.Tensor:
+    return _eager_rope(_eager_rms_norm(q, None), pos, table)
+
+
+@functools.cache
+def _hadamard_matrix(width: int, device: torch.device) -> torch.Tensor:
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < width:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return (matrix * width**-0.5).bfloat16()
+
+
+def _eager_round_index_query(
+    q: torch.Tensor,
+    head_weights: torch.Tensor,
+    pos: torch.Tensor,
+    table: RopeTable,
+    head_scale: float,
+    key_format: RowFormat,
+    hadamard: bool,
+) -> Any:
+    """Take a product with the matrix, and MXFP4."""
+    values = (_eager_rope(q, pos, table) @ _hadamard_matrix(q.shape[-1], q.device)).float().unflatten(-1, (-1, 32))
+    scale = torch.exp2(torch.ceil(torch.log2(values.abs().amax(-1).clamp(min=6.0 * 2.0**-126) / 6.0)))
+    quotient = values / scale[..., None]
+    codes = torch.bucketize(quotient.abs(), _thresholds(q.device)).to(torch.uint8)
+    pairs = (codes | (quotient.signbit().to(torch.uint8) << 3)).flatten(-2).unflatten(-1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4), scale, head_weights * head_scale
 
 
 def _eager_route(
@@ -323,6 +387,13 @@ BASELINES: dict[str, Baseline] = {
     "hyper_connection_pre_norm": Baseline("hyper_connection_pre, rms_norm", _two_kernels_pre_norm),
     "hyper_connection_head": Baseline("torch eager", _eager_head),
     "hyper_connection_post": Baseline("torch eager", _eager_post),
+    "hyper_connection_post_pre_norm": Baseline("torch eager", _eager_post_pre_norm),
+    "hyper_connection_head_norm": Baseline("torch eager", _eager_head_norm),
+    "embed_streams": Baseline("torch F.embedding, repeat", _eager_embed),
+    "mean_of_streams": Baseline("torch mean", lambda x: x.mean(1)),
+    "add_to_streams": Baseline("torch add", lambda x, e: x + e[:, None]),
+    "rotate_queries": Baseline("torch F.rms_norm, complex product", _eager_rotate_queries),
+    "round_index_query": Baseline("torch eager, bf16 matrix product", _eager_round_index_query),
     "plan_slots": Baseline("torch eager, nothing kept", _eager_slots),
     "write_block_tables": Baseline("torch index_put", _eager_tables),
     "copy_cache": Baseline("torch index, index_put", _eager_copy),

@@ -27,6 +27,7 @@ class EngineConfig:
         prefix_cache: keep finished pages and share them with later requests that begin with the same tokens.
         num_snapshots: page boundaries from which a later request can continue; None for a share of the memory.
         speculative_tokens: draft tokens a step checks per sequence; 0 turns speculation off.
+        decode_graphs: replay decode steps from captured graphs, on a device that has them.
     """
 
     max_sequences: int = 8
@@ -40,6 +41,7 @@ class EngineConfig:
     prefix_cache: bool = True
     num_snapshots: int | None = None
     speculative_tokens: int = 0
+    decode_graphs: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -60,8 +62,9 @@ class EngineConfig:
                 raise TypeError(f"engine: {name} must be an integer; got {value!r}.")
             if value < least:
                 raise ValueError(f"engine: {name} must be {least} or more; got {value}.")
-        if type(self.prefix_cache) is not bool:
-            raise TypeError(f"engine: prefix_cache must be True or False; got {self.prefix_cache!r}.")
+        for name in ("prefix_cache", "decode_graphs"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"engine: {name} must be True or False; got {getattr(self, name)!r}.")
         decoding = self.max_sequences * (1 + self.speculative_tokens)
         if self.max_step_tokens < decoding:
             raise ValueError(

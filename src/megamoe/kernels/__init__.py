@@ -117,6 +117,9 @@ KERNELS: dict[str, dict[str, str]] = {
     "copy_cache": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.copy_cache"),
     "save_rows": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.save_rows"),
     "sparse_attention": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.attention.sparse_attention"),
+    "sample": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.sampling.sample"),
+    "penalize": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.sampling.penalize"),
+    "token_logprobs": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.sampling.token_logprobs"),
     "embed_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.embed_streams"),
     "mean_of_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.mean_of_streams"),
     "add_to_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.add_to_streams"),
@@ -126,6 +129,7 @@ KERNELS: dict[str, dict[str, str]] = {
     "hyper_connection_head_norm": dict.fromkeys(
         ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_head_norm"
     ),
+    "index_topk": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.indexer.index_topk"),
 }
 
 WEIGHT_LAYOUTS: dict[str, dict[str, CodeLayout]] = {

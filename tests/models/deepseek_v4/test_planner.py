@@ -260,13 +260,13 @@ def test_600_decode_steps_have_one_set_of_addresses_a_bucket(
 def test_a_plan_that_moves_is_noticed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = checkpoints.save(tmp_path, checkpoints.make_master(3), checkpoints.CONFIG)
     model = megamoe.load(directory, "exact")
-    right = Planner.plan
+    right = Planner.describe
 
     def moving(self: Planner, batch: Batch, *, fill_up: bool = True) -> StepPlan:
         plan = right(self, batch, fill_up=fill_up)
         return dataclasses.replace(plan, slots=dataclasses.replace(plan.slots, positions=plan.positions.clone()))
 
-    monkeypatch.setattr(Planner, "plan", moving)
+    monkeypatch.setattr(Planner, "describe", moving)
     replay, kept = Replay(monkeypatch, model), []
     engine = Engine(model, EngineConfig(max_sequences=1))
     engine.add("one", [1], SamplingParams(max_tokens=9, ignore_eos=True))
@@ -289,9 +289,9 @@ def host_cost(one: Planner, batches: list[Batch]) -> tuple[float, int]:
     with watch(nothing):
         for batch in batches:
             start = time.perf_counter()
-            one.plan(batch)
+            plan = one.plan(batch)
             seconds.append(time.perf_counter() - start)
-    return min(seconds), 4 * (one._steps.tokens.numel() + one._steps.changes.numel())
+    return min(seconds), 4 * (plan.tokens.numel() + plan.changes.numel())
 
 
 MILLION = 2**20

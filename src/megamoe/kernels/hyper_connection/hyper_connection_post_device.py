@@ -6,6 +6,7 @@ import cutlass.cute as cute
 from cutlass import Float32
 
 from megamoe.kernels.hyper_connection.hyper_connection_post_config import Config
+from megamoe.kernels.parts.ptx_device import add, multiply
 from megamoe.kernels.parts.rows import VECTOR, row_tile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
@@ -33,7 +34,10 @@ def program(config: Config):
 
 
 class HyperConnectionPost:
-    """x'_k = post_k * y + sum_j C_jk * x_j, j ascending."""
+    """x'_k = post_k * y + sum_j C_jk * x_j, j ascending; products and sums rounded one by one, as the reference does.
+
+    What follows in the same step reads the streams: one that rounds otherwise would be one fault less to find there.
+    """
 
     def __init__(self, config: Config):
         self.streams = config.streams
@@ -66,9 +70,12 @@ class HyperConnectionPost:
             y_values = y_registers.load().to(Float32)
             x_values = [x_registers[None, j].load().to(Float32) for j in range(streams)]
             for k in cutlass.range_constexpr(streams):
-                total = y_values * post_weights[k]
-                for j in cutlass.range_constexpr(streams):
-                    total = total + x_values[j] * comb_weights[j][k]
+                mixed = cute.make_rmem_tensor(cute.make_layout(VECTOR), Float32)
+                for element in cutlass.range_constexpr(VECTOR):
+                    total = multiply(y_values[element], post_weights[k])
+                    for j in cutlass.range_constexpr(streams):
+                        total = add(total, multiply(x_values[j][element], comb_weights[j][k]))
+                    mixed[element] = total
                 rounded = cute.make_rmem_tensor(cute.make_layout(VECTOR), out.element_type)
-                rounded.store(total.to(out.element_type))
+                rounded.store(mixed.load().to(out.element_type))
                 store_if(both(thread.live, has), rounded, out_rows[k][(None,), vector])

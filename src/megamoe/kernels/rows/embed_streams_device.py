@@ -59,8 +59,9 @@ class EmbedStreams:
             wanted = both(known, thread.has(index))
             copy_if(wanted, source[(None,), thread.vector(index)], registers[None, index])
         targets = [cute.zipped_divide(y[(thread.row * streams + j, None)], (VECTOR,)) for j in range(streams)]
-        for index in cutlass.range_constexpr(tile.vectors):
-            rounded = cute.make_rmem_tensor(cute.make_layout(VECTOR), y.element_type)
-            rounded.store(registers[None, index].load().to(y.element_type))
-            for j in cutlass.range_constexpr(streams):
-                store_if(both(thread.live, thread.has(index)), rounded, targets[j][(None,), thread.vector(index)])
+        rounded = cute.make_rmem_tensor(cute.make_layout((VECTOR, tile.vectors)), y.element_type)
+        rounded.store(registers.load().to(y.element_type))
+        for j in cutlass.range_constexpr(streams):
+            for index in cutlass.range_constexpr(tile.vectors):
+                wanted = both(thread.live, thread.has(index))
+                store_if(wanted, rounded[None, index], targets[j][(None,), thread.vector(index)])

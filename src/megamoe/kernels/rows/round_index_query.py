@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""round_index_query: every index head read once; rotation, Hadamard rotation and rounding in registers.
+"""round_index_query: every index head read once, rotated twice and rounded to MXFP4 in registers.
 
-Meaning    ops/round_index_query.py; this file only makes it fast. After the angles every step is bit for bit the reference's
-Grid       blocks of 128 threads with several heads of one token (parts/rows.py); a thread takes part in four of them, whose
-           sines and cosines it computes once
-Order      Hadamard: differences of channels K/2 apart first, of neighbours last. Four threads share a head of 128 channels,
-           and two of its seven steps are shuffles
-Memory     16-byte loads, 4-byte stores of MXFP4 codes, 8-byte stores of FP8 codes
-Limits     K of 32 to 256, a power of two, R a multiple of 8; positions up to 2^22. It cannot raise for NaN and infinity
-           without waiting for the device: their scale byte becomes 255 (NaN), which dequantize refuses
-Bound      memory: 2 K + K / 2 + K / 32 bytes a head of bf16 and MXFP4
+Meaning    ops/round_index_query.py; this file only makes it fast
+Grid       a warp takes 16 heads of a token, a block four warps. A lane makes the sine and cosine of one pair of channels
+Matrix     the Hadamard rotation as a product with a matrix of signs on the matrix unit. Channels are dealt to the
+           instruction's rows and columns so that a lane ends up with the 32 values of an MXFP4 block, and so that only a
+           quarter of the 128 x 128 matrix is multiplied: the other factor of four is butterflies in registers
+Rounding   codes by bf16 arithmetic, two at a time; every step of it is exact but the one that rounds
+Memory     16-byte loads of heads, 16-byte stores of codes
+Limits     bf16 heads of 128 channels, of which 32 or 64 rotate; INDEX_FP4 keys after the Hadamard rotation: what the
+           quantized recipes ask for. Positions up to 2^22. It cannot raise for NaN and infinity without waiting for the
+           device: the scale bytes of such a head become 255 (NaN), which dequantize refuses
+Bound      memory: 256 + 64 + 4 + 8 bytes a head
 """
 
 from __future__ import annotations
@@ -19,20 +21,17 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.formats.cache_rows import RowFormat
-from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.mxfp4 import BLOCK, MxFp4Tensor
-from megamoe.kernels.parts.launch import DTYPE_NAMES, RotaryTable, as_heads, as_vector, require_heads
-from megamoe.kernels.rows.round_index_query_config import Config
+from megamoe.kernels.parts.launch import RotaryTable, as_heads, as_vector
+from megamoe.kernels.rows.round_index_query_config import WIDTH, Config
 from megamoe.kernels.store import kernel
 
-PASSES = 4
-ROUNDINGS = {RowFormat.INDEX_FP4: "mxfp4", RowFormat.INDEX_FP8: "fp8", RowFormat.BF16: None, RowFormat.FP32: None}
-WIDTHS = (32, 64, 128, 256)
+ROPE_DIMS = (32, 64)
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield Config(dims["Hi"], dims["K"], dims["R"], "bf16", "mxfp4", True, PASSES)
+    yield Config(dims["Hi"], dims["R"])
 
 
 def run(
@@ -43,35 +42,33 @@ def run(
     key_format: RowFormat,
     hadamard: bool,
     head_scale: float,
-) -> tuple[torch.Tensor | MxFp4Tensor | Fp8RowTensor, torch.Tensor]:
+) -> tuple[MxFp4Tensor, torch.Tensor]:
     """Compute round_index_query."""
     num_tokens, num_heads, width = q.shape
-    require_heads("round_index_query", width, table.rope_dim)
-    if width not in WIDTHS:
+    if (q.dtype, width, key_format, hadamard) != (torch.bfloat16, WIDTH, RowFormat.INDEX_FP4, True):
         raise NotImplementedError(
-            f"round_index_query: the kernel takes heads of {', '.join(map(str, WIDTHS))} channels; got {width}. Run the "
-            f'reference: with megamoe.ops.use("reference").'
+            f"round_index_query: the kernel takes bf16 heads of {WIDTH} channels for INDEX_FP4 keys after a Hadamard "
+            f"rotation; got {q.dtype} {list(q.shape)}, {key_format.name}, hadamard={hadamard}. Choose a quantized "
+            'recipe, or run the reference: with megamoe.ops.use("reference").'
         )
-    rounding, num_rows, device = ROUNDINGS[key_format], num_tokens * num_heads, q.device
+    if table.rope_dim not in ROPE_DIMS:
+        raise NotImplementedError(
+            f"round_index_query: the kernel rotates {' or '.join(map(str, ROPE_DIMS))} channels; got {table.rope_dim}. "
+            'Run the reference: with megamoe.ops.use("reference").'
+        )
+    num_rows, device = num_tokens * num_heads, q.device
+    codes = torch.empty((num_tokens, num_heads, width // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty((num_tokens, num_heads, width // BLOCK), dtype=torch.uint8, device=device)
     weights = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=device)
-    outputs: tuple[torch.Tensor, ...]
-    query: torch.Tensor | MxFp4Tensor | Fp8RowTensor
-    if rounding == "mxfp4":
-        codes = torch.empty((num_tokens, num_heads, width // 2), dtype=torch.uint8, device=device)
-        scales = torch.empty((num_tokens, num_heads, width // BLOCK), dtype=torch.uint8, device=device)
-        outputs = (codes.view(torch.int32).view(num_rows, width // 8), scales.view(num_rows, width // BLOCK))
-        query = MxFp4Tensor(codes, scales.view(torch.float8_e8m0fnu))
-    elif rounding == "fp8":
-        codes = torch.empty((num_tokens, num_heads, width), dtype=torch.uint8, device=device)
-        scales = torch.empty((num_tokens, num_heads, 1), dtype=torch.uint8, device=device)
-        outputs = (codes.view(torch.int32).view(num_rows, width // 4), scales.view(num_rows, 1))
-        query = Fp8RowTensor(codes.view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), width)
-    else:
-        query = torch.empty(q.shape, dtype=q.dtype, device=device)
-        outputs = (query.view(num_rows, width),)
     if num_rows:
-        config = Config(num_heads, width, table.rope_dim, DTYPE_NAMES[q.dtype], rounding, hadamard, PASSES)
-        given = head_weights if head_weights.stride(-1) == 1 else head_weights.contiguous()
-        frequencies = as_vector(table.inv_freq)
-        kernel(config, device)(as_heads(q), given, pos.contiguous(), frequencies, *outputs, weights, head_scale)
-    return query, weights
+        kernel(Config(num_heads, table.rope_dim), device)(
+            as_heads(q),
+            head_weights if head_weights.stride(-1) == 1 else head_weights.contiguous(),
+            pos.contiguous(),
+            as_vector(table.inv_freq),
+            codes.view(torch.int32).view(num_rows, width // 8),
+            scales.view(num_rows, width // BLOCK),
+            weights,
+            head_scale,
+        )
+    return MxFp4Tensor(codes, scales.view(torch.float8_e8m0fnu)), weights

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile key of round_index_query."""
+"""Compile key of round_index_query, and how heads are shared out."""
 
 from __future__ import annotations
 
 import dataclasses
+
+WIDTH = 128
+TILE = 16
+"""Heads of a warp: the rows of a matrix instruction."""
+WARPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,18 +17,13 @@ class Config:
 
     Attributes:
         heads: Hi.
-        width: K.
-        rope_dim: R.
-        q: "bf16" or "f32".
-        rounding: "mxfp4", "fp8", or None where the query keeps the dtype of q.
-        hadamard: the query is rotated by the Hadamard matrix before.
-        passes: heads a thread takes part in; they share its sines and cosines.
+        rope_dim: R, 32 or 64.
     """
 
     heads: int
-    width: int
     rope_dim: int
-    q: str
-    rounding: str | None
-    hadamard: bool
-    passes: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a token; the last one may have fewer heads."""
+        return -(-self.heads // TILE)

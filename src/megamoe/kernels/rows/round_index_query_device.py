@@ -1,80 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device half of round_index_query."""
+"""Device half of round_index_query.
+
+The bits of a channel c before the Hadamard rotation and of a channel n behind it:
+
+    c    1 of a pair   2 pair p of a vector   2 lane of four   2 load s        (a lane holds vectors 4 s + lane)
+    n    1 of a pair   2 j, lower half        2 j, upper half  2 lane of four  (a lane holds the 32 values of a block)
+
+The sign of (c, n) is the parity of c & n, the product of one sign for each of these four places. The bits of p and of
+the lower half of j meet in the registers of a lane: their factor is two steps of butterflies. The matrix unit sums over
+the rest, for every p apart, and its matrix is one of 16 words of signs for each s and upper half of j.
+"""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32
+from cutlass.cute.arch import inline_ptx
 
-from megamoe.kernels.parts.nvfp4_device import word_of
+from megamoe.kernels.parts.mma_device import bf16_pair, mma
+from megamoe.kernels.parts.nvfp4_device import pair_signs
+from megamoe.kernels.parts.pool_device import FP4_FLOOR, power_of_two_scale
 from megamoe.kernels.parts.ptx_device import (
-    bits_of,
-    divide,
-    e4m3_word,
-    fma,
-    from_bits,
-    magnitude,
+    add,
+    bf16_word,
+    gather_bytes,
     max_keeping_nan,
+    max_of_pairs,
     multiply,
+    subtract,
 )
-from megamoe.kernels.parts.rope_device import HeadThread, Rotation, head_blocks
-from megamoe.kernels.parts.rows import VECTOR, row_tile
+from megamoe.kernels.parts.rope_device import sine_and_cosine
+from megamoe.kernels.parts.rows import VECTOR, WARP
 from megamoe.kernels.parts.rows_device import (
-    DTYPES,
     current_stream,
     overlap_launches,
-    store_if,
-    store_scalar_if,
     symbolic_heads,
     symbolic_rows,
     symbolic_vector,
 )
-from megamoe.kernels.rows.round_index_query_config import Config
+from megamoe.kernels.rows.round_index_query_config import TILE, WARPS, WIDTH, Config
 
-MXFP4_BLOCK = 32
-BLOCK_LANES = MXFP4_BLOCK // VECTOR
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
-MXFP4_FLOOR = 6.0 * 2.0**-126
-FP8_FLOOR = 1e-4
-MANTISSA = 0x7FFFFF
+LANES = 4  # that share a head
+GROUPS = 4  # of 32 channels: loads of a lane, blocks of a head
+PAIRS = 4  # of a vector of 8 channels
+ONES = 0x3F803F80  # a pair of bf16
+SIGNS = 0x80008000
+HIGH_SIGN = 0x80000000
+MAGNITUDES = 0x7FFF7FFF
+E2M1_MAX = 6.0
 
 
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
-    num_tokens, num_rows, width = cute.sym_int32(), cute.sym_int32(), config.width
-    q = symbolic_heads(DTYPES[config.q], num_tokens, config.heads, width)
+    num_tokens, num_rows = cute.sym_int32(), cute.sym_int32()
+    q = symbolic_heads(cutlass.BFloat16, num_tokens, config.heads, WIDTH)
     head_weights = symbolic_rows(Float32, num_tokens, config.heads, 4)
     positions = symbolic_vector(Int64, num_tokens)
     inv_freq = symbolic_vector(Float32, config.rope_dim // 2)
+    codes = symbolic_rows(Uint32, num_rows, WIDTH // 8)
+    scales = symbolic_rows(Uint8, num_rows, GROUPS, 1)
     weights = symbolic_rows(Float32, num_tokens, config.heads, 4)
-    inputs, rest = (q, head_weights, positions, inv_freq), (weights, Float32(0.0), current_stream())
-    rounded = RoundIndexQuery(config)
-    if config.rounding is None:
-        return rounded.plain, (*inputs, symbolic_rows(DTYPES[config.q], num_rows, width), *rest)
-    per_word = 8 if config.rounding == "mxfp4" else 4
-    num_scales = width // MXFP4_BLOCK if config.rounding == "mxfp4" else 1
-    codes = symbolic_rows(Int32, num_rows, width // per_word, 32 // per_word)
-    return rounded.quantized, (*inputs, codes, symbolic_rows(Uint8, num_rows, num_scales, 1), *rest)
+    arguments = (q, head_weights, positions, inv_freq, codes, scales, weights, Float32(0.0), current_stream())
+    return RoundIndexQuery(config), arguments
 
 
 class RoundIndexQuery:
-    """y = round(hadamard(rope(q))), rounded to the dtype of q after each rotation; w = head_weights * head_scale."""
+    """y = mxfp4(hadamard(rope(q))), rounded to bf16 after each rotation; w = head_weights * head_scale."""
 
     def __init__(self, config: Config):
         self.config = config
-        self.tile = row_tile(config.width)
-        self.blocks = head_blocks(self.tile, config.passes, config.heads)
 
     @cute.jit
-    def plain(self, q, head_weights, positions, inv_freq, y, weights, head_scale: Float32, stream):
-        self._launch(q, head_weights, positions, inv_freq, y, None, weights, head_scale, stream)
-
-    @cute.jit
-    def quantized(self, q, head_weights, positions, inv_freq, codes, scales, weights, head_scale: Float32, stream):
-        self._launch(q, head_weights, positions, inv_freq, codes, scales, weights, head_scale, stream)
-
-    def _launch(self, q, head_weights, positions, inv_freq, y, scales, weights, head_scale, stream):
-        self.kernel(q, head_weights, positions, inv_freq, y, scales, weights, head_scale).launch(
-            grid=(self.blocks * positions.shape[0], 1, 1), block=(self.tile.threads, 1, 1), stream=stream, use_pdl=True
+    def __call__(self, q, head_weights, positions, inv_freq, codes, scales, weights, head_scale: Float32, stream):
+        num_units = positions.shape[0] * self.config.tiles
+        self.kernel(q, head_weights, positions, inv_freq, codes, scales, weights, head_scale).launch(
+            grid=((num_units + (WARPS - 1)) // WARPS, 1, 1), block=(WARP * WARPS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -84,158 +83,177 @@ class RoundIndexQuery:
         head_weights: cute.Tensor,
         positions: cute.Tensor,
         inv_freq: cute.Tensor,
-        y: cute.Tensor,
-        scales,
+        codes: cute.Tensor,
+        scales: cute.Tensor,
         weights: cute.Tensor,
         head_scale: Float32,
     ):
-        config, tile = self.config, self.tile
-        tidx, _, _ = cute.arch.thread_idx()
-        bidx, _, _ = cute.arch.block_idx()
-        token, part = bidx // self.blocks, bidx % self.blocks
+        config = self.config
+        block, _, _ = cute.arch.block_idx()
+        unit = block * WARPS + cute.arch.warp_idx()
+        is_live = unit < positions.shape[0] * config.tiles
+        unit = cutlass.min(unit, positions.shape[0] * config.tiles - 1)
+        token, tile = unit // config.tiles, unit % config.tiles
+        lane = cute.arch.lane_idx()
+        quarter, group = lane % LANES, lane // LANES
         overlap_launches()
-        threads = [HeadThread(tile, part, tidx, index, config.passes, config.heads) for index in range(config.passes)]
-        heads = q[(token, None, None)]
-        loaded = [thread.load(heads) for thread in threads]
-        rotation = Rotation(threads[0], inv_freq, Float32(positions[token]), config.rope_dim)
-        for one in cutlass.range_constexpr(config.passes):
-            thread, registers = threads[one], loaded[one]
-            row = token * config.heads + thread.row
-            vectors = []
-            for index in cutlass.range_constexpr(tile.vectors):
-                values = registers[None, index].load().to(Float32)
-                turned = rotation.turned(thread, index, [values[element] for element in range(VECTOR)])
-                vectors.append(as_rounded(turned, q.element_type))
-            if cutlass.const_expr(config.hadamard):
-                vectors = [as_rounded(values, q.element_type) for values in hadamard(thread, vectors)]
-            if cutlass.const_expr(config.rounding is None):
-                store_values(thread, row, vectors, y)
-            elif cutlass.const_expr(config.rounding == "mxfp4"):
-                store_mxfp4(thread, row, vectors, y, scales)
-            else:
-                store_fp8(thread, row, vectors, y, scales)
-            weight = multiply(head_weights[token, thread.row], head_scale)
-            store_scalar_if(thread.live, thread.lane, weight, weights[(token, None)], thread.row)
+        heads, wanted, words = [], [], []
+        for half in cutlass.range_constexpr(2):
+            head = tile * TILE + half * VECTOR + group
+            wanted.append(is_live & (head < config.heads))
+            heads.append(cutlass.min(head, config.heads - 1))
+            source = cute.zipped_divide(q[(token, heads[half], None)], (VECTOR,))
+            loaded = cute.make_rmem_tensor(cute.make_layout((VECTOR, GROUPS)), q.element_type)
+            for load in cutlass.range_constexpr(GROUPS):
+                cute.autovec_copy(source[(None,), load * LANES + quarter], loaded[None, load])
+            vectors = [cute.recast_tensor(loaded[None, load], Uint32) for load in range(GROUPS)]
+            words.append([[vectors[load][pair] for pair in range(PAIRS)] for load in range(GROUPS)])
+        rotate(words, quarter, lane, Float32(positions[token]), inv_freq, config.rope_dim)
+        sums = hadamard(words, quarter, group)
+        for half in cutlass.range_constexpr(2):
+            row = token * config.heads + heads[half]
+            block_words, exponent = quantize([sums[tile_index][2 * half : 2 * half + 2] for tile_index in range(16)])
+            store_block(wanted[half], row, quarter, block_words, exponent, codes, scales)
+        head = tile * TILE + lane
+        store_weight(is_live & (lane < TILE) & (head < config.heads), token, head, head_weights, head_scale, weights)
 
 
-def as_rounded(values, dtype):
-    """Return eight fp32 values rounded to a dtype, as fp32."""
-    exact = cute.make_rmem_tensor(cute.make_layout(VECTOR), Float32)
-    for element in range(VECTOR):
-        exact[element] = values[element]
-    rounded = cute.make_rmem_tensor(cute.make_layout(VECTOR), dtype)
-    rounded.store(exact.load().to(dtype))
-    again = rounded.load().to(Float32)
-    return [again[element] for element in range(VECTOR)]
+def rotate(words, quarter, lane, position, inv_freq, rope_dim: int):
+    """Rotate the last channels of two heads, given as words[head][load][pair] of bf16 pairs, in place.
 
-
-def hadamard(thread: HeadThread, vectors):
-    """Return a head rotated by the orthonormal Hadamard matrix: butterflies of channels K/2 apart first.
-
-    Channel c of a head is value c % 8 of vector c / 8, and vector v lies in thread v % lanes at v / lanes.
+    Lane l makes the sine and cosine of pair l of the token, and the others fetch them.
     """
-    tile = thread.tile
-    half = tile.vectors // 2
-    while half:
-        pairs = [
-            butterflies(vectors[index], vectors[index + half]) for index in range(tile.vectors) if not index & half
-        ]
-        lows, highs = iter([low for low, _ in pairs]), iter([high for _, high in pairs])
-        vectors = [next(highs if index & half else lows) for index in range(tile.vectors)]
-        half //= 2
-    half = tile.lanes // 2
-    while half:
-        sign = from_bits(Uint32(0x3F800000) | (Uint32(thread.lane & half) << (31 - (half.bit_length() - 1))))
-        vectors = [
-            [fma(value, sign, cute.arch.shuffle_sync_bfly(value, offset=half)) for value in values]
-            for values in vectors
-        ]
-        half //= 2
-    factor = Float32(tile.width**-0.5)
-    result = []
-    for values in vectors:
-        half = VECTOR // 2
-        while half:
-            values = [
-                values[element - half] - values[element] if element & half else values[element] + values[element + half]
-                for element in range(VECTOR)
-            ]
-            half //= 2
-        result.append([multiply(value, factor) for value in values])
-    return result
+    num_pairs = rope_dim // 2
+    mine = sine_and_cosine(multiply(position, inv_freq[cutlass.min(lane, num_pairs - 1)]))
+    first = GROUPS - rope_dim // (WIDTH // GROUPS)
+    for load in range(first, GROUPS):
+        for pair in range(PAIRS):
+            source = ((load - first) * LANES + quarter) * PAIRS + pair
+            sine, cosine = (cute.arch.shuffle_sync(one, offset=source) for one in mine)
+            for head in words:
+                even, odd = bf16_pair(head[load][pair])
+                head[load][pair] = bf16_word(
+                    subtract(multiply(even, cosine), multiply(odd, sine)),
+                    add(multiply(odd, cosine), multiply(even, sine)),
+                )
 
 
-def butterflies(first, second):
-    """Return the sums and the differences of two vectors."""
-    both = list(zip(first, second, strict=True))
-    return [a + b for a, b in both], [a - b for a, b in both]
+def parity_sign(value):
+    """Return the signs of a pair of bf16, both negative where an odd number of the two bits of a value is set."""
+    return ((value ^ (value >> 1)) & 1) * Uint32(SIGNS)
 
 
-def largest(values):
-    """Return the largest magnitude; NaN wins."""
-    amax = magnitude(values[0])
-    for value in values[1:]:
-        amax = max_keeping_nan(amax, magnitude(value))
-    return amax
+def hadamard(words, quarter, group):
+    """Return the sums of two heads by channels: sums[j] are channels 2 j and 2 j + 1 of this lane's block, twice.
+
+    Args:
+        words: [head][load][pair] of bf16 pairs.
+        quarter: lane of the four that share a head.
+        group: which head; as a column of the matrix, one of a pair and, in its upper bits, a block.
+    """
+    quarter, group = Uint32(quarter), Uint32(group)
+    base = Uint32(ONES) ^ ((group & 1) * Uint32(HIGH_SIGN))
+    of_load = [parity_sign((group >> 1) & load) for load in range(GROUPS)]
+    matrix = [[base ^ of_load[load] ^ parity_sign(quarter & upper) for load in range(GROUPS)] for upper in range(4)]
+    partial = []
+    for pair in range(PAIRS):
+        by_upper = []
+        for upper in range(4):
+            totals = [Float32(0.0)] * 4
+            for step in range(2):
+                a = [words[head][load][pair] for load in (2 * step, 2 * step + 1) for head in range(2)]
+                totals = mma(totals, a, matrix[upper][2 * step : 2 * step + 2])
+            by_upper.append(totals)
+        partial.append(by_upper)
+    sums = []
+    for upper in range(4):
+        columns = []
+        for value in range(4):
+            a, b, c, d = (partial[pair][upper][value] for pair in range(PAIRS))
+            ab, a_b, cd, c_d = add(a, b), subtract(a, b), add(c, d), subtract(c, d)
+            columns.append((add(ab, cd), add(a_b, c_d), subtract(ab, cd), subtract(a_b, c_d)))
+        sums += [[columns[value][lower] for value in range(4)] for lower in range(4)]
+    return sums
 
 
-def power_of_two_scale(amax, floor: float, code_max: float):
-    """Return the E8M0 byte of 2^ceil(log2(max(amax, floor) / code_max)), and the inverse of that power, exactly."""
-    bits = bits_of(divide(max_keeping_nan(amax, Float32(floor)), Float32(code_max)))
-    exponent = cutlass.min((bits + MANTISSA) >> 23, Uint32(255))  # 255: infinity and NaN
-    return exponent, from_bits((254 - exponent) << 23)
+def quantize(sums):
+    """Return four words of codes of a block of 32 sums, 16 pairs, and the byte of their scale.
+
+    The codes are those of e2m1_bits (parts/ptx_device.py), two at a time: with a = |x| / scale, the least of 2 a, a + 2
+    and a / 2 + 4, rounded to integers. To round, 192 is added, where bf16 counts in ones, in the same operation that
+    makes the line; the scale is a power of two, so that its products are exact.
+    """
+    factor = Float32(WIDTH**-0.5)
+    pairs = [bf16_word(multiply(low, factor), multiply(high, factor)) for low, high in sums]
+    magnitudes = [pair & Uint32(MAGNITUDES) for pair in pairs]
+    largest = magnitudes
+    while len(largest) > 1:
+        largest = [max_of_pairs(a, b) for a, b in zip(largest[::2], largest[1::2], strict=True)]
+    exponent = power_of_two_scale(max_keeping_nan(*bf16_pair(largest[0])), FP4_FLOOR, E2M1_MAX)
+    inverse = ((Uint32(254) - exponent) << 7) * Uint32(0x00010001)
+    factors = inverse, times_power_of_two(inverse, 1), times_power_of_two(inverse, -1)
+    codes = [e2m1_pair(one, factors) for one in magnitudes]
+    words = []
+    for first in range(0, len(pairs), 4):
+        halves = []
+        for low in (first, first + 2):
+            spread = (codes[low] & Uint32(0x00070007)) | ((codes[low + 1] & Uint32(0x00070007)) << 8)
+            halves.append(spread | (spread >> 12))
+        words.append(gather_bytes(halves[0], halves[1], 0x5410) | pair_signs(pairs[first : first + 4]))
+    return words, exponent
 
 
-def store_values(thread: HeadThread, row, vectors, y):
-    """Store a head as it is."""
-    target = cute.zipped_divide(y[(row, None)], (VECTOR,))
-    for index in range(thread.tile.vectors):
-        exact = cute.make_rmem_tensor(cute.make_layout(VECTOR), Float32)
-        for element in range(VECTOR):
-            exact[element] = vectors[index][element]
-        values = cute.make_rmem_tensor(cute.make_layout(VECTOR), y.element_type)
-        values.store(exact.load().to(y.element_type))
-        store_if(thread.live, values, target[(None,), thread.vector(index)])
+def e2m1_pair(magnitudes, factors):
+    """Return two E2M1 codes in the low bits of the halves of a word, of magnitudes times a power of two.
+
+    Args:
+        magnitudes: a pair of bf16.
+        factors: the power of two, twice it, and half of it, as pairs.
+    """
+    return inline_ptx(
+        """{
+        .reg .b32 low, middle, high;
+        mov.b32 low, 0x43404340;
+        mov.b32 middle, 0x43424342;
+        mov.b32 high, 0x43444344;
+        fma.rn.bf16x2 middle, {$r0}, {$r1}, middle;
+        fma.rn.bf16x2 low, {$r0}, {$r2}, low;
+        fma.rn.bf16x2 high, {$r0}, {$r3}, high;
+        min.bf16x2 low, low, middle;
+        mov.b32 middle, 0x43474347;
+        min.bf16x2 high, high, middle;
+        min.bf16x2 {$w0}, low, high;
+        }""",
+        write_only_types=[Uint32],
+        read_only_args=[magnitudes, *factors],
+    )
 
 
-def store_mxfp4(thread: HeadThread, row, vectors, codes, scales):
-    """Quantize a head to MXFP4; four threads hold a block of 32."""
-    for index in range(thread.tile.vectors):
-        values = vectors[index]
-        amax = cute.arch.warp_reduction(largest(values), max_keeping_nan, threads_in_group=BLOCK_LANES)
-        exponent, inverse = power_of_two_scale(amax, MXFP4_FLOOR, E2M1_MAX)
-        word = word_of([multiply(magnitude(value), inverse) for value in values])
-        for element in range(VECTOR):
-            word = word | ((bits_of(values[element]) >> 28) & Uint32(8)) << (4 * element)
-        vector = thread.vector(index)
-        store_word(thread.live, row, vector, word, codes)
-        store_scale(thread.live, vector % BLOCK_LANES, row, vector // BLOCK_LANES, exponent, scales)
-
-
-def store_fp8(thread: HeadThread, row, vectors, codes, scales):
-    """Quantize a head to E4M3 with one scale."""
-    amax = largest([value for values in vectors for value in values])
-    amax = cute.arch.warp_reduction(amax, max_keeping_nan, threads_in_group=thread.tile.lanes)
-    exponent, inverse = power_of_two_scale(amax, FP8_FLOOR, E4M3_MAX)
-    target = cute.zipped_divide(codes[(row, None)], (2,))
-    for index in range(thread.tile.vectors):
-        words = cute.make_rmem_tensor(cute.make_layout(2), Int32)
-        for half in range(2):
-            scaled = [multiply(vectors[index][4 * half + element], inverse) for element in range(4)]
-            words[half] = Int32(e4m3_word(*scaled))
-        store_if(thread.live, words, target[(None,), thread.vector(index)])
-    store_scale(thread.live, thread.lane, row, 0, exponent, scales)
+def times_power_of_two(pair, exponent: int):
+    """Return a pair of bf16 times 2^exponent, exponent 1 or -1."""
+    return inline_ptx(
+        f"{{ .reg .b32 factor; mov.b32 factor, {0x40004000 if exponent > 0 else 0x3F003F00}; "
+        "mul.rn.bf16x2 {$w0}, {$r0}, factor; }",
+        write_only_types=[Uint32],
+        read_only_args=[pair],
+    )
 
 
 @cute.jit
-def store_word(wanted, row: Int32, column: Int32, word: Uint32, codes: cute.Tensor):
-    """Store eight codes if `wanted`."""
+def store_block(wanted, row: Int32, block: Int32, words, exponent: Uint32, codes: cute.Tensor, scales: cute.Tensor):
+    """Store 32 codes and their scale if `wanted`."""
     if wanted:
-        codes[row, column] = Int32(word)
+        registers = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
+        for index in cutlass.range_constexpr(4):
+            registers[index] = words[index]
+        cute.autovec_copy(registers, cute.zipped_divide(codes[(row, None)], (4,))[(None,), block])
+        scales[row, block] = Uint8(exponent)
 
 
 @cute.jit
-def store_scale(wanted, lane: Int32, row: Int32, column: Int32, exponent: Uint32, scales: cute.Tensor):
-    """Let the first thread of a block store its scale if `wanted`."""
-    if wanted & (lane == 0):
-        scales[row, column] = Uint8(exponent)
+def store_weight(
+    wanted, token: Int32, head: Int32, head_weights: cute.Tensor, head_scale: Float32, weights: cute.Tensor
+):
+    """Scale and store the weight of a head if `wanted`."""
+    if wanted:
+        weights[token, head] = multiply(head_weights[token, head], head_scale)

@@ -168,16 +168,19 @@ class Model:
 
     def run(self, plan: StepPlan, cache: SharedCache) -> torch.Tensor | Tapped:
         """Run the tokens of a step; returns the last block's streams [T, X, D], tapped if DSpark is to read them."""
+        cache.derive(plan)
         if self.dspark is None or not cache.draft_layers:
-            streams = self.forward(plan, cache.layers)
-            cache.finish(plan)
-            return streams
+            return self.forward(plan, cache.layers)
         layers, hidden = self.dspark.shape.target_layer_ids, self.config.hidden_size
         num_tokens, dtype = plan.token_ids.shape[0], self.recipe.activation_dtype
         taps = torch.empty(num_tokens, len(layers) * hidden, dtype=dtype, device=self.device)
         streams = self.forward(plan, cache.layers, dict(zip(layers, taps.split(hidden, dim=1), strict=True)))
-        cache.finish(plan)
         return Tapped(streams, taps)
+
+    def decode(self, plan: StepPlan, cache: SharedCache) -> tuple[torch.Tensor | Tapped, torch.Tensor]:
+        """Run a step that has a bucket; returns what `run` does and the fp32 logits [T, V] of all its tokens."""
+        hidden = self.run(plan, cache)
+        return hidden, self.logits_of(hidden, None)
 
     def logits_of(self, hidden: torch.Tensor | Tapped, rows: torch.Tensor | None) -> torch.Tensor:
         """Return fp32 logits [N, V] of some rows (int64 [N]) of what `run` returned, or of all."""
