@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of logits held by a cluster: every block has a share in shared memory, and all know what is found in the row."""
+"""A row of logits held by a cluster: every block has a share in shared memory, and all know what is found."""
 
 import cutlass
 import cutlass.cute as cute
@@ -9,7 +9,7 @@ from cutlass.cute.arch import inline_ptx
 from megamoe.kernels.parts.cluster_device import address_in_block, shared_address_of
 from megamoe.kernels.parts.held_row import CLUSTER, THREADS, WARPS
 from megamoe.kernels.parts.logits_device import LEAST, NO_INDEX, order_of
-from megamoe.kernels.parts.memory_device import load_global_if
+from megamoe.kernels.parts.memory_device import load_global_if, store_global_long_if
 from megamoe.kernels.parts.ptx_device import from_bits
 
 BATCH = 16
@@ -17,7 +17,7 @@ BATCH = 16
 
 
 def share_of(num_columns, rank):
-    """Return the first column of a block's share, and how many columns it has: a multiple of 32 but for the last ones."""
+    """Return the first column of a block's share, and how many columns it has: a multiple of 32, or what is left."""
     width = (num_columns + (CLUSTER * 32 - 1)) // (CLUSTER * 32) * 32
     first = rank * width
     return first, cutlass.max(cutlass.min(num_columns - first, width), 0)
@@ -63,7 +63,7 @@ def best_of_warp(order: Int32, index: Int32):
 
 @cute.jit
 def best_of_block(order: Int32, index: Int32, sums: cute.Tensor):
-    """Return the largest order in a block and the lowest index that has it; `sums` is int32 [2 * WARPS], in use after."""
+    """Return the largest order in a block and the lowest index that has it; `sums` is int32 [2 * WARPS]."""
     order, index = best_of_warp(order, index)
     lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
     if lane == 0:
@@ -99,9 +99,7 @@ def store_cluster_pair(address, a, b):
 
 def store_cluster_vector(address, a, b, c, d):
     """Store four words to the shared memory of a block of the cluster, at an address of address_in_block."""
-    inline_ptx(
-        "st.shared::cluster.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, a, b, c, d]
-    )
+    inline_ptx("st.shared::cluster.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, a, b, c, d])
 
 
 def load_cluster_word(address):
@@ -130,7 +128,9 @@ def whole(low, high):
 def word_below(word, distance: int):
     """Return the word of the lane `distance` below, its own where there is none."""
     return inline_ptx(
-        f"shfl.sync.up.b32 {{$w0}}, {{$r0}}, {distance}, 0, 0xffffffff;", write_only_types=[Int32], read_only_args=[word]
+        f"shfl.sync.up.b32 {{$w0}}, {{$r0}}, {distance}, 0, 0xffffffff;",
+        write_only_types=[Int32],
+        read_only_args=[word],
     )
 
 
@@ -158,7 +158,7 @@ def locate(
         rank, thread: who this is.
         target: address of the int64.
     """
-    warp, lane = thread // 32, thread % 32
+    warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
     share = (count + (THREADS - 1)) // THREADS * 32
     begin = cutlass.min(warp * share, count)
     end = cutlass.min(begin + share, count)
@@ -182,6 +182,6 @@ def locate(
         order = order_of(held[cutlass.min(place, end - 1)])
         is_one = (place < end) & (order >= low) & (order <= high)
         lanes = Uint32(cute.arch.vote_ballot_sync(is_one))
-        if is_one & (before + Int32(cute.arch.popc(lanes & below)) == wanted):
-            inline_ptx("st.global.b64 [{$r0}], {$r1};", read_only_args=[target, Int64(first + place)])
+        is_wanted = is_one & (before + Int32(cute.arch.popc(lanes & below)) == wanted)
+        store_global_long_if(is_wanted, target, Int64(first + place))
         before = before + Int32(cute.arch.popc(lanes))

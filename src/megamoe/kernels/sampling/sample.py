@@ -3,8 +3,8 @@
 
 Meaning    ops/sample.py, docs/decisions/0013-integer-masses.md; every step rounds as it says, and sums are of integers
 Grid       a cluster of 8 blocks of 512 threads a row; each block keeps its share of the row in shared memory
-Steps      the best token; for drawn ones a histogram of masses by their distance to the best, and for each of top-k, top-p
-           and the draw the bin in it and one to four histograms of that bin's logits
+Steps      the best token; for a drawn one a histogram of masses by their distance to the best, and for each of top-k,
+           top-p and the draw the bin in it and up to four histograms of that bin's logits
 Limits     up to 131,072 columns. Values that the reference refuses (NaN, a row of -inf) give some token of the row
 Bound      memory: the row, once
 """

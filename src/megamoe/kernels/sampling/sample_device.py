@@ -2,9 +2,10 @@
 """Device half of sample.
 
 Tokens stand in the order of their logits from high to low, equal ones by their number. `find` looks for the first token
-in this order at which the running sum exceeds a target: of ones (top-k) or of masses (top-p, the draw). A histogram over
-the distance to the best logit says in which bin it is; the bin's range of logits is then divided until one token is
-left, or tokens of one logit, whose masses are equal.
+in this order at which the running sum exceeds a target: of ones (top-k) or of masses (top-p, the draw). A histogram
+over the distance to the best logit says in which bin it is; the bin's range of logits is then divided until one token
+is left, or tokens of one logit, whose masses are equal. What was cut away by a search stands behind what it found, so
+that the next one looks at the same sums with a smaller target.
 """
 
 import cutlass
@@ -38,6 +39,7 @@ from megamoe.kernels.parts.logits_device import (
     symbolic_column,
     symbolic_logits,
 )
+from megamoe.kernels.parts.memory_device import store_global_long_if
 from megamoe.kernels.parts.ptx_device import add, divide, multiply, subtract
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches
 from megamoe.kernels.sampling.sample_config import BINS, DIGIT_BITS, FAR_BIN, LIMB_BITS, OCTAVE_BINS, Config
@@ -141,9 +143,10 @@ class Sample:
         overlap_launches()
         num_columns = logits.shape[1]
         kept = Int32(cutlass.min(top_k[row], Int64(num_columns)))
+        out = ids.iterator.toint() + Int64(row) * 8
+        is_writer = (rank == 0) & (thread == 0)
         if kept < 0:
-            if (rank == 0) & (thread == 0):
-                ids[row] = Int64(-1)
+            store_global_long_if(is_writer, out, Int64(-1))
         else:
             cute.arch.cluster_arrive()
             first, count = share_of(num_columns, rank)
@@ -160,18 +163,17 @@ class Sample:
                 factor = cute.arch.fmin(divide(Float32(LOG2_E), heat), Float32(FLOAT32_MAX))
                 best = logits[row, index]
                 parts = (held, counters, merged, sums, masses, shares, found, found_masses)
-                who = (row, rank, thread, first, count)
+                who = (rank, thread, first, count)
                 numbers = (best, factor, least, kept, top_p[row], uniform[row], index)
-                self.draw(numbers, who, parts, num_columns, ids)
+                self.draw(numbers, who, parts, num_columns, out)
             else:
-                if (rank == 0) & (thread == 0):
-                    ids[row] = Int64(index)
+                store_global_long_if(is_writer, out, Int64(index))
 
     @cute.jit
-    def draw(self, numbers, who, parts, num_columns: Int32, ids):
-        """Store the token drawn from a row."""
+    def draw(self, numbers, who, parts, num_columns: Int32, out: Int64):
+        """Store the token drawn from a row at an address."""
         best, factor, least, kept, top_p, uniform, index = numbers
-        row, rank, thread, first, count = who
+        rank, thread, first, count = who
         held, counters, merged, sums, masses, shares, found, found_masses = parts
         address = shared_address_of(counters)
         clear(counters, thread)
@@ -195,11 +197,9 @@ class Sample:
         target = within(floor_of_product(uniform, total), total)
         _, low, high, wanted, in_reach = self.find("draw", target, of_thread, numbers, who, parts)
         if in_reach > 0:
-            out = ids.iterator.toint() + Int64(row) * 8
             locate(low, high, wanted, held, first, count, sums, shares, MEETINGS["locate"], rank, thread, out)
         else:  # nothing has a mass: a row that the reference refuses
-            if (rank == 0) & (thread == 0):
-                ids[row] = Int64(index)
+            store_global_long_if((rank == 0) & (thread == 0), out, Int64(index))
 
     @cute.jit
     def find(self, kind: cutlass.Constexpr, target: Int64, of_thread, numbers, who, parts):
@@ -212,11 +212,11 @@ class Sample:
             numbers, who, parts: the row.
 
         Returns:
-            The mass up to the token and with it; the range of its order (only for "draw"); which one it is of the tokens
-            in this range; how many they are, 0 where the sum does not exceed the target.
+            The mass up to the token and with it; a range of orders that holds it (only for "draw"); which one of the
+            tokens in this range it is; how many they are, 0 where the sum does not exceed the target.
         """
         best, factor, least = numbers[0], numbers[1], numbers[2]
-        _, rank, thread, _, count = who
+        rank, thread, _, count = who
         held, counters, _, sums, _, shares, found, found_masses = parts
         address = shared_address_of(counters)
         pick(kind == "rank", target, *of_thread, thread, found, found_masses)
@@ -268,7 +268,7 @@ class Sample:
         Returns:
             Tokens and mass of this thread's bin, tokens and mass of the bins before it, and the mass of all.
         """
-        _, rank, thread, _, _ = who
+        rank, thread, _, _ = who
         _, counters, merged, sums, masses, _, _, _ = parts
         meet()
         # A block adds a share of the bins: lane % CLUSTER reads one block's, and then writes the sum to that block.
@@ -289,7 +289,11 @@ class Sample:
         for power in cutlass.range_constexpr(5):
             distance = 1 << power
             low, high = halves(mass_through)
-            low, high, fewer = word_below(low, distance), word_below(high, distance), word_below(tokens_through, distance)
+            low, high, fewer = (
+                word_below(low, distance),
+                word_below(high, distance),
+                word_below(tokens_through, distance),
+            )
             if lane >= distance:
                 tokens_through = tokens_through + fewer
                 mass_through = mass_through + whole(low, high)
