@@ -12,6 +12,7 @@ import tokenizers
 import torch
 
 from megamoe.cache.batch import Batch, Commit
+from megamoe.cache.buckets import bucket_of
 from megamoe.cache.pools import CacheSize, CapacityReport, LayerCacheSpec, capacity_report
 from megamoe.formats.cache_rows import RowFormat
 
@@ -69,6 +70,13 @@ def next_after(ids: list[int]) -> int:
     return BYTES + (31 * sum(ids) + 7 * len(ids)) % 256
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class FakePlan(Batch):
+    """A batch, and whether it is a decode step."""
+
+    bucket: int | None = None
+
+
 class FakeSharedCache:
     """Keeps token ids where a model keeps rows: the newest in rings, all in pages. Mixing them up shows.
 
@@ -88,12 +96,18 @@ class FakeSharedCache:
         assert first <= len(self.tables[ring_idx]), "a gap in the pages of a sequence"
         self.tables[ring_idx][first:] = pages
 
-    def plan(self, batch: Batch) -> Batch:
+    def plan(self, batch: Batch) -> FakePlan:
         assert len(batch.token_ids) == batch.counts.sum() and (batch.counts > 0).all()
         assert len(set(batch.rings.tolist())) == len(batch.rings)
         longest, num_tokens = int(batch.counts.max()), len(batch.token_ids)
         assert longest <= self.size.ring_tokens or num_tokens <= self.size.step_tokens
-        return batch
+        bucket = bucket_of(num_tokens) if longest <= self.size.ring_tokens else None
+        return FakePlan(batch.token_ids, batch.starts, batch.counts, batch.rings, batch.saves, bucket)
+
+    def finish(self, plan: FakePlan) -> None:
+        assert plan.bucket is not None, "a step of its own shape keeps rows while it runs"
+        for save in plan.saves:
+            self.save(save.ring, save.length, save.snapshot_idx)
 
     def write(self, ring_idx: int, position: int, token_id: int) -> None:
         self.rings[ring_idx, position % self.capacity] = token_id
@@ -230,7 +244,7 @@ class FakeModel:
     def new_drafter(self, cache: FakeSharedCache, num_tokens: int) -> FakeDrafter:
         return FakeDrafter(self, cache)
 
-    def run(self, plan: Batch, cache: FakeSharedCache) -> torch.Tensor:
+    def run(self, plan: FakePlan, cache: FakeSharedCache) -> torch.Tensor:
         self.steps.append(len(plan.token_ids))
         self.fed.append(plan.token_ids.tolist())
         logits, row = [], 0
@@ -239,11 +253,17 @@ class FakeModel:
                 cache.write(ring, position, int(plan.token_ids[row]))
                 logits.append(self.logits_after(cache.read(ring, position + 1)))
                 for save in plan.saves:
-                    if (save.ring, save.length) == (ring, position + 1):
-                        assert save.row == row, "a boundary names another row of the step"
+                    if (save.ring, save.length) != (ring, position + 1):
+                        continue
+                    assert save.row == row, "a boundary names another row of the step"
+                    if plan.bucket is None:
                         cache.save(ring, save.length, save.snapshot_idx)
                 row += 1
         return torch.stack(logits)
+
+    def decode(self, plan: FakePlan, cache: FakeSharedCache) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.run(plan, cache)
+        return hidden, self.logits_of(hidden, None)
 
     def logits_of(self, hidden: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         return hidden if rows is None else hidden[rows]

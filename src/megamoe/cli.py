@@ -143,7 +143,12 @@ class Bytes(click.ParamType[int]):
 @click.option("--without-key", is_flag=True, help="Listen to other machines without asking for a key.")
 @click.option("--max-sequences", default=8, show_default=True, metavar="N", help="Computed at the same time.")
 @click.option("--max-waiting", default=256, show_default=True, metavar="N", help="Queued; one more gets 429.")
-@click.option("--memory", default="1GiB", show_default=True, type=Bytes(), metavar="SIZE", help="For the caches.")
+@click.option(
+    "--memory",
+    type=Bytes(),
+    metavar="SIZE",
+    help="Of the CPU: for the caches; of a GPU: for everything.  [default: 1GiB, or 90 % of what is free]",
+)
 @click.option("--max-step-tokens", default=512, show_default=True, metavar="N", help="Most tokens of one step.")
 @click.option("--prefill-chunk", default=256, show_default=True, metavar="N", help="Most of them of one prompt.")
 @click.option("--max-sequence-tokens", type=int, metavar="N", help="Prompt and answer.  [default: the context]")
@@ -171,6 +176,7 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
             f"serve: {host} can be reached from other machines and no key is asked for. Give --api-key-file FILE, or "
             "--without-key if everybody who can reach it may use it."
         )
+    from megamoe.engine import memory as memory_plans
     from megamoe.engine.config import EngineConfig
     from megamoe.engine.engine import Engine
     from megamoe.engine.model import load_model, model_directory
@@ -179,20 +185,36 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
     from megamoe.server.settings import ServerSettings
     from megamoe.text.tokenizer import check_tokenizer
 
+    memory = options["memory"]
+    budget = memory_plans.budget_of(device, memory)
     config = EngineConfig(
         max_sequences=options["max_sequences"],
         max_step_tokens=options["max_step_tokens"],
         prefill_chunk=options["prefill_chunk"],
         max_waiting=options["max_waiting"],
         max_sequence_tokens=options["max_sequence_tokens"],
-        memory_bytes=options["memory"],
+        **({} if memory is None or budget is not None else {"memory_bytes": memory}),
         prefix_cache=not options["no_prefix_cache"],
         speculative_tokens=options["speculative_tokens"],
     )
     check_tokenizer(model_directory(model))  # before the weights, which take minutes
-    loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"], accept=options["accept"])
+    loaded = load_model(
+        model,
+        recipe=recipe,
+        device=device,
+        dtype=None,
+        pack=options["pack"],
+        accept=options["accept"],
+        memory=None if budget is None else (budget, config),
+    )
+    plan = None
+    if budget is not None:
+        config, plan = memory_plans.plan_memory(loaded, config, budget)
+        memory_plans.keep(plan, loaded.device)
     engine = Engine(loaded, config)
     warm_up(engine)
+    if plan is not None:
+        plan = plan.with_caches(engine.plan.capacity)
     settings = ServerSettings(
         model_name=options["served_name"] or pathlib.Path(model).name,
         recipe=loaded.recipe.name,
@@ -210,10 +232,12 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
     )
     state = run.build_state(loaded, engine, settings, version=megamoe.__version__, release=options["chat_release"])
     if explain:
-        print(json.dumps(run.describe(engine, state), indent=2))
+        print(json.dumps(run.describe(engine, state, plan), indent=2))
         return 0
     for note in loaded.notes:
         print(f"megamoe: note: {note}", file=sys.stderr)
+    if plan is not None:
+        print(f"megamoe: device memory\n{plan}", file=sys.stderr)
     return run.run(state, run.Listen(host, port), version=megamoe.__version__, device=str(loaded.device))
 
 
@@ -334,8 +358,9 @@ def convert(
     help="Components: original weights of what is quantized.  [default for tiny: the source tree's]",
 )
 @click.option("--layers", is_flag=True, help="Find the first operation of a layer that is out of its bound.")
-@click.option("--device", default="cpu", show_default=True, metavar="D", help="Layers: cpu or cuda[:N].")
-@click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="Layers: exact, w4a16 or w4a4.")
+@click.option("--text", is_flag=True, help="Compare the text that --device writes with the CPU's.")
+@click.option("--device", default="cpu", show_default=True, metavar="D", help="Layers, text: cpu or cuda[:N].")
+@click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="Layers, text: exact, w4a16 or w4a4.")
 @click.option(
     "--against",
     type=click.Choice(["cpu", "reference"]),
@@ -343,8 +368,9 @@ def convert(
     show_default=True,
     help="Layers: references on the CPU, or on --device itself.",
 )
-@click.option("--prompt-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Layers: prefilled.")
-@click.option("--decode-tokens", type=click.IntRange(min=0), default=16, show_default=True, help="Layers: decoded.")
+@click.option("--prompt-tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Of each prompt.")
+@click.option("--decode-tokens", type=click.IntRange(min=0), help="Decoded after it.  [default: layers 16, text 128]")
+@click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Text: so many.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def verify(
     ops: tuple[str, ...],
@@ -355,30 +381,43 @@ def verify(
     model: str | None,
     originals: pathlib.Path | None,
     layers: bool,
+    text: bool,
     device: str,
     recipe: str,
     against: str,
     prompt_tokens: int,
-    decode_tokens: int,
+    decode_tokens: int | None,
+    prompts: int,
     as_json: bool,
 ) -> int:
     """Compare kernels with references on a GPU (OP..., or all), layers with references, or components with bf16.
 
     With OP, --arch or --pack, every kernel of the operations runs at all sizes the models use; exit code 1 means that
     one is wrong. With --layers a model runs, every operation of every layer beside its reference on the same inputs,
-    and the first one out of its bound is named; exit code 1 means that there is one. Otherwise every quantized
+    and the first one out of its bound is named; exit code 1 means that there is one. With --text a model is led along
+    the CPU's greedy tokens; exit code 1 means that it prefers others without doubt. Otherwise every quantized
     component of a model runs on real activations; exit code 1 means that one is out of bounds. Exit code 2: bad
     input, or no GPU for what needs one.
     """
-    if layers:
-        if ops or arch is not None or originals is not None:
-            raise click.UsageError("--layers goes with --model; leave OP, --arch and --originals out.")
+    if layers or text:
+        if ops or arch is not None or originals is not None or (layers and text):
+            name = "--layers" if layers else "--text"
+            raise click.UsageError(
+                f"{name} goes with --model; leave OP, --arch and --originals out, and the other one."
+            )
         from megamoe.models.load import load
         from megamoe.verify import layers as verify_layers
+        from megamoe.verify import text as verify_text
 
-        loaded = load("tiny" if model is None else model, recipe=recipe, device=device, pack=pack)
+        words = "tiny" if model is None else model
+        loaded = load(words, recipe=recipe, device=device, pack=pack)
+        if text:
+            new_tokens = 128 if decode_tokens is None else decode_tokens
+            counts = {"prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+            return verify_text.run(loaded, load(words, recipe=recipe), **counts, as_json=as_json)
+        decoded = 16 if decode_tokens is None else decode_tokens
         return verify_layers.run(
-            loaded, against=against, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, as_json=as_json
+            loaded, against=against, prompt_tokens=prompt_tokens, decode_tokens=decoded, as_json=as_json
         )
     if ops or arch is not None or pack is not None:
         if model is not None or originals is not None:

@@ -45,7 +45,7 @@ from megamoe.text.llm import LLM
 
 from ..fakes import FakeModel
 from ..kernels.objects import FakeCompiler
-from .test_ready_gpu import REFERENCES
+from ..lent import REFERENCES
 
 CUDA = torch.device("cuda", 0)
 
@@ -97,7 +97,7 @@ def sizes(op: str, arguments: tuple[Any, ...]) -> tuple[dict[str, int], int]:
             num_rows, width = arguments[1].shape
             is_stack = getattr(arguments[1], "scale_per", "tensor") == "row"
             return {"N": num_rows, "K": width, **({"scales": num_rows} if is_stack else {})}, shape[0]
-        case "grouped_linear" | "nvfp4_grouped_linear" | "nvfp4_weight_only_grouped_linear":
+        case "grouped_linear" | "fp8_grouped_linear" | "nvfp4_grouped_linear" | "nvfp4_weight_only_grouped_linear":
             groups, num_rows, width = arguments[1].shape
             return {"G": groups, "N": num_rows, "K": width}, shape[0]
         case "experts" | "fp8_experts" | "nvfp4_experts" | "nvfp4_weight_only_experts":
@@ -206,6 +206,7 @@ def test_a_bucket_that_is_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     engine = Engine(load("tiny"), CONFIG)
     picks = Picks(monkeypatch)
     monkeypatch.setattr(warming, "buckets", lambda most: [1])
+    monkeypatch.setattr(warming, "buckets_up_to", lambda most: [1])
     run_every_bucket(engine)
     warmed = picks.take()
     for index in range(2):
@@ -246,6 +247,7 @@ class PretendGpu:
         monkeypatch.setattr(dispatch, "_arch", lambda device: "sm90")
         monkeypatch.setattr(dispatch, "uses_kernels", lambda device: True)
         monkeypatch.setattr(warming, "buckets", lambda most: [min(most, 4), 1])  # the steps are slow here
+        monkeypatch.setattr(warming, "buckets_up_to", lambda most: [1, min(most, 4)])
         if complete:
             module = types.ModuleType("megamoe_test_kernel")
             module.configs = lambda dims: ()  # type: ignore[attr-defined]

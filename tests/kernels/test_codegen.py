@@ -93,6 +93,15 @@ PTX_WANTED = {
     "fp8.fp8_tiles_sm90": ["wgmma.mma_async.sync.aligned.m64n", "setmaxnreg.inc"],
     "fp8.fp8_expand": ["cvt.rn.f16x2.e4m3x2"],
     "cache.plan_slots": ["griddepcontrol.wait", "griddepcontrol.launch_dependents"],
+    "cache.write_latent": [
+        "div.rn.f32",
+        "cvt.rn.satfinite.e4m3x2.f32",
+        "max.NaN.f32",
+        "rsqrt.approx.f32",
+        "griddepcontrol.wait",
+        "griddepcontrol.launch_dependents",
+    ],
+    "cache.compress": ["div.rn.f32", "add.rn.f32", "ex2.approx", "max.NaN.f32", "griddepcontrol.wait"],
     "cache.copy_rows": [
         "ld.global.v4.b32",
         "st.global.v4.b32",
@@ -119,6 +128,8 @@ PTX_FORBIDDEN = {
     "rows.rotate_queries": ["sin.approx", "cos.approx"],
     "rows.round_index_query": ["sin.approx", "cos.approx", "div.full.f32", "div.approx"],
     "hyper_connection.hyper_connection_post": ["fma.rn.f32"],
+    "cache.write_latent": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
+    "cache.compress": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
 }
 """Module → instructions whose rounding is not the operation's."""
 
@@ -149,6 +160,8 @@ SASS_WANTED = {
     "rows.add_to_streams": ["LDG.E.128", "STG.E.128"],
     "rows.rotate_queries": ["LDG.E.128", "STG.E.128"],
     "rows.round_index_query": ["LDG.E.128", "STG.E.128", "HMMA.16816.F32.BF16", "HFMA2.BF16_V2"],
+    "cache.write_latent": ["LDG.E.128", "STG.E.128", "STG.E.64", "STG.E.U8"],
+    "cache.compress": ["LDG.E.128", "STG.E.128", "STG.E.U8"],
 }
 """Module → prefixes of instructions that its SASS must hold."""
 
@@ -319,6 +332,15 @@ def test_two_streaming_linears_share_a_multiprocessor(built: tuple[str, list[Cod
         if one.request.module == "linear.linear_stream":
             plan = one.request.config().plan
             assert one.usage["REG"] * plan.threads * plan.blocks_per_multiprocessor <= 65536
+
+
+def test_rows_of_an_entry_are_loaded_before_they_are_used(built: tuple[str, list[Code]]) -> None:
+    """compress: values and scores of four rows, 8 channels of each, and the bias; two blocks on a multiprocessor."""
+    for one in built[1]:
+        if one.request.module == "cache.compress":
+            config = one.request.config()
+            assert one.count("LDG.E.128") >= 6 * config.rows_at_once, str(one.request)
+            assert one.usage["REG"] * config.lanes * config.parts <= 32768, str(one.request)
 
 
 def test_objects_load_without_a_gpu_and_check_their_arguments(built: tuple[str, list[Code]]) -> None:

@@ -21,12 +21,14 @@ class EngineConfig:
         prefill_chunk: most tokens of one sequence in one step.
         max_waiting: requests that may wait besides those for which a place to run is free; one more is refused.
         max_sequence_tokens: longest sequence, prompt included; None for the model's context.
-        memory_bytes: bytes for rings, pages and snapshots together; unused where num_pages is given.
+        memory_bytes: bytes for rings, pages and snapshots together; unused where num_pages is given. On a GPU it is
+            what weights, workspace and graphs leave (engine/memory.py).
         num_pages: pages for all sequences; None for what fits memory_bytes.
         tokens_per_page: positions a page covers, a multiple of every layer's ratio; None for the model's choice.
         prefix_cache: keep finished pages and share them with later requests that begin with the same tokens.
         num_snapshots: page boundaries from which a later request can continue; None for a share of the memory.
         speculative_tokens: draft tokens a step checks per sequence; 0 turns speculation off.
+        decode_graphs: replay decode steps from captured graphs, on a device that has them.
     """
 
     max_sequences: int = 8
@@ -40,6 +42,7 @@ class EngineConfig:
     prefix_cache: bool = True
     num_snapshots: int | None = None
     speculative_tokens: int = 0
+    decode_graphs: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
@@ -60,8 +63,9 @@ class EngineConfig:
                 raise TypeError(f"engine: {name} must be an integer; got {value!r}.")
             if value < least:
                 raise ValueError(f"engine: {name} must be {least} or more; got {value}.")
-        if type(self.prefix_cache) is not bool:
-            raise TypeError(f"engine: prefix_cache must be True or False; got {self.prefix_cache!r}.")
+        for name in ("prefix_cache", "decode_graphs"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"engine: {name} must be True or False; got {getattr(self, name)!r}.")
         decoding = self.max_sequences * (1 + self.speculative_tokens)
         if self.max_step_tokens < decoding:
             raise ValueError(
@@ -73,6 +77,12 @@ class EngineConfig:
                 f"engine: prefill_chunk must be at least 1 + speculative_tokens = {1 + self.speculative_tokens}; got "
                 f"{self.prefill_chunk}."
             )
+
+    @property
+    def step_tokens(self) -> int:
+        """The tokens for which the step area has room."""
+        # A restored sequence owes its draft stage one row more than the step has tokens.
+        return self.max_step_tokens + (self.max_sequences if self.speculative_tokens else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +102,17 @@ class EnginePlan:
     capacity: CapacityReport
 
 
+def smallest_capacity(config: EngineConfig, model: BatchModel) -> CapacityReport:
+    """Return what the least caches cost: rings, the step area, one page, and one snapshot where prefixes are kept."""
+    return _report(config, model, 1, int(config.prefix_cache and config.num_snapshots != 0))
+
+
+def _report(config: EngineConfig, model: BatchModel, num_pages: int, num_snapshots: int) -> CapacityReport:
+    per_page = model.tokens_per_page if config.tokens_per_page is None else config.tokens_per_page
+    size = CacheSize(config.max_sequences, num_pages, per_page, 1 + config.speculative_tokens, config.step_tokens)
+    return model.capacity(size, num_snapshots, with_drafts=config.speculative_tokens > 0)
+
+
 def resolve(config: EngineConfig, model: BatchModel) -> EnginePlan:
     """Return page, ring and snapshot counts for a model.
 
@@ -105,13 +126,7 @@ def resolve(config: EngineConfig, model: BatchModel) -> EnginePlan:
         raise ValueError(f"engine: max_sequence_tokens must be at most {context}, the model's context; got {longest}.")
     per_page = model.tokens_per_page if config.tokens_per_page is None else config.tokens_per_page
 
-    def report(num_pages: int, num_snapshots: int) -> CapacityReport:
-        # A restored sequence owes its draft stage one row more than the step has tokens.
-        step_tokens = config.max_step_tokens + (config.max_sequences if config.speculative_tokens else 0)
-        size = CacheSize(config.max_sequences, num_pages, per_page, 1 + config.speculative_tokens, step_tokens)
-        return model.capacity(size, num_snapshots, with_drafts=config.speculative_tokens > 0)
-
-    one = report(1, 1)
+    one = _report(config, model, 1, 1)
     enough = config.max_sequences * -(-longest // per_page)  # every sequence at its longest
     wanted = config.num_snapshots
     if config.num_pages is not None:
@@ -135,5 +150,5 @@ def resolve(config: EngineConfig, model: BatchModel) -> EnginePlan:
             )
     if not config.prefix_cache:
         num_snapshots = 0
-    capacity = report(num_pages, num_snapshots)
+    capacity = _report(config, model, num_pages, num_snapshots)
     return EnginePlan(capacity.size, num_snapshots, longest, capacity)

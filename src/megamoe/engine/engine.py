@@ -32,6 +32,7 @@ from megamoe.engine.logits_filter import LogitsFilter
 from megamoe.engine.model import BatchModel
 from megamoe.engine.outputs import EngineStats, FinishReason, QueueFull, RequestOutput, TokenLogprobs
 from megamoe.engine.request import NewRequest, Request
+from megamoe.engine.runner import Calls, Runner, runner_for
 from megamoe.engine.sampler import NO_TOKEN, Sampled, choose_drafts, sample_rows
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.engine.scheduler import Chunk, Scheduler, Step
@@ -44,10 +45,16 @@ class Engine:
         model: the model.
         config: what the user set.
         plan: page, ring and snapshot counts, and what the caches cost.
+        runner: does the work of decode steps.
     """
 
-    def __init__(self, model: BatchModel, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: BatchModel, config: EngineConfig | None = None, *, runner: Runner | None = None) -> None:
         """Allocate the caches.
+
+        Args:
+            model: the model.
+            config: what the user sets.
+            runner: does the work of decode steps; None for graphs where the device has them and `config` wants them.
 
         Raises:
             ValueError: the configuration does not fit the model; see `resolve`.
@@ -60,6 +67,9 @@ class Engine:
         longest = self.plan.max_sequence_tokens + num_drafts
         self._cache = model.new_shared_cache(size, num_snapshots, max_tokens=longest, with_drafts=num_drafts > 0)
         self._drafter: Drafter | None = model.new_drafter(self._cache, num_drafts) if num_drafts else None
+        if runner is None:
+            runner = runner_for(model.device) if self.config.decode_graphs else Calls()
+        self.runner = runner
         self._pages = PageAllocator(size.num_pages, size.tokens_per_page)
         self._prefix = PrefixCache(self._pages, num_snapshots) if num_snapshots else None
         self._scheduler = Scheduler(
@@ -179,20 +189,23 @@ class Engine:
         self._finish_interval_s, self._last_finish_s = 1.0, None
 
     @torch.inference_mode()
-    def rehearse(self, position: int, token_ids: Sequence[int]) -> None:
-        """Run one token of several sequences that are all at `position`, for nobody, while there is no request.
+    def rehearse(self, position: int, token_ids: Sequence[int], each: int = 1) -> None:
+        """Run `each` tokens of several sequences that are all at `position`, for nobody, while there is no request.
 
-        What was in rings and pages is read as if it belonged to them, and overwritten where it is nobody's.
+        What was in rings and pages is read as if it belonged to them, and overwritten where it is nobody's. Sequences
+        without a ring or pages are left out.
         """
         assert not self._requests and not (self._prefix and self._prefix.pages()), "somebody's pages would be written"
         size = self.plan.size
-        width = position // size.tokens_per_page + 1
-        count = min(len(token_ids), size.num_pages // width)
+        width = (position + each - 1) // size.tokens_per_page + 1
+        count = min(-(-len(token_ids) // each), size.num_sequences, size.num_pages // width)
+        ids = np.array(token_ids[: count * each])
         for ring in range(count):
             self._cache.set_pages(ring, range(ring * width, (ring + 1) * width))
-        starts, ones = np.full(count, position), np.ones(count, dtype=np.int64)
-        batch = Batch(np.array(token_ids[:count]), starts, ones, np.arange(count))
-        self.model.logits_of(self.model.run(self._cache.plan(batch), self._cache), None)
+        counts = np.full(count, each)
+        counts[-1:] = len(ids) - each * (count - 1)
+        batch = Batch(ids, np.full(count, position), counts, np.arange(count))
+        self._forward(batch)
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -250,13 +263,22 @@ class Engine:
         for start in range(0, chunk.start, self.config.prefill_chunk):
             count = min(self.config.prefill_chunk, chunk.start - start)
             batch, _ = self._batch([Chunk(chunk.request, start, count, 0)], ())
-            self.model.run(self._cache.plan(batch), self._cache)
+            self._forward(batch)
+
+    def _forward(self, batch: Batch) -> tuple[object, torch.Tensor | None]:
+        """Run a step on the device; return what the model did, and for one with a bucket the logits of all rows."""
+        plan = self._cache.plan(batch)
+        if plan.bucket is None:
+            return self.model.run(plan, self._cache), None
+        hidden, logits = self.runner(plan.bucket, lambda: self.model.decode(plan, self._cache))
+        self._cache.finish(plan)
+        return hidden, logits
 
     def _compute(self, chunks: list[Chunk]) -> _Part:
         saves = {} if self._prefix is None else self._reserve(self._prefix, chunks)
         batch, row_starts = self._batch(chunks, tuple(saves.values()))
-        hidden = self.model.run(self._cache.plan(batch), self._cache)
-        sampling, sampled = self._sample(chunks, row_starts, hidden)
+        hidden, logits = self._forward(batch)
+        sampling, sampled = self._sample(chunks, row_starts, hidden, logits)
         ran = [_Ran(*one) for one in zip(chunks, row_starts, sampling, strict=True)]
         return _Part(ran, hidden, sampled, saves)
 
@@ -394,7 +416,9 @@ class Engine:
         batch = Batch(np.array(token_ids), np.array(starts), np.array(counts), np.array(rings), saves)
         return batch, row_starts
 
-    def _sample(self, chunks: list[Chunk], row_starts: list[int], hidden: object) -> tuple[list[bool], Sampled]:
+    def _sample(
+        self, chunks: list[Chunk], row_starts: list[int], hidden: object, logits: torch.Tensor | None
+    ) -> tuple[list[bool], Sampled]:
         """Draw a token after the last known token of each sequence, and after each of its drafts."""
         sampling: list[bool] = []
         rows: list[int] = []
@@ -419,8 +443,11 @@ class Engine:
             return sampling, Sampled([], None)
         is_all = len(rows) == num_rows
         at = None if is_all else torch.from_numpy(np.array(rows)).to(self.model.device)
-        logits = self.model.logits_of(hidden, at)[: len(rows)]  # rows of nobody follow in a step that was filled up
-        return sampling, sample_rows(logits, requests, ahead)
+        if logits is None:
+            logits = self.model.logits_of(hidden, at)
+        elif at is not None:
+            logits = logits[at]
+        return sampling, sample_rows(logits[: len(rows)], requests, ahead)  # nobody's rows stand after the others
 
     def _take(self, chunk: Chunk, sampled: Sampled, row: int) -> tuple[RequestOutput, int]:
         """Append a chunk's tokens to its request: the first, and one more for every draft that was right."""

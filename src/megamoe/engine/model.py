@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from megamoe.cache.batch import Batch
 from megamoe.cache.pools import CacheSize, CapacityReport
 from megamoe.engine.drafter import Drafter
+
+if TYPE_CHECKING:  # config.py needs BatchModel
+    from megamoe.engine.config import EngineConfig
 
 
 class NamedRecipe(Protocol):
@@ -93,6 +96,19 @@ class LanguageModel(Protocol):
         ...
 
 
+class StepPlan(Protocol):
+    """What a cache and its model say to each other about a step."""
+
+    @property
+    def bucket(self) -> int | None:
+        """The number of its tokens, nobody's included, if all plans of as many have one set of shapes and addresses.
+
+        `BatchModel.decode` takes these, and what it does on the device for one serves for all others. None for a step
+        of its own shape.
+        """
+        ...
+
+
 class SharedCache(Protocol):
     """The storage of all sequences. Ring and page numbers are the engine's; what lies behind them is the model's."""
 
@@ -100,8 +116,12 @@ class SharedCache(Protocol):
         """Say which pages the sequence of a ring has, from its page `first` on; it has no more than these."""
         ...
 
-    def plan(self, batch: Batch) -> Any:
-        """Return what `BatchModel.run` needs to know of a step; the next call may overwrite it."""
+    def plan(self, batch: Batch) -> StepPlan:
+        """Return what a model needs to know of a step, on its way to the device; the next call overwrites it."""
+        ...
+
+    def finish(self, plan: Any) -> None:
+        """Keep the rows at the page boundaries of a step (`Batch.saves`) that has run."""
         ...
 
     def save(self, ring_idx: int, length: int, snapshot_idx: int) -> None:
@@ -145,10 +165,22 @@ class BatchModel(LanguageModel, Protocol):
         ...
 
     def run(self, plan: Any, cache: Any) -> Any:
-        """Run the tokens of a step, and keep the rows at its page boundaries (`Batch.saves`).
+        """Run the tokens of a step, from its plan as it was sent.
+
+        A step without a bucket keeps the rows at its page boundaries (`Batch.saves`) on the way.
 
         Returns:
             What `logits_of` and the drafter read: one row per token, and rows of nobody after them.
+        """
+        ...
+
+    def decode(self, plan: Any, cache: Any) -> tuple[Any, torch.Tensor]:
+        """Run a step that has a bucket: the same launches on the same addresses for all steps of its bucket.
+
+        It asks the device nothing, and whatever depends on the tokens is read on the device.
+
+        Returns:
+            What `run` does, and fp32 logits [T, V] of every token, nobody's included.
         """
         ...
 
@@ -183,8 +215,18 @@ def load_model(
     dtype: torch.dtype | None,
     pack: str | os.PathLike[str] | None = None,
     accept: Iterable[str] = (),
+    memory: tuple[int, EngineConfig] | None = None,
 ) -> BatchModel:
-    """Load a model; arguments and errors are those of `megamoe.load`."""
-    from megamoe.models.load import load  # imported late: importing the engine loads no architecture
+    """Load a model; arguments and errors are those of `megamoe.load`.
 
-    return load(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept)
+    `memory` is the device memory for everything, and the engine that it has to hold beside the weights.
+    """
+    from megamoe.models.load import load  # imported late: importing the engine loads no architecture
+    from megamoe.models.room import Budget
+
+    budget = None
+    if memory is not None:
+        num_bytes, config = memory
+        each, per_page = 1 + config.speculative_tokens, config.tokens_per_page
+        budget = Budget(num_bytes, config.max_sequences, each, config.step_tokens, per_page)
+    return load(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept, budget=budget)

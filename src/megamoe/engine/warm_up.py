@@ -4,8 +4,9 @@
 Kernels are loaded, or compiled, for every operation the model calls. Then an engine runs steps of every size it could
 be asked for, the largest first, with the model's own weights and real tokens: what a kernel is first run on is data
 such as it will see, never random bytes, which hold NaN scales (fault F7). That also makes every workspace once, at its
-largest, so that the allocator has the memory when traffic comes. Then the store is sealed: a kernel that is asked for
-later and was not here raises instead of stalling every request while it compiles.
+largest, so that the allocator has the memory when traffic comes. Every decode step it could be asked for is captured on
+the way. Then graphs and the store are sealed: a kernel that is asked for later and was not here raises instead of
+stalling every request while it compiles.
 
 On the CPU, and under `megamoe.ops.use("reference")`, there are no kernels and nothing is done.
 """
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megamoe.cache.buckets import buckets_up_to
 from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
 from megamoe.engine.model import BatchModel
@@ -66,6 +68,7 @@ def warm_up(engine: Engine) -> float:
     calls = engine.model.op_calls(with_drafts=engine.config.speculative_tokens > 0)
     dispatch.prepare(calls, device, what=f"warm-up: model {engine.model.name!r} with recipe {engine.model.recipe.name}")
     run_every_bucket(engine)
+    engine.runner.seal()
     dispatch.seal(device)
     return time.perf_counter() - start
 
@@ -85,6 +88,10 @@ def run_every_bucket(engine: Engine) -> None:
     per_page, context = plan.size.tokens_per_page, plan.max_sequence_tokens
     longest = min(config.prefill_chunk, context, plan.size.num_pages * per_page)
     prompts, once = _prompts(engine.model), SamplingParams(max_tokens=1)
+    most = min(config.max_sequences, plan.size.num_pages) * plan.size.ring_tokens  # a sequence has at least one page
+    for num_tokens in reversed(buckets_up_to(most)):
+        for _ in range(2):  # called and captured, then replayed
+            engine.rehearse(0, prompts(num_tokens), plan.size.ring_tokens)
     for num_tokens in buckets(min(config.max_step_tokens, config.max_sequences * longest)):
         num_sequences = -(-num_tokens // longest)
         sizes = [num_tokens // num_sequences + (i < num_tokens % num_sequences) for i in range(num_sequences)]

@@ -117,6 +117,9 @@ KERNELS: dict[str, dict[str, str]] = {
     "copy_cache": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.copy_cache"),
     "save_rows": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.cache.save_rows"),
     "sparse_attention": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.attention.sparse_attention"),
+    "sample": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.sampling.sample"),
+    "penalize": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.sampling.penalize"),
+    "token_logprobs": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.sampling.token_logprobs"),
     "embed_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.embed_streams"),
     "mean_of_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.mean_of_streams"),
     "add_to_streams": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.rows.add_to_streams"),
@@ -126,6 +129,8 @@ KERNELS: dict[str, dict[str, str]] = {
     "hyper_connection_head_norm": dict.fromkeys(
         ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_head_norm"
     ),
+    "index_topk": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.indexer.index_topk"),
+    "fp8_grouped_linear": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.fp8.fp8_grouped_linear"),
 }
 
 WEIGHT_LAYOUTS: dict[str, dict[str, CodeLayout]] = {
@@ -161,6 +166,7 @@ BORDERS: dict[str, Border] = {
     "nvfp4_experts": Border("4 E / A, at least 12", ("sm90",)),
     "nvfp4_weight_only_experts": Border("4 E / A, at least 12", ("sm90",)),
     "fp8_linear": Border("64 (N ≤ 4,095), 32", ("sm90",)),
+    "fp8_grouped_linear": Border("32", ("sm90",)),
     "sparse_attention": Border("32", ("sm90", "sm100", "sm103")),
 }
 """Operations with two paths. Others take any number of tokens wherever they have a kernel."""

@@ -67,6 +67,9 @@ class KernelStore:
         target: "sm90a", "sm100a" or "sm103a".
         cache_dir: the disk cache.
         loader: makes a callable of a library and a symbol; tests replace it.
+
+    Attributes:
+        num_taken: how often a kernel was taken to be launched; the replay of a graph takes none.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class KernelStore:
         self.target = target
         self.cache_dir = cache_dir
         self.ledger: list[LedgerEntry] = []
+        self.num_taken = 0
         self._loader = load_library if loader is None else loader
         self._packs: list[Pack] = []
         self._loaded: dict[Request, Launch] = {}
@@ -264,7 +268,9 @@ def kernel(config: Any, device: torch.device) -> Launch:
         config: its compile key.
         device: where the tensors are.
     """
-    return store_of(device).get(Request.of(config))
+    store = store_of(device)
+    store.num_taken += 1
+    return store.get(Request.of(config))
 
 
 @functools.cache

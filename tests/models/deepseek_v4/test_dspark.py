@@ -118,7 +118,9 @@ def feed(
         batch = batch_of([ids[at : at + count]], [start + at], [ring])
         here = saves if at + count == len(ids) else ()
         batch = dataclasses.replace(batch, saves=here)
-        hidden = model.run(cache.plan(batch), cache)
+        plan = cache.plan(batch)
+        hidden = model.run(plan, cache)
+        cache.finish(plan)
         assert isinstance(hidden, Tapped)
         at += count
         following = [*ids[at - count + 1 : at], ids[at] if at < len(ids) else newest]

@@ -114,8 +114,15 @@ class SharedCache:
         self._planner.set_pages(ring_idx, pages, first)
 
     def plan(self, batch: Batch, *, fill_up: bool = True) -> StepPlan:
-        """Return the plan of a step of the backbone, filled up to its bucket or not; the next call overwrites it."""
-        return self._planner.plan(batch, fill_up=fill_up)
+        """Send what a step of the backbone is, filled up to its bucket or not; `derive` fills its slots.
+
+        The next call overwrites the plan.
+        """
+        return self._planner.describe(batch, fill_up=fill_up)
+
+    def derive(self, plan: StepPlan) -> None:
+        """Fill the slots of a plan where the pools are: the first work of a step on the device."""
+        self._planner.derive(plan)
 
     def draft_plan(self, batch: Batch) -> StepPlan:
         """Return the plan of a step of a draft stage, which keeps a window only; the next call overwrites it."""
@@ -223,7 +230,9 @@ class Cache:
 
     def plan(self, ids: torch.Tensor) -> StepPlan:
         """Return the plan that appends `ids` ([T] int64, T <= MAX_CHUNK) at the current length."""
-        return self._shared.plan(self._batch(ids, self.length), fill_up=False)
+        plan = self._shared.plan(self._batch(ids, self.length), fill_up=False)
+        self._shared.derive(plan)
+        return plan
 
     def draft_plan(self, ids: torch.Tensor, stage: int) -> StepPlan:
         """Return the plan of an MTP stage over its next T positions."""

@@ -51,6 +51,7 @@ class Model:
         device: where weights, caches and logits live.
         name: what the model was loaded as.
         directory: the checkpoint's directory (tokenizer.json is there).
+        load_seconds: phase of loading → how long it took, in order.
     """
 
     def __init__(
@@ -63,8 +64,12 @@ class Model:
         name: str,
         directory: pathlib.Path,
         warnings: tuple[str, ...] = (),
+        seconds: Mapping[str, float] | None = None,
     ) -> None:
-        """Build blocks over the weights; allocates rotary tables only. `warnings` are what loading warned about."""
+        """Build blocks over the weights; allocates rotary tables only.
+
+        `warnings` are what loading warned about, `seconds` how long its phases took.
+        """
         self.config = config
         self.weights = weights
         self.recipe = recipe
@@ -72,6 +77,7 @@ class Model:
         self.name = name
         self.directory = directory
         self._warnings = warnings
+        self.load_seconds = dict(seconds or {})
         rope_dim = config.qk_rope_head_dim
         window_table = rope_table(rope_dim, config.rope_theta, None, device)
         compressed_table = rope_table(rope_dim, config.compress_rope_theta, config.yarn, device)
@@ -168,16 +174,19 @@ class Model:
 
     def run(self, plan: StepPlan, cache: SharedCache) -> torch.Tensor | Tapped:
         """Run the tokens of a step; returns the last block's streams [T, X, D], tapped if DSpark is to read them."""
+        cache.derive(plan)
         if self.dspark is None or not cache.draft_layers:
-            streams = self.forward(plan, cache.layers)
-            cache.finish(plan)
-            return streams
+            return self.forward(plan, cache.layers)
         layers, hidden = self.dspark.shape.target_layer_ids, self.config.hidden_size
         num_tokens, dtype = plan.token_ids.shape[0], self.recipe.activation_dtype
         taps = torch.empty(num_tokens, len(layers) * hidden, dtype=dtype, device=self.device)
         streams = self.forward(plan, cache.layers, dict(zip(layers, taps.split(hidden, dim=1), strict=True)))
-        cache.finish(plan)
         return Tapped(streams, taps)
+
+    def decode(self, plan: StepPlan, cache: SharedCache) -> tuple[torch.Tensor | Tapped, torch.Tensor]:
+        """Run a step that has a bucket; returns what `run` does and the fp32 logits [T, V] of all its tokens."""
+        hidden = self.run(plan, cache)
+        return hidden, self.logits_of(hidden, None)
 
     def logits_of(self, hidden: torch.Tensor | Tapped, rows: torch.Tensor | None) -> torch.Tensor:
         """Return fp32 logits [N, V] of some rows (int64 [N]) of what `run` returned, or of all."""

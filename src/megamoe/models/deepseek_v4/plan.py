@@ -28,6 +28,8 @@ class StepPlan:
         tables: where entries and raw rows lie, by the kinds of layers that have them.
         in_rings: whether this step's rows go straight into the rings; else into the step area, and to the rings when a
             layer is done.
+        tokens: [4, T] int32, what the host said of the tokens (see ops.plan_slots), or None where `slots` came filled.
+        changes: [T, 3] int32, what it said of the block tables (see ops.write_block_tables), or None.
         saves: [S, 5] int32, page boundaries whose rows are kept when a layer is done (see ops.save_rows), or None.
     """
 
@@ -35,7 +37,14 @@ class StepPlan:
     window: RowTables
     tables: dict[LayerKind, EntryTables]
     in_rings: bool
+    tokens: torch.Tensor | None = None
+    changes: torch.Tensor | None = None
     saves: torch.Tensor | None = None
+
+    @property
+    def bucket(self) -> int | None:
+        """T, if steps of T tokens always have these shapes and addresses: those that go straight into the rings."""
+        return self.slots.positions.shape[0] if self.in_rings else None
 
     @property
     def token_ids(self) -> torch.Tensor:

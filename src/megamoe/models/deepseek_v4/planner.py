@@ -88,7 +88,13 @@ class Planner:
         self._num_pages[ring] = num_pages
 
     def plan(self, batch: Batch, *, fill_up: bool = True) -> StepPlan:
-        """Return the plan of a step of the backbone; the next call overwrites its tensors.
+        """Return the plan of a step of the backbone; arguments and errors are those of `describe`."""
+        plan = self.describe(batch, fill_up=fill_up)
+        self.derive(plan)
+        return plan
+
+    def describe(self, batch: Batch, *, fill_up: bool = True) -> StepPlan:
+        """Say what a step of the backbone is, and send it; `derive` fills its slots. The next call overwrites both.
 
         Args:
             batch: the step.
@@ -108,10 +114,14 @@ class Planner:
                     f"{int((batch.starts + batch.counts).max()) - 1}. Extend it first."
                 )
         changes = self._take_changes(num_tokens)
-        plan = self._steps.fill(batch, bucket_of(num_tokens) if in_rings and fill_up else num_tokens, in_rings, changes)
-        write_block_tables(self.page_tables, self._steps.changes)
-        self._plan_slots(self._steps.tokens, plan)
-        return plan
+        size = bucket_of(num_tokens) if in_rings and fill_up else num_tokens
+        return self._steps.fill(batch, size, in_rings, changes)
+
+    def derive(self, plan: StepPlan) -> None:
+        """Bring the block tables up to date and fill the slots of a step, where the caches are."""
+        assert plan.tokens is not None and plan.changes is not None
+        write_block_tables(self.page_tables, plan.changes)
+        _plan_slots(plan)
 
     def draft_plan(self, batch: Batch) -> StepPlan:
         """Return the plan of a step of layers that keep a window and nothing else (draft stages).
@@ -122,11 +132,8 @@ class Planner:
         # A window alone has room for one token more: a token reads window - 1 rows before it.
         in_rings = self._in_rings(batch, self._size.ring_tokens + 1)
         plan = self._drafts.fill(batch, len(batch.token_ids), in_rings, [])
-        self._plan_slots(self._drafts.tokens, plan)
+        _plan_slots(plan)
         return plan
-
-    def _plan_slots(self, tokens: torch.Tensor, plan: StepPlan) -> None:
-        plan_slots(tokens, plan.window, tuple(plan.tables.values()), plan.slots, in_rings=plan.in_rings)
 
     def _take_changes(self, room: int) -> list[Change]:
         """Return the changes of the block tables that fit this step's block, and make the others now."""
@@ -148,13 +155,13 @@ class Planner:
         return longest <= most
 
 
-class _Steps:
-    """The block in which the host describes a step, and the tensors of its plan; a step uses the front of each.
+def _plan_slots(plan: StepPlan) -> None:
+    assert plan.tokens is not None
+    plan_slots(plan.tokens, plan.window, tuple(plan.tables.values()), plan.slots, in_rings=plan.in_rings)
 
-    Attributes:
-        tokens: [4, T] int32 of the step filled last, where the caches are; see ops.plan_slots.
-        changes: [T, 3] int32, its changes of the block tables.
-    """
+
+class _Steps:
+    """The block in which the host describes a step, and the tensors of its plan; a step uses the front of each."""
 
     def __init__(
         self, max_tokens: int, window: RowTables, tables: dict[LayerKind, EntryTables], device: torch.device
@@ -167,7 +174,6 @@ class _Steps:
         self._slots = StepSlots.empty(max_tokens, len(tables), device)
         self._views: dict[tuple[int, bool], _View] = {}  # of decode steps, by bucket
         self._sent = torch.cuda.Event() if device.type == "cuda" else None
-        self.tokens = self.changes = torch.empty(0)
 
     def fill(self, batch: Batch, size: int, in_rings: bool, changes: list[Change]) -> StepPlan:
         """Describe a step of `size` tokens, nobody's after those of the batch, and send it to the device."""
@@ -198,7 +204,6 @@ class _Steps:
         if self._sent is not None:
             view.block.copy_(view.host_block, non_blocking=True)
             self._sent.record()
-        self.tokens, self.changes = view.tokens, view.changes
         saves = _saves(batch, self._device)
         return view.plan if saves is None else dataclasses.replace(view.plan, saves=saves)
 
@@ -209,9 +214,14 @@ class _Steps:
             host_tokens=host[: 4 * size].view(4, size).numpy(),
             host_changes=host[4 * size :].view(size, 3).numpy(),
             block=block,
-            tokens=block[: 4 * size].view(4, size),
-            changes=block[4 * size :].view(size, 3),
-            plan=StepPlan(self._slots.first(size), self._window, self._tables, in_rings),
+            plan=StepPlan(
+                self._slots.first(size),
+                self._window,
+                self._tables,
+                in_rings,
+                tokens=block[: 4 * size].view(4, size),
+                changes=block[4 * size :].view(size, 3),
+            ),
         )
 
 
@@ -223,8 +233,6 @@ class _View:
     host_tokens: npt.NDArray[np.int32]
     host_changes: npt.NDArray[np.int32]
     block: torch.Tensor
-    tokens: torch.Tensor
-    changes: torch.Tensor
     plan: StepPlan
 
 
