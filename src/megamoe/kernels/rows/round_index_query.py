@@ -10,7 +10,7 @@ Matrix     the Hadamard rotation is a product with signs on the matrix unit. Cha
 Rounding   codes by bf16 arithmetic, two at a time; every step of it is exact but the one that rounds
 Memory     16-byte loads of heads, 16-byte stores of codes
 Limits     bf16 heads of 128 channels, of which 32 or 64 rotate; INDEX_FP4 keys after the Hadamard rotation: what the
-           quantized recipes ask for. Positions up to 2^22. It cannot raise for NaN and infinity without waiting for the
+           quantized recipes ask for. Positions up to 2^20. It cannot raise for NaN and infinity without waiting for the
            device: the scale bytes of such a head become 255 (NaN), which dequantize refuses
 Bound      memory: 256 + 64 + 4 + 8 bytes a head
 """

@@ -246,8 +246,8 @@ def block_exponent(bits):
     bf16 number: rounded or not, its quotient lies on the same side of the power.
     """
     raised = (cutlass.max(bits, Uint32(FLOOR_BITS)) + Uint32(0x3FFFFF)) >> 23
-    is_finite = cutlass.min(Uint32(255) - raised, Uint32(1))
-    return raised - 2 * is_finite
+    is_finite = cutlass.min(Uint32(255) - (bits >> 23), Uint32(1))
+    return cutlass.min(raised, Uint32(255)) - 2 * is_finite
 
 
 def e2m1_pair(magnitudes, factors):
