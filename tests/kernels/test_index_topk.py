@@ -33,7 +33,7 @@ def test_blocks_share_the_entries(num_tokens: int, capacity: int) -> None:
     splits = index_scores.num_splits(num_tokens, capacity, 132)
     assert 1 <= splits <= -(-capacity // index_scores.TILE)
     if num_tokens == 1 and capacity == 262144:
-        assert splits == 132, "one block a multiprocessor"
+        assert splits >= 128, "a block a multiprocessor, but for those that would end no earlier"
     assert WARPS * WARP_KEYS == TILE == 2 * index_scores.TILE == 2 * TILE_SM90
     assert STAGE_BYTES == 32 * (2 * 16 + 2 * 4)
 
