@@ -38,9 +38,9 @@ from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
+from megamoe.ops.index_topk import query_values
 from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots
 from megamoe.ops.read_cache import row_views
-from megamoe.ops.index_topk import query_values
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import RopeTable
 from megamoe.verify.inputs import kernel_inputs
