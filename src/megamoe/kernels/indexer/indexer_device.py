@@ -105,9 +105,9 @@ def load_global_byte(address):
     return inline_ptx("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
 
 
-def count_at(address):
-    """Add 1 to a word of shared memory."""
-    inline_ptx("red.shared.add.u32 [{$r0}], 1;", read_only_args=[address])
+def count_if(wanted, address):
+    """Add 1 to a word of shared memory if `wanted`."""
+    predicated(wanted, "red.shared.add.u32 [{$r1}], 1;", address)
 
 
 def load_cluster_word(address):

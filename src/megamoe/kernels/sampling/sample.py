@@ -3,7 +3,7 @@
 
 Meaning    ops/sample.py, docs/decisions/0013-integer-masses.md; every step rounds as it says, and sums are of integers
 Grid       one block of 1,024 threads a row
-Passes     one over the row for the largest logit; for a drawn token up to five more for each of top-k, top-p and the draw:
+Passes     one over the row for the largest logit; for a drawn token five more for each of top-k, top-p and the draw:
            masses (or ones) are added by bins of a digit, and the next pass looks at one bin
 Limits     up to 2^22 columns. Values that the reference refuses (NaN, a row of -inf) give some token of the row
 Bound      memory: the row, from L2 after the first pass

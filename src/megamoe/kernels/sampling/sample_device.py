@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device half of sample.
 
-Tokens stand in the order of their logits from high to low, equal ones by their number. `select` finds the first token in
-this order at which the running sum of weights exceeds a target: weights are ones (top-k) or masses (top-p, the draw).
+Tokens stand in the order of their logits from high to low, equal ones by their number. `select` finds the first token
+in this order at which the running sum of weights exceeds a target. Weights are ones (top-k) or masses (top-p, a draw).
 """
 
 import cutlass
@@ -205,15 +205,11 @@ class Sample:
         bins,
         found,
     ):
-        """Let a warp find the first bin at which the running sum exceeds the target, the last one that has anything
-        where none does."""
+        """Let a warp find the first bin at which the running sum exceeds the target, which is below the whole sum."""
         per_lane = BINS // 32
-        own, last = Int64(0), Int32(-1)
+        own = Int64(0)
         for number in cutlass.range(per_lane, unroll=4):
-            value = bins[lane * per_lane + number]
-            own = own + value
-            if value > 0:
-                last = lane * per_lane + number
+            own = own + bins[lane * per_lane + number]
         before, total = Int64(0), Int64(0)
         for other in cutlass.range_constexpr(32):
             theirs = shuffled(own, other)
