@@ -22,8 +22,9 @@ import torch
 from megamoe.formats.cache_rows import CachePool, RowFormat
 from megamoe.kernels.attention import attention_combine_config, attention_tiles_config, attention_tiles_sm90_config
 from megamoe.kernels.attention.attention_tiles_config import TILE_ITEMS
-from megamoe.kernels.parts.launch import DTYPE_NAMES, RotaryTable, as_heads, as_vector
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_heads, as_vector
 from megamoe.kernels.parts.pool import as_pool
+from megamoe.kernels.parts.records import RopeTable
 from megamoe.kernels.store import architecture_of, kernel
 
 OP = "sparse_attention"
@@ -70,7 +71,7 @@ def run(
     entry_tables: torch.Tensor | None,
     entry_idx: torch.Tensor | None,
     num_visible: torch.Tensor | None,
-    table: RotaryTable,
+    table: RopeTable,
     scale: float,
     window_ends: torch.Tensor,
     out_dtype: torch.dtype,
@@ -132,7 +133,7 @@ def run(
 
 
 def _require(
-    q: torch.Tensor, pools: tuple[tuple[str, CachePool | None], ...], table: RotaryTable, operand_dtype: torch.dtype
+    q: torch.Tensor, pools: tuple[tuple[str, CachePool | None], ...], table: RopeTable, operand_dtype: torch.dtype
 ) -> None:
     """Refuse what there is no kernel for."""
     reference = 'run the reference: with megamoe.ops.use("reference").'
