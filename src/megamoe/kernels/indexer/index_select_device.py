@@ -2,13 +2,12 @@
 """Device half of index_select.
 
 A cluster selects for one token; each block has a contiguous share of the entries. 32 neighbouring ones are a warp's,
-its next 32 follow them, and a thread has registers for all its scores. The top_k-th of the largest scores of groups of
-8 is
-a bound that top_k scores reach: its upper 16 bits are found by two passes of 8 bits, each block counting its own and
-reading the counts of all. Few scores reach the bound. They go to the first block in the order of entries, which finds
-the last selected score by four passes of 8 bits, and writes what lies above it and at it. Where too many reach the
-bound, many being equal, or where a block has more entries than registers, the four passes go over all scores.
-No score is the integer 0: it stands for none.
+its next 32 follow them, and a thread has registers for all its scores. The top_k-th of the largest scores of groups
+of 8 is a bound that top_k scores reach: its upper 16 bits are found by two passes of 8 bits, each block counting its
+own and reading the counts of all. Few scores reach the bound. They go to the first block in the order of entries,
+which finds the last selected score by four passes of 8 bits, and writes what lies above it and at it. Where too many
+reach the bound, many being equal, or where a block has more entries than registers, the four passes go over all
+scores. No score is the integer 0: it stands for none.
 """
 
 import cutlass
