@@ -134,6 +134,20 @@ PTX_WANTED = {
         "max.NaN.bf16x2",
     ],
     "hyper_connection.hyper_connection_post": ["mul.rn.f32", "add.rn.f32"],
+    "indexer.index_scores": [
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "mul.rn.bf16x2",
+        "cp.async.cg.shared.global",
+        "griddepcontrol.wait",
+    ],
+    "indexer.index_scores_sm90": [
+        "wgmma.mma_async.sync.aligned.m64n",
+        "mul.rn.bf16x2",
+        "cp.async.cg.shared.global",
+        "fence.proxy.async.shared::cta",
+        "griddepcontrol.wait",
+    ],
+    "indexer.index_select": ["red.shared.add.u32", "vote.sync.ballot.b32", "griddepcontrol.wait"],
 }
 """Module → instructions that its PTX must hold."""
 
@@ -182,6 +196,9 @@ SASS_WANTED = {
     "rows.round_index_query": ["LDG.E.128", "STG.E.128", "HMMA.16816.F32.BF16", "HFMA2.BF16_V2"],
     "cache.write_latent": ["LDG.E.128", "STG.E.128", "STG.E.64", "STG.E.U8"],
     "cache.compress": ["LDG.E.128", "STG.E.128", "STG.E.U8"],
+    "indexer.index_scores": ["LDGSTS.E.BYPASS", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
+    "indexer.index_scores_sm90": ["LDGSTS.E.BYPASS", "LDS.128", "HMUL2.BF16_V2", "HGMMA.64x"],
+    "indexer.index_select": ["ATOMS.POPC.INC.32", "VOTE.ANY"],
 }
 """Module → prefixes of instructions that its SASS must hold."""
 
@@ -331,6 +348,8 @@ def test_products_are_issued_without_waits_between_them(built: tuple[str, list[C
 def test_wgmma_instructions_overlap(built: tuple[str, list[Code]]) -> None:
     """Where the compiler cannot see that sums stay in place between instructions, it waits after every single one."""
     for one in built[1]:
+        if one.request.module == "indexer.index_scores_sm90":
+            assert one.count("HGMMA") == 8 * one.count("WARPGROUP.ARRIVE"), str(one.request)
         if one.request.module == "linear.weight_tiles_sm90":
             assert one.count("HGMMA") >= 4 * one.count("WARPGROUP.ARRIVE"), str(one.request)
 
