@@ -23,7 +23,7 @@ from megamoe.formats.nvfp4 import quantize
 from megamoe.kernels import KERNELS
 from megamoe.models.deepseek_v4.shapes import op_calls, op_shapes
 from megamoe.ops.read_cache import read_cache
-from megamoe.verify.inputs import INPUTS
+from megamoe.verify.inputs import INPUTS, kernel_inputs
 from megamoe.verify.op_inputs import Arguments, OpInputs
 from megamoe.verify.values import copied, parts
 
@@ -170,7 +170,7 @@ def test_a_right_result_passes_and_a_wrong_one_is_not_timed(op: str) -> None:
 
 @pytest.mark.parametrize("op", sorted(INPUTS))
 def test_no_call_moves_more_than_its_arguments_and_results(op: str) -> None:
-    for inputs in INPUTS[op]:
+    for inputs in kernel_inputs(op):
         arguments = inputs.make(op_shapes(op)[0].dims, 5, torch.Generator().manual_seed(0))
         result = inputs.run({**arguments, **{name: copied(arguments[name], "cpu") for name in inputs.written}})
         everything = tensor_bytes(arguments) + tensor_bytes(result)
@@ -216,7 +216,7 @@ def test_a_case_without_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=1))
     monkeypatch.setattr(timing, "capture", capture)
     monkeypatch.setattr(timing, "time_graphs", lambda graphs, calls, from_l2: dict.fromkeys(graphs, ROW.kernel))
-    for inputs in INPUTS[op]:
+    for inputs in kernel_inputs(op):
         row = benching.bench_case(op_shapes(op)[0], inputs, 3, 3000.0, 700.0, benching.BASELINES.get(op), device="cpu")
         assert row.num_bytes > 0 and row.op == op
         assert (row.baseline is not None) == (op in benching.BASELINES)
@@ -235,7 +235,7 @@ def test_baselines_do_the_same_work(op: str) -> None:
     """A baseline that computes something else would make any ratio."""
     call = next(one for one in op_shapes(op))
     bound = 0.15 if op == "nvfp4_experts" else 0.02  # gate and up in bf16 move h across steps of E2M1
-    for inputs in (one for one in INPUTS[op] if one.timed):
+    for inputs in (one for one in kernel_inputs(op) if one.timed):
         arguments = inputs.make(call.dims, 6, torch.Generator().manual_seed(3))
         want, got = (
             [part for one in _results(run, inputs, arguments) for part in parts(one).values()]

@@ -51,6 +51,16 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> Ptx:
     return compiled
 
 
+@pytest.mark.parametrize(("largest", "mantissa", "exponent"), [(448.0, 0x600000, 8), (6.0, 0x400000, 2)])
+def test_scales_without_a_division(largest: float, mantissa: int, exponent: int) -> None:
+    """parts/pool_device.py: power_of_two_scale, of all mantissas; exponents are alike, for no quotient is subnormal."""
+    for first in (0x3F800000, 0x38800000, 0x7E800000):
+        bits = torch.arange(first, first + (1 << 23), dtype=torch.int32)
+        quotient = bits.view(torch.float32) / torch.tensor(largest)
+        want = (quotient.view(torch.int32) + 0x7FFFFF) >> 23
+        assert torch.equal(((bits + (0x7FFFFF - mantissa)) >> 23) - exponent, want)
+
+
 class Launch:
     """Buffers and parameters of a launch, in the order of the arguments."""
 

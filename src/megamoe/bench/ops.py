@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megamoe.bench import cache_baselines, report, timing
+from megamoe.bench import attention_baseline, cache_baselines, report, sampling_baselines, timing
 from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats import fp8, nvfp4
@@ -38,9 +38,9 @@ from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
+from megamoe.ops.index_topk import query_values
 from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots
 from megamoe.ops.read_cache import row_views
-from megamoe.ops.index_topk import query_values
 from megamoe.ops.rms_norm import rms_norm
 from megamoe.ops.rope import RopeTable
 from megamoe.verify.inputs import kernel_inputs
@@ -432,6 +432,10 @@ BASELINES: dict[str, Baseline] = {
     "compress_kv": Baseline("torch eager, every token pools", cache_baselines.compress),
     "write_index_keys": Baseline("torch eager, every token pools", cache_baselines.write_index_keys),
     "index_topk": Baseline("torch eager, bf16 logits", _eager_topk),
+    "sparse_attention": Baseline("torch eager, bf16 rows", attention_baseline.sparse_attention),
+    "sample": Baseline("torch sort, cumsum", sampling_baselines.sample),
+    "penalize": Baseline("torch index, index_put", sampling_baselines.penalize),
+    "token_logprobs": Baseline("torch log_softmax, topk", sampling_baselines.token_logprobs),
 }
 
 WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")

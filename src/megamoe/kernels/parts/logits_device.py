@@ -68,7 +68,8 @@ def row_best(logits: cute.Tensor, row: Int32, thread: Int32, threads: cutlass.Co
 def floor_of_product(a, b):
     """Return the integer part of fp32 a times int64 b, as an fp64 product."""
     return inline_ptx(
-        "{ .reg .f64 x, y; cvt.f64.f32 x, {$r0}; cvt.rn.f64.s64 y, {$r1}; mul.rn.f64 x, x, y; cvt.rzi.s64.f64 {$w0}, x; }",
+        "{ .reg .f64 x, y; cvt.f64.f32 x, {$r0}; cvt.rn.f64.s64 y, {$r1}; mul.rn.f64 x, x, y; "
+        "cvt.rzi.s64.f64 {$w0}, x; }",
         write_only_types=[Int64],
         read_only_args=[a, b],
     )
@@ -77,7 +78,8 @@ def floor_of_product(a, b):
 def ceiling_of_product(a, b):
     """Return the least integer that is at least fp32 a times int64 b, as an fp64 product."""
     return inline_ptx(
-        "{ .reg .f64 x, y; cvt.f64.f32 x, {$r0}; cvt.rn.f64.s64 y, {$r1}; mul.rn.f64 x, x, y; cvt.rpi.s64.f64 {$w0}, x; }",
+        "{ .reg .f64 x, y; cvt.f64.f32 x, {$r0}; cvt.rn.f64.s64 y, {$r1}; mul.rn.f64 x, x, y; "
+        "cvt.rpi.s64.f64 {$w0}, x; }",
         write_only_types=[Int64],
         read_only_args=[a, b],
     )
