@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""copy_cache: rows of pools copied, eight threads for 1 KiB of a row.
+"""copy_cache: rows of pools copied, a few threads for a narrow row and a warp for 4 KiB of a wide one.
 
 Meaning    ops/copy_cache.py; this file only makes it fast
 Grid       128 threads a block; rows of any size and format are one object
@@ -20,10 +20,10 @@ from megamoe.kernels.cache.copy_rows_config import Config
 from megamoe.kernels.parts.pool import as_pool
 from megamoe.kernels.store import kernel
 
-TILES = ((8, 8), (32, 8))
+TILES = ((8, 5), (32, 8))
 """Lanes, and vectors of each of them, of narrow rows and of wide ones."""
-NARROW = 64
-"""Most vectors of a narrow row: one chunk."""
+NARROW = 40
+"""Most vectors of a narrow row, which eight threads copy at once: a latent has 36."""
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
