@@ -125,7 +125,12 @@ def test_objects_are_built_for_the_architecture_they_are_bound_to() -> None:
     calls = [(call.op, call.dims) for model in MODELS for call in op_calls(model)]
     modules = {target: {one.module for one in requests_for(calls, target)} for target in TARGETS}
     only = {one for one in modules["sm90a"] if bound_to(one)}
-    assert only == {"linear.weight_tiles_sm90", "experts.expert_tiles_sm90", "fp8.fp8_tiles_sm90"}
+    assert only == {
+        "linear.weight_tiles_sm90",
+        "experts.expert_tiles_sm90",
+        "fp8.fp8_tiles_sm90",
+        "indexer.index_scores_sm90",
+    }
     assert modules["sm100a"] == modules["sm103a"] == modules["sm90a"] - only
     assert bound_to("linear.weight_tiles_sm90") == "sm90" and bound_to("a.b_sm100") == "sm100"
     assert bound_to("a.sm90_b") is None
