@@ -121,7 +121,7 @@ def test_a_gpus_plan_is_kept(num_drafts: int, capsys: pytest.CaptureFixture[str]
         assert isinstance(engine.runner, Graphs) and engine.runner.num_bytes <= plan.graphs
         assert used <= budget and plan.spare >= 0
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_serve_explains_no_memory_of_a_device_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,9 @@ def test_sealed_operations_are_captured_and_replayed(sealed_no_longer: None) -> 
                 part.copy_(before)
         graph.replay()
         torch.cuda.synchronize()
-        for name, part in parts(wanted).items():
+        for name, part in parts(wanted).items() if wanted is not None else ():
+            if part is None:
+                continue
             assert torch.equal(_bytes(part), _bytes(parts(got)[name])), f"{op}: {name} of a replay differs from a call"
     assert len(store_for(target_of(device)).ledger) == kernels
     print(f"{len(made)} ways of calling {len(first_of_op)} operations captured after the seal and replayed")
