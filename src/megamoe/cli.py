@@ -500,6 +500,7 @@ def verify(
 @click.option("--explain", is_flag=True, help="Step: every kernel's time, bytes, floor and gap.")
 @click.option("--png", "png_path", type=click.Path(path_type=pathlib.Path), metavar="FILE", help="Step: a picture.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Engine: of each.")
+@click.option("--prefill-chunk", type=click.IntRange(min=1), default=256, show_default=True, help="Engine: of a step.")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Engine: of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON document alone on standard output.")
 def bench(
@@ -589,7 +590,8 @@ def _bench_model(
         )
     batches = options["batches"] or (1, 2, 4, 8, 16, 32, 64, 128)
     prompt_tokens, new_tokens = options["prompt_tokens"], options["new_tokens"]
-    engine = Engine(loaded, bench_engine.engine_config(loaded, max(batches), prompt_tokens + new_tokens))
+    config = bench_engine.engine_config(loaded, max(batches), prompt_tokens + new_tokens, options["prefill_chunk"])
+    engine = Engine(loaded, config)
     seconds["warm-up"] = warm_up(engine)
     _print_phases(seconds)
     return bench_engine.run(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import pathlib
 
 import pytest
@@ -88,6 +89,20 @@ def test_launches_find_their_calls() -> None:
         {"cat": "kernel", "name": "z", "ts": 15.0, "dur": 1.0, "args": {"correlation": 3}},
     ]
     assert bench_step.owners(events) == [("x", 0), ("z", -1), ("y", 1)]
+
+
+@pytest.mark.gpu
+def test_every_kernel_of_a_replay_has_its_call() -> None:
+    """The launches of a called step, operation by operation, are the nodes of the graph that is replayed."""
+    model = load("tiny", device="cuda", load_format="dummy", pack=os.environ.get("MEGAMOE_TEST_PACK"))
+    with torch.inference_mode():
+        step = DecodeStep(model, 3, 300)
+        time_us = step.time(rounds=5).median_us
+        calls = explain(step, 3000.0)
+    assert all(call.kernels and call.floor_us > 0 for call in calls if call.op)
+    kernels = [kernel for call in calls for kernel in call.kernels]
+    assert 0 < sum(kernel.time_us + kernel.gap_us for kernel in kernels) < 3 * time_us
+    assert not any(call.op == "" for call in calls), "a launch that belongs to no operation"
 
 
 def test_table_and_picture(tmp_path: pathlib.Path) -> None:

@@ -61,13 +61,18 @@ class EngineRow:
         )
 
 
-def engine_config(model: BatchModel, num_sequences: int, num_tokens: int) -> EngineConfig:
-    """Return a configuration in which so many sequences of so many tokens run at once, without a prefix cache."""
-    chunk = EngineConfig.prefill_chunk
+def engine_config(
+    model: BatchModel, num_sequences: int, num_tokens: int, chunk: int = EngineConfig.prefill_chunk
+) -> EngineConfig:
+    """Return a configuration in which so many sequences of so many tokens run at once, without a prefix cache.
+
+    `chunk` is the most tokens of one prompt in a step.
+    """
     return EngineConfig(
         max_sequences=num_sequences,
         max_waiting=num_sequences,
         max_step_tokens=max(EngineConfig.max_step_tokens, num_sequences + chunk),
+        prefill_chunk=chunk,
         num_pages=num_sequences * -(-num_tokens // model.tokens_per_page),
         max_sequence_tokens=min(num_tokens, model.config.max_position_embeddings),
         prefix_cache=False,
