@@ -10,7 +10,7 @@ from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.models.deepseek_v4.shapes import op_shapes
 from megamoe.ops.embed_streams import embed_streams
-from megamoe.ops.hyper_connection import hyper_connection_head_norm, hyper_connection_post, hyper_connection_pre_norm
+from megamoe.ops.hyper_connection import hyper_connection_head_norm
 from megamoe.ops.rope import RopeTable, rope_table
 from megamoe.ops.rotate_queries import rotate_queries
 from megamoe.ops.round_index_query import round_index_query
@@ -127,16 +127,3 @@ def test_index_queries_that_are_not_finite_say_so(generator: torch.Generator) ->
     damaged[1, 3] = damaged[2, 5] = True
     assert torch.equal((scales == 255).all(-1), damaged) and torch.equal((scales == 255).any(-1), damaged)
     assert scales[3, 1].tolist() == [1] * 4
-
-
-@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 700])
-@pytest.mark.parametrize("model", ["tiny", "flash", "pro"])
-def test_one_launch_mixes_and_collapses_as_two_do(model: str, num_tokens: int, generator: torch.Generator) -> None:
-    (call,) = [one for one in op_shapes("hyper_connection_post_pre_norm") if one.model == model]
-    (inputs,) = INPUTS["hyper_connection_post_pre_norm"]
-    arguments = inputs.make(call.dims, num_tokens, generator)
-    mixing = {name: arguments.pop(name) for name in ("y", "x", "post", "comb")}
-    streams, *following = inputs.door(**mixing, **arguments)
-    assert torch.equal(streams, hyper_connection_post(**mixing))
-    for one, other in zip(following, hyper_connection_pre_norm(streams, **arguments), strict=True):
-        assert torch.equal(one, other)
