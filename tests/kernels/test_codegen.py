@@ -129,7 +129,6 @@ PTX_WANTED = {
     "rows.round_index_query": [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         "cvt.rni.s32.f32",
-        "div.rn.f32",
         "fma.rn.bf16x2",
         "max.NaN.bf16x2",
     ],
@@ -212,8 +211,9 @@ SPILLS_ALLOWED = {
 """Module → stack accesses in its SASS. 512 threads leave 128 registers; one or two that are needed once a launch, a
 pass or a unit do not fit in some configurations, most of them with a second token tile. In hyper_connection_pre it is a
 few addresses, once a tile of 16 tokens. In fp8_stream it is the second half of K = 12288 and 16384, whose 1,024 threads
-have 64 registers each. In attention_tiles it is addresses of fetching threads, once a tile, and on sm_100a of multiplying
-threads, whose sums take 128 of 184 registers; in attention_tiles_sm90 nearly all of it lies before the first tile."""
+have 64 registers each. In attention_tiles it is addresses of fetching threads, once a tile, and on sm_100a of
+multiplying threads, whose sums take 128 of 184 registers; in attention_tiles_sm90 nearly all of it lies before the
+first tile."""
 
 
 def planned(target: str) -> list[Request]:
