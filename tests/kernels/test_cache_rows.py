@@ -25,6 +25,7 @@ from megamoe.kernels.parts.pool import ROW_NAMES
 from megamoe.ops.compress_kv import compress_kv
 from megamoe.ops.plan_slots import RowTables
 from megamoe.ops.write_index_keys import write_index_keys
+from megamoe.ops.write_latent import write_latent
 from megamoe.verify.inputs import INPUTS
 from megamoe.verify.values import copied, whole_storage
 
@@ -95,34 +96,78 @@ def differing(got: CachePool, want: CachePool) -> int:
     return int((whole_storage(got.storage) != whole_storage(want.storage)).sum())
 
 
-@pytest.mark.parametrize("query_width", [None, 128, 1024, 1536])
-def test_write_latent(ptx: Ptx, query_width: int | None, seed: int) -> None:
-    inputs, num_tokens = INPUTS["write_latent"][0], 19
-    dims = {"C": 512, "R": 64} | ({} if query_width is None else {"Q": query_width})
-    given = inputs.make(dims, num_tokens, torch.Generator().manual_seed(seed))
-    expected = {name: copied(value, "cpu") for name, value in given.items()}
-    want = inputs.door(**expected)
-    y = None if query_width is None else torch.full((num_tokens, query_width), torch.nan, dtype=torch.bfloat16)
-    launch, pool = Launch(), given["pool"]
-    num_blocks = -(-num_tokens // write_latent_config.one_warp_tile(512).rows)
-    if y is not None and query_width is not None:
-        launch.rows(given["query_latent"])
+def run_write_latent(ptx: Ptx, given: dict[str, Any]) -> torch.Tensor | None:
+    """Run the kernel, one block after another; return the normed query latents."""
+    query, kv, pool, launch = given["query_latent"], given["kv"], given["pool"], Launch()
+    num_blocks = -(-kv.shape[0] // write_latent_config.one_warp_tile(512).rows)
+    names: tuple[Any, ...] = (None, None, None)
+    y = None
+    if query is not None:
+        y = torch.full(query.shape, torch.nan, dtype=torch.bfloat16)
+        launch.rows(query)
         launch.tensor(given["q_norm"])
         launch.rows(y)
-        num_blocks += -(-num_tokens // write_latent_config.one_warp_tile(query_width).rows)
-    launch.rows(given["kv"])
+        num_blocks += -(-kv.shape[0] // write_latent_config.one_warp_tile(query.shape[1]).rows)
+        names = (query.shape[1], "bf16", "bf16")
+    launch.rows(kv)
     launch.tensor(given["kv_norm"])
     launch.pool(pool)
     launch.vector(given["slots"])
     launch.vector(given["pos"])
     launch.tensor(given["table"].inv_freq)
     launch.numbers("if", pool.rows_per_block, 1e-6)
-    query = (None, None, None) if query_width is None else (query_width, "bf16", "bf16")
-    text = ptx(write_latent_config.Config(512, 64, "bf16", "bf16", "fp8_rope_bf16", *query))
+    text = ptx(write_latent_config.Config(512, 64, "bf16", "bf16", "fp8_rope_bf16", *names))
     for block in range(num_blocks):
         Block(text, 128, launch.params, launch.buffers, (block, 0)).run()
-    assert differing(pool, expected["pool"]) == 0
+    return y
+
+
+@pytest.mark.parametrize("query_width", [None, 128, 1024, 1536])
+def test_write_latent(ptx: Ptx, query_width: int | None, seed: int) -> None:
+    inputs = INPUTS["write_latent"][0]
+    dims = {"C": 512, "R": 64} | ({} if query_width is None else {"Q": query_width})
+    given = inputs.make(dims, 19, torch.Generator().manual_seed(seed))
+    expected = {name: copied(value, "cpu") for name, value in given.items()}
+    want, y = inputs.door(**expected), run_write_latent(ptx, given)
+    assert differing(given["pool"], expected["pool"]) == 0
     assert y is None or torch.equal(y, want)
+
+
+def test_rows_at_the_ends_of_the_range(ptx: Ptx, seed: int) -> None:
+    """Norms so large that rows saturate at 57344, rotary channels as well; amaxes on a power of two and below 1e-4."""
+    given = INPUTS["write_latent"][0].make({"C": 512, "R": 64}, 8, torch.Generator().manual_seed(seed))
+    given["slots"] = torch.arange(8)
+    kv, weight = given["kv"], given["kv_norm"]
+    weight.fill_(2.0**13)
+    weight[64:128] = 2.0**-9
+    weight[128:192] = 0.0
+    weight[448:480] = 57344.0
+    kv[1] = torch.where(torch.arange(512) % 64 == 3, 7.0, 0.125)
+    kv[2] = 0.0
+    kv[3] = -kv[3]
+    expected = {name: copied(value, "cpu") for name, value in given.items()}
+    write_latent(**expected)
+    run_write_latent(ptx, given)
+    assert differing(given["pool"], expected["pool"]) == 0
+    data, scales = given["pool"].data_rows[0], given["pool"].scale_rows[0]
+    assert int(scales[:, :7].max()) == 134 and 0x7E in data[:, :448] and 57344.0 in data[:, 448:].view(torch.bfloat16)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_is_no_number_does_not_become_one(ptx: Ptx, wrong: float, seed: int) -> None:
+    """Its scale is NaN, which readers refuse by name; its neighbours are what they were. Infinity makes others 0."""
+    inputs = INPUTS["write_latent"][0]
+    given = inputs.make({"C": 512, "R": 64}, 8, torch.Generator().manual_seed(seed))
+    given["slots"] = torch.arange(8)
+    expected = {name: copied(value, "cpu") for name, value in given.items()}
+    write_latent(**expected)
+    given["kv"][3, 7] = wrong
+    run_write_latent(ptx, given)
+    others = 255 if wrong != wrong else 105  # 2^ceil(log2(1e-4 / 448))
+    assert given["pool"].scale_rows[0, 3].tolist() == [255] + [others] * 6 + [0]
+    for pool in (given["pool"], expected["pool"]):
+        pool.data_rows[0, 3], pool.scale_rows[0, 3] = 0, 0
+    assert differing(given["pool"], expected["pool"]) == 0
 
 
 def run_compress(ptx: Ptx, *arguments: Any) -> None:
