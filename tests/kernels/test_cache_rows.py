@@ -19,6 +19,7 @@ import torch
 from megamoe.cache.compressor_state import state_capacity
 from megamoe.formats.cache_rows import CachePool, RowFormat
 from megamoe.kernels.cache import compress_config, write_latent_config
+from megamoe.kernels.cache.compress import tokens_of_block
 from megamoe.kernels.compile import Request, compile_objects
 from megamoe.kernels.parts.launch import DTYPE_NAMES
 from megamoe.kernels.parts.pool import ROW_NAMES
@@ -170,8 +171,11 @@ def test_what_is_no_number_does_not_become_one(ptx: Ptx, wrong: float, seed: int
     assert differing(given["pool"], expected["pool"]) == 0
 
 
-def run_compress(ptx: Ptx, *arguments: Any) -> None:
-    """Run the kernel of cache/compress.py, one block after another; arguments as those of compress_kv.reference."""
+def run_compress(ptx: Ptx, many: bool, *arguments: Any) -> None:
+    """Run the kernel of cache/compress.py, one block after another; arguments as those of compress_kv.reference.
+
+    `many` says which of its two: a token a block, or several.
+    """
     raw, ape, norm, state, step, entries, positions, requests, first_idx, tables, *rest = arguments
     state_slots, entry_slots, table, ratio, overlap, eps, out_dtype, *rotate = rest
     config = compress_config.Config(
@@ -184,6 +188,7 @@ def run_compress(ptx: Ptx, *arguments: Any) -> None:
         out_dtype == torch.bfloat16,
         ROW_NAMES[entries.row_format],
         any(rotate),
+        tokens_of_block(ratio, many),
     )
     into, launch = state if step is None else step, Launch()
     launch.rows(raw.contiguous())
@@ -199,8 +204,8 @@ def run_compress(ptx: Ptx, *arguments: Any) -> None:
     launch.tensor(table.inv_freq)
     rows = (state.rows_per_block, into.rows_per_block, entries.rows_per_block)
     launch.numbers("iiiif", *rows, 0 if step is None else 1, eps)
-    for token in range(raw.shape[0]):
-        Block(ptx(config), config.lanes * config.parts, launch.params, launch.buffers, (token, 0)).run()
+    for block in range(-(-raw.shape[0] // config.tokens)):
+        Block(ptx(config), config.lanes * config.parts, launch.params, launch.buffers, (block, 0)).run()
 
 
 COMPRESSORS = pytest.mark.parametrize(
@@ -215,17 +220,17 @@ COMPRESSORS = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def on_simt(ptx: Ptx, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return what makes the operations run the kernel."""
+def on_simt(ptx: Ptx, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Return what makes the operations run the kernel, that of a token a block or that of several."""
 
-    def entries(*arguments: Any) -> None:
-        run_compress(ptx, *arguments)
+    def switch(many: bool) -> None:
+        def entries(*arguments: Any) -> None:
+            run_compress(ptx, many, *arguments)
 
-    def keys(*arguments: Any) -> None:
-        *given, ratio, rotate, eps, out_dtype = arguments
-        run_compress(ptx, *given, ratio, True, eps, out_dtype, rotate)
+        def keys(*arguments: Any) -> None:
+            *given, ratio, rotate, eps, out_dtype = arguments
+            run_compress(ptx, many, *given, ratio, True, eps, out_dtype, rotate)
 
-    def switch() -> None:
         monkeypatch.setattr(sys.modules[compress_kv.__module__], "pick", lambda *_: entries)
         monkeypatch.setattr(sys.modules[write_index_keys.__module__], "pick", lambda *_: keys)
 
@@ -239,7 +244,7 @@ def test_decoding(
     width: int,
     row_format: RowFormat,
     rotate: bool | None,
-    on_simt: Callable[[], None],
+    on_simt: Callable[[bool], None],
     seed: int,
 ) -> None:
     """A token a request: first blocks of sequences, tokens that complete none, nobody's; pools with gaps."""
@@ -249,7 +254,7 @@ def test_decoding(
     given = inputs.make(dims, 9, torch.Generator().manual_seed(seed))
     want = {key: copied(value, "cpu") for key, value in given.items()}
     inputs.run(want)
-    on_simt()
+    on_simt(False)
     inputs.run(given)
     assert [differing(given[pool], want[pool]) for pool in ("state", name)] == [0, 0]
 
@@ -263,7 +268,7 @@ def test_steps_of_several_requests(
     row_format: RowFormat,
     rotate: bool | None,
     in_step: bool,
-    on_simt: Callable[[], None],
+    on_simt: Callable[[bool], None],
     seed: int,
 ) -> None:
     """Rows of the step before the token, rows of rings of several blocks, nobody's tokens between the requests."""
@@ -287,7 +292,7 @@ def test_steps_of_several_requests(
         counts = (13, 14)
     state, pages = tables_of(3, 2, state_capacity(ratio, overlap, 9 if ratio == 4 else 125)), tables_of(3, 35, 1)
     want = one.run(steps, state, pages, in_step=in_step)
-    on_simt()
+    on_simt(in_step)
     # Where rows go into the rings, nobody may look at first_idx.
     got = one.run(steps, state, pages, in_step=in_step, first_idx=None if in_step else 10**9)
     assert got.same_bytes(want)
@@ -295,12 +300,12 @@ def test_steps_of_several_requests(
         assert torch.equal(one.values(got, pages, request, count), one.expected(request, count))
 
 
-def test_one_block_of_many_rows_is_a_ring_too(on_simt: Callable[[], None], seed: int) -> None:
+def test_one_block_of_many_rows_is_a_ring_too(on_simt: Callable[[bool], None], seed: int) -> None:
     torch.manual_seed(seed)
     one = Sequences(4, True, 128, row_format=RowFormat.INDEX_FP4, rotate=True, out_dtype=torch.bfloat16, rope_dim=64)
     one.norm = one.norm.bfloat16()
     ring, pages = RowTables(torch.tensor([[2], [0], [1]], dtype=torch.int32), 17), tables_of(3, 5, 2)
     steps = [[(0, 9)], [(0, 9)], [(0, 1)], [(0, 1)]]
     want = one.run(steps, ring, pages, in_step=False)
-    on_simt()
+    on_simt(True)
     assert one.run(steps, ring, pages, in_step=False).same_bytes(want)

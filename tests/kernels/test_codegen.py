@@ -165,7 +165,12 @@ SASS_WANTED = {
 }
 """Module → prefixes of instructions that its SASS must hold."""
 
-SPILLS_ALLOWED = {"experts.expert_stream": 4, "fp8.fp8_stream": 10, "hyper_connection.hyper_connection_pre": 36}
+SPILLS_ALLOWED = {
+    "cache.compress": 20,  # arguments of the launch, once a token where a block has several
+    "experts.expert_stream": 4,
+    "fp8.fp8_stream": 10,
+    "hyper_connection.hyper_connection_pre": 36,
+}
 """Module → stack accesses in its SASS. 512 threads leave 128 registers; one or two that are needed once a launch, a
 pass or a unit do not fit in some configurations, most of them with a second token tile. In hyper_connection_pre it is a
 few addresses, once a tile of 16 tokens. In fp8_stream it is the second half of K = 12288 and 16384, whose 1,024 threads
@@ -340,7 +345,7 @@ def test_rows_of_an_entry_are_loaded_before_they_are_used(built: tuple[str, list
         if one.request.module == "cache.compress":
             config = one.request.config()
             assert one.count("LDG.E.128") >= 6 * config.rows_at_once, str(one.request)
-            assert one.usage["REG"] * config.lanes * config.parts <= 32768, str(one.request)
+            assert one.usage["REG"] * config.lanes * config.parts <= 32768, str(one.request)  # two blocks and more
 
 
 def test_objects_load_without_a_gpu_and_check_their_arguments(built: tuple[str, list[Code]]) -> None:

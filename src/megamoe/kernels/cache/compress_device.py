@@ -139,7 +139,12 @@ class Compress:
         pools, numbers = (state, into, entries), (state_rows, into_rows, entry_rows, in_step)
         tokens = (positions, requests, first_idx, tables, state_slots, entry_slots)
         self.kernel(raw, ape, weight, pools, tokens, inv_freq, numbers, eps).launch(
-            grid=(raw.shape[0], 1, 1), block=(self.threads, 1, 1), stream=stream, use_pdl=True
+            grid=((raw.shape[0] + self.config.tokens - 1) // self.config.tokens, 1, 1),
+            block=(self.threads, 1, 1),
+            stream=stream,
+            use_pdl=True,
+            min_blocks_per_mp=640 // self.threads,
+            preferred_smem_carveout=50,
         )
 
     @cute.kernel
@@ -153,53 +158,108 @@ class Compress:
         ape_rows = shared.allocate_tensor(Int32, cute.make_layout(config.num_rows))
         sums = shared.allocate_tensor(Float32, cute.make_layout(max(self.threads // WARP, 1)))
         joined = shared.allocate_tensor(Float32, cute.make_layout((config.lanes, 3 * VECTOR, config.parts)))
-        token, _, _ = cute.arch.block_idx()
+        block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         overlap_launches()
-        position, slot, entry = Int32(positions[token]), Int32(state_slots[token]), Int32(entry_slots[token])
+        if cutlass.const_expr(config.tokens == 1):
+            token = block
+            position, slot, entry = Int32(positions[token]), Int32(state_slots[token]), Int32(entry_slots[token])
+            loaded = self.load_raw(raw, ape, token, position, slot, thread)
+            if entry >= 0:  # the same for the whole block
+                self.find_rows(raw, state, tokens, numbers, token, position, sources, ape_rows, thread)
+            self.store_raw(into, into_rows, slot, loaded)
+            if entry >= 0:
+                cute.arch.sync_threads()
+                self.write_entry(
+                    ape,
+                    weight,
+                    entries,
+                    position,
+                    entry,
+                    inv_freq,
+                    entry_rows,
+                    eps,
+                    thread,
+                    sources,
+                    ape_rows,
+                    sums,
+                    joined,
+                )
+        else:
+            first, num_tokens, completing = block * config.tokens, raw.shape[0], Int32(0)
+            for index in cutlass.range_constexpr(config.tokens):
+                token = cutlass.min(first + index, num_tokens - 1)
+                completes = Int32(first + index < num_tokens) & Int32(entry_slots[token] >= Int64(0))
+                completing = completing | (completes << index)
+            for start in cutlass.range(0, config.tokens, config.rows_stored_at_once, unroll=1):
+                rows = []
+                for index in cutlass.range_constexpr(config.rows_stored_at_once):
+                    token = first + start + index
+                    place = cutlass.min(token, num_tokens - 1)
+                    position, slot = Int32(positions[place]), Int32(state_slots[place])
+                    if token >= num_tokens:
+                        slot = Int32(-1)
+                    rows.append((slot, self.load_raw(raw, ape, place, position, slot, thread)))
+                for slot, loaded in rows:
+                    self.store_raw(into, into_rows, slot, loaded)
+            for index in cutlass.range(config.tokens, unroll=1):
+                if (completing >> index) & 1 == 1:  # the same for the whole block
+                    token = first + index
+                    position, entry = Int32(positions[token]), Int32(entry_slots[token])
+                    self.find_rows(raw, state, tokens, numbers, token, position, sources, ape_rows, thread)
+                    cute.arch.sync_threads()
+                    self.write_entry(
+                        ape,
+                        weight,
+                        entries,
+                        position,
+                        entry,
+                        inv_freq,
+                        entry_rows,
+                        eps,
+                        thread,
+                        sources,
+                        ape_rows,
+                        sums,
+                        joined,
+                    )
+                    cute.arch.sync_threads()
+
+    @cute.jit
+    def find_rows(self, raw, state, tokens, numbers, token: Int32, position: Int32, sources, ape_rows, thread: Int32):
+        """Look up where the rows of a token's entry are, a row a thread."""
+        config = self.config
+        _, requests, first_idx, tables, state_slots, _ = tokens
+        state_rows, _, _, in_step = numbers
         request, first_of_request = requests[token], Int32(0)
         if in_step != 0:
             first_of_request = first_idx[token]
-        loaded = self.load_raw(raw, ape, token, position, slot, thread)
-        if entry >= 0:  # the same for the whole block
-            for first in cutlass.range_constexpr(0, config.num_rows, self.threads):
-                self.find_row(
-                    first + thread,
-                    raw,
-                    state,
-                    tables,
-                    state_slots,
-                    token,
-                    position,
-                    request,
-                    first_of_request,
-                    state_rows,
-                    in_step,
-                    sources,
-                    ape_rows,
-                )
+        for first in cutlass.range_constexpr(0, config.num_rows, self.threads):
+            self.find_row(
+                first + thread,
+                raw,
+                state,
+                tables,
+                state_slots,
+                token,
+                position,
+                request,
+                first_of_request,
+                state_rows,
+                in_step,
+                sources,
+                ape_rows,
+            )
+
+    @cute.jit
+    def store_raw(self, into, into_rows: Int32, slot: Int32, loaded):
+        """Store a token's values, and its scores with `ape` added."""
+        config = self.config
         if slot >= 0:
             data, _ = row_addresses(into, slot, into_rows, *row_bytes("fp32", 2 * config.half))
             for vector, values, bias, column in loaded:
                 address = data + Int64(vector) * 16
                 self.store_vector(vector < 2 * config.half // 4, address, values, bias, column >= 0)
-        if entry >= 0:
-            cute.arch.sync_threads()
-            self.write_entry(
-                ape,
-                weight,
-                entries,
-                position,
-                entry,
-                inv_freq,
-                entry_rows,
-                eps,
-                thread,
-                sources,
-                ape_rows,
-                sums,
-                joined,
-            )
 
     def load_raw(self, raw, ape, token, position, slot, thread):
         """Return this thread's vectors of a token's row, with what is to be added to those that are scores."""
