@@ -103,7 +103,7 @@ def inject(engine: Engine, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
         case "draw":
             fails_if(sampler, "_draw", lambda logits, requests, ahead: is_victims(requests), monkeypatch)
         case "logprobs":
-            fails_if(sampler, "_logprobs", lambda logits, ids, requests: is_victims(requests), monkeypatch)
+            fails_if(sampler, "_with_logprobs", lambda *arguments: is_victims(arguments[-1]), monkeypatch)
         case "allowed" | "accept":
             fails_if(Everything, stage, lambda *_: True, monkeypatch)
         case "take":

@@ -15,6 +15,8 @@ from megamoe.engine.request import Request
 from megamoe.engine.sampler import NO_TOKEN, choose_drafts, sample_rows
 from megamoe.engine.sampling_params import SamplingParams
 
+from ..host_reads import count_host_reads
+
 VOCAB = 12
 LOGITS = torch.tensor([1.2, 0.3, -0.5, 2.0, 0.0, -1.0, 0.9, 1.5, -2.0, 0.4, 0.1, -0.2])
 
@@ -191,6 +193,29 @@ def test_whatever_params_accepts_gives_a_token(params, stop, output, only) -> No
     if "logprobs" in params:
         assert found.logprobs is not None and found.logprobs[0] is not None
         assert -math.inf < found.logprobs[0].logprob <= 1e-6
+
+
+# properties: what a step waits for
+
+EVERY_KIND = [
+    request(SamplingParams(temperature=1.0, seed=1)),
+    request(SamplingParams(logit_bias={3: -5.0, 2: 1.0})),
+    request(SamplingParams(temperature=2.0, min_p=0.1, repetition_penalty=1.3, frequency_penalty=0.5), (3, 7), (1,)),
+    request(SamplingParams(min_tokens=3, max_tokens=9), stop=(3,), only=Only([1, 3])),
+    request(SamplingParams(), only=Only([])),
+    request(SamplingParams(logprobs=3, temperature=1.0)),
+    request(SamplingParams(logprobs=0)),
+]
+
+
+@pytest.mark.parametrize("rows", [EVERY_KIND[:1], EVERY_KIND[:5], EVERY_KIND[5:], EVERY_KIND], ids=len)
+def test_a_step_reads_the_device_once(rows: list[Request]) -> None:
+    """Tokens and log-probabilities come together: every other read would be one more wait for the device."""
+    logits = LOGITS.expand(len(rows), -1)
+    with count_host_reads() as reads:
+        found = sample_rows(logits, rows, [0] * len(rows))
+    assert len(found.token_ids) == len(rows) and reads.operations[-1] in ("sample", "token_logprobs")
+    assert len(reads.places) == 1, reads.places
 
 
 # properties: distributions, 6000 draws each

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -52,20 +53,18 @@ def sample_rows(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequen
             needs_edits = True
         if request.params.logprobs is not None:
             wants_logprobs = True
-    edited, dead_rows = logits, []
+    edited, is_dead = logits, None
     if needs_edits:
         edited = logits.clone()
         _edit(edited, requests, ahead)
         # A row with nothing left is drawn from as the model made it, and its token dropped: no other row notices.
         is_dead = edited.amax(dim=-1) == -torch.inf
-        edited[is_dead] = logits[is_dead]
-        dead_rows = is_dead.nonzero()[:, 0].tolist()
+        edited = torch.where(is_dead[:, None], logits, edited)
     ids = _draw(edited, requests, ahead)
-    token_ids: list[int] = ids.tolist()
-    logprobs = _logprobs(logits, ids, requests) if wants_logprobs else None
-    for row in dead_rows:
-        token_ids[row] = NO_TOKEN
-    return Sampled(token_ids, logprobs)
+    chosen = ids if is_dead is None else ids.masked_fill(is_dead, NO_TOKEN)
+    if not wants_logprobs:
+        return Sampled(chosen.tolist(), None)
+    return _with_logprobs(logits, ids, chosen, requests)
 
 
 def choose_drafts(logits: torch.Tensor, ahead: int) -> torch.Tensor:
@@ -85,7 +84,7 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int
         return sample(logits, **settings, uniform=settings["temperature"])  # zeros, and not looked at
     indices = [len(request.ids) - request.num_prompt + offset for request, offset in zip(requests, ahead, strict=True)]
     numbers = uniforms([request.seed for request in requests], indices)
-    return sample(logits, **settings, uniform=torch.from_numpy(numbers).to(logits.device))
+    return sample(logits, **settings, uniform=_sent(torch.from_numpy(numbers), logits.device))
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,33 +92,50 @@ def _settings(rows: tuple[Settings, ...], device: torch.device) -> dict[str, tor
     """Return the arguments of `sample` that stay the same while the same requests decode."""
     temperature, top_p, min_p, top_k = zip(*rows, strict=True)
     settings = {
-        "temperature": torch.tensor(temperature, dtype=torch.float32, device=device),
-        "top_p": torch.tensor(top_p, dtype=torch.float32, device=device),
-        "top_k": torch.tensor(top_k, dtype=torch.int64, device=device),
+        "temperature": _sent(torch.tensor(temperature, dtype=torch.float32), device),
+        "top_p": _sent(torch.tensor(top_p, dtype=torch.float32), device),
+        "top_k": _sent(torch.tensor(top_k, dtype=torch.int64), device),
     }
     if any(min_p):
-        settings["min_p"] = torch.tensor(min_p, dtype=torch.float32, device=device)
+        settings["min_p"] = _sent(torch.tensor(min_p, dtype=torch.float32), device)
     return settings
+
+
+def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return values of the host on the device, without waiting for what the device has to do before."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def _edit(logits: torch.Tensor, requests: Sequence[Request], ahead: Sequence[int]) -> None:
     """Apply biases, bans and penalties in place."""
+    _add_biases(logits, requests)
     for row, (request, offset) in enumerate(zip(requests, ahead, strict=True)):
-        params = request.params
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            logits[row, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
         allowed = None if request.logits_filter is None else request.logits_filter.allowed()
         if allowed is not None:
-            allowed = allowed[: logits.shape[1]].to(logits.device)
+            allowed = _sent(allowed[: logits.shape[1]], logits.device)
             logits[row, : len(allowed)].masked_fill_(~allowed, -torch.inf)
             logits[row, len(allowed) :] = -torch.inf
         if len(request.ids) + offset < request.min_length and request.stop_ids:
-            kept = logits[row].clone()
-            kept[torch.tensor(sorted(request.stop_ids), device=logits.device)] = -torch.inf
-            if allowed is None or bool((kept > -torch.inf).any()):  # where a filter allows the end alone, it ends
-                logits[row] = kept
+            kept = logits[row].index_fill(0, _sent(torch.tensor(sorted(request.stop_ids)), logits.device), -torch.inf)
+            if allowed is not None:  # where a filter allows the end alone, it ends
+                kept = torch.where((kept > -torch.inf).any(), kept, logits[row])
+            logits[row] = kept
     _penalize(logits, requests)
+
+
+def _add_biases(logits: torch.Tensor, requests: Sequence[Request]) -> None:
+    """Add the biases of all rows in place."""
+    rows: list[int] = []
+    ids: list[int] = []
+    biases: list[float] = []
+    for row, request in enumerate(requests):
+        if request.params.logit_bias:
+            ids.extend(request.params.logit_bias)
+            biases.extend(request.params.logit_bias.values())
+            rows.extend([row] * len(request.params.logit_bias))
+    if rows:
+        row_idx, token_ids = _sent(torch.tensor([rows, ids]), logits.device)
+        logits[row_idx, token_ids] += _sent(torch.tensor(biases, dtype=logits.dtype), logits.device)
 
 
 def _penalize(logits: torch.Tensor, requests: Sequence[Request]) -> None:
@@ -141,27 +157,41 @@ def _penalize(logits: torch.Tensor, requests: Sequence[Request]) -> None:
         rows.extend([row] * len(seen))
     if not ids:
         return
-    repetition, presence, frequency = torch.from_numpy(factors).to(logits.device)
+    repetition, presence, frequency = _sent(torch.from_numpy(factors), logits.device)
+    row_idx, token_ids = _sent(torch.tensor([rows, ids]), logits.device)
     penalize(
         logits,
-        torch.tensor(rows, device=logits.device),
-        torch.tensor(ids, device=logits.device),
-        torch.tensor(counts, dtype=torch.float32, device=logits.device),
+        row_idx,
+        token_ids,
+        _sent(torch.tensor(counts, dtype=torch.float32), logits.device),
         repetition=repetition,
         presence=presence,
         frequency=frequency,
     )
 
 
-def _logprobs(logits: torch.Tensor, ids: torch.Tensor, requests: Sequence[Request]) -> list[TokenLogprobs | None]:
+def _with_logprobs(
+    logits: torch.Tensor, ids: torch.Tensor, chosen: torch.Tensor, requests: Sequence[Request]
+) -> Sampled:
+    """Return the chosen tokens, and log-probabilities of those that were drawn where they are asked for.
+
+    All numbers come from the device together, as fp64, which holds every id and every fp32 value.
+    """
     asked = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
     num_top = max(requests[row].params.logprobs or 0 for row in asked)
-    at = torch.tensor(asked, device=logits.device)
-    found = token_logprobs(logits[at], ids[at], num_top=num_top)
+    if len(asked) < len(requests):
+        at = _sent(torch.tensor(asked), logits.device)
+        logits, ids = logits[at], ids[at]
+    found = token_logprobs(logits, ids, num_top=num_top)
+    parts = [chosen, ids, found.chosen, found.top_ids.flatten(), found.top.flatten()]
+    numbers: list[float] = torch.cat([part.double() for part in parts]).tolist()
+    sizes = itertools.accumulate([part.numel() for part in parts], initial=0)
+    token_ids, drawn, logprobs, top_ids, top = (numbers[a:b] for a, b in itertools.pairwise(sizes))
+    num_top = found.top.shape[1]
     result: list[TokenLogprobs | None] = [None] * len(requests)
-    for row, token_id, chosen, top_ids, top in zip(
-        asked, ids[at].tolist(), found.chosen.tolist(), found.top_ids.tolist(), found.top.tolist(), strict=True
-    ):
-        wanted = requests[row].params.logprobs or 0
-        result[row] = TokenLogprobs(token_id, chosen, tuple(zip(top_ids[:wanted], top[:wanted], strict=True)))
-    return result
+    for index, row in enumerate(asked):
+        first = index * num_top
+        last = first + min(requests[row].params.logprobs or 0, num_top)
+        best = zip(map(int, top_ids[first:last]), top[first:last], strict=True)
+        result[row] = TokenLogprobs(int(drawn[index]), logprobs[index], tuple(best))
+    return Sampled([int(token_id) for token_id in token_ids], result)

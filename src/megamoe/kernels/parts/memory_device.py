@@ -251,3 +251,13 @@ def fill_slot(wanted, barrier, target, codes, code_bytes: int, scales, scale_byt
 def store_shared_floats(address, a, b, c, d):
     """Store four floats to shared memory."""
     inline_ptx("st.shared.v4.f32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, a, b, c, d])
+
+
+def store_global_long_if(wanted, address, value):
+    """Store an int64 to global memory."""
+    predicated(wanted, "st.global.b64 [{$r1}], {$r2};", address, value)
+
+
+def store_global_float_if(wanted, address, value):
+    """Store a float to global memory."""
+    predicated(wanted, "st.global.f32 [{$r1}], {$r2};", address, value)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sample: one block a row; the token is found by digits of its logit, not by sorting.
+"""sample: a cluster a row, which is read once; the token is found by histograms, not by sorting.
 
 Meaning    ops/sample.py, docs/decisions/0013-integer-masses.md; every step rounds as it says, and sums are of integers
-Grid       one block of 1,024 threads a row
-Passes     one over the row for the largest logit; for a drawn token five more for each of top-k, top-p and the draw:
-           masses (or ones) are added by bins of a digit, and the next pass looks at one bin
-Limits     up to 2^22 columns. Values that the reference refuses (NaN, a row of -inf) give some token of the row
-Bound      memory: the row, from L2 after the first pass
+Grid       a cluster of 8 blocks of 512 threads a row; each block keeps its share of the row in shared memory
+Steps      the best token; for a drawn one a histogram of masses by their distance to the best, and for each of top-k,
+           top-p and the draw the bin in it and up to four histograms of that bin's logits
+Limits     up to 131,072 columns. Values that the reference refuses (NaN, a row of -inf) give some token of the row
+Bound      memory: the row, once
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from megamoe.kernels.parts.held_row import require_columns
 from megamoe.kernels.sampling.sample_config import Config
 from megamoe.kernels.store import kernel
 
@@ -34,6 +35,7 @@ def run(
     uniform: torch.Tensor,
 ) -> torch.Tensor:
     """Compute sample."""
+    require_columns("sample", logits.shape[1])
     ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if ids.numel():
         rows = logits if logits.stride(1) == 1 else logits.contiguous()

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 
-THREADS = 1024
-DIGITS = ((21, 11), (10, 11), (0, 10))
-"""(lowest bit, bits) of the parts of a logit's 32 bits by which tokens are sorted into bins, most significant first."""
-INDEX_DIGITS = ((11, 11), (0, 11))
-"""The same of a token's number, of which there are at most 2^22."""
-BINS = 2048
+BINS = 512
+"""Bins of a histogram, a thread each."""
+OCTAVE_BINS = 12
+"""Bins of the first histogram for a factor of two of the mass."""
+FAR_BIN = 41 * OCTAVE_BINS
+"""From here on every mass is 0."""
+DIGIT_BITS = 9
+LIMB_BITS = 14
+"""A mass of up to 2^40 is added in three parts: a block's sums fit 32 bits, and so do those of eight blocks."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,34 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device half of sample.
 
-Tokens stand in the order of their logits from high to low, equal ones by their number. `select` finds the first token
-in this order at which the running sum of weights exceeds a target. Weights are ones (top-k) or masses (top-p, a draw).
+Tokens stand in the order of their logits from high to low, equal ones by their number. `find` looks for the first token
+in this order at which the running sum exceeds a target: of ones (top-k) or of masses (top-p, the draw). A histogram
+over the distance to the best logit says in which bin it is; the bin's range of logits is then divided until one token
+is left, or tokens of one logit, whose masses are equal. What was cut away by a search stands behind what it found, so
+that the next one looks at the same sums with a smaller target.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32
+from cutlass import Boolean, Float32, Int32, Int64, Uint32
 from cutlass.cute.arch import inline_ptx
 
+from megamoe.kernels.parts.cluster_device import address_in_block, shared_address_of
+from megamoe.kernels.parts.held_row import CLUSTER, HELD, THREADS, WARPS
+from megamoe.kernels.parts.held_row_device import (
+    add_shared_word,
+    best_of_block,
+    best_of_warp,
+    halves,
+    hold,
+    load_cluster_word,
+    locate,
+    meet,
+    share_of,
+    store_cluster_vector,
+    tell,
+    whole,
+    word_below,
+)
 from megamoe.kernels.parts.logits_device import (
+    LEAST,
+    NO_INDEX,
     ceiling_of_product,
     floor_of_product,
     order_of,
-    row_best,
     symbolic_column,
     symbolic_logits,
 )
+from megamoe.kernels.parts.memory_device import store_global_long_if
 from megamoe.kernels.parts.ptx_device import add, divide, multiply, subtract
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches
-from megamoe.kernels.sampling.sample_config import BINS, DIGITS, INDEX_DIGITS, THREADS, Config
+from megamoe.kernels.sampling.sample_config import BINS, DIGIT_BITS, FAR_BIN, LIMB_BITS, OCTAVE_BINS, Config
 
 MASS_BITS = 40
 LOG2_E = 1.4426950
 EXP2_SERIES = (1.0, 0.69314718, 0.24022651, 0.055504109, 0.0096181291, 0.0013333558, 0.00015403530, 0.000015252734)
 LEAST_OCTAVE = -64.0
 FLOAT32_MAX = 3.4028234663852886e38
-TARGET, BEFORE, PLACE, NUMBER = range(4)
-"""Where shared memory keeps the target of a search, the sum before its bin, the bin, and the sum of all bins."""
+LIMB = (1 << LIMB_BITS) - 1
+MEETINGS = {"best": 0, "rank": 1, "share": 2, "draw": 3, "locate": 4}
+"""Parts of the shared memory in which blocks tell each other words."""
+PLACE, COUNT = range(2)
+BEFORE, INSIDE, REST = range(3)
 
 
 def program(config: Config):
@@ -42,11 +67,24 @@ def program(config: Config):
     return Sample(config).plain, (logits, temperature, top_k, top_p, uniform, ids, current_stream())
 
 
-def mass_of(logit, best, factor):
-    """Return floor(2^40 * 2^((logit - best) * factor)) as ops/sample.py defines it, every step rounded on its own."""
-    octaves = cute.arch.fmax(multiply(subtract(logit, best), factor), Float32(LEAST_OCTAVE))
-    whole = inline_ptx("cvt.rni.f32.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[octaves])
-    part = subtract(octaves, whole)
+def octaves_below(logit, best, factor):
+    """Return how many octaves a token's mass lies from the best one's, 0 to -64."""
+    return cute.arch.fmax(multiply(subtract(logit, best), factor), Float32(LEAST_OCTAVE))
+
+
+def bin_of(octaves):
+    """Return the bin of the first histogram; a smaller logit is never in a bin before a larger one's."""
+    return inline_ptx(
+        "cvt.rzi.s32.f32 {$w0}, {$r0};",
+        write_only_types=[Int32],
+        read_only_args=[multiply(octaves, Float32(-OCTAVE_BINS))],
+    )
+
+
+def mass_of(octaves):
+    """Return floor(2^40 * 2^octaves) as ops/sample.py defines it, every step rounded on its own."""
+    whole_octaves = inline_ptx("cvt.rni.f32.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[octaves])
+    part = subtract(octaves, whole_octaves)
     value = Float32(EXP2_SERIES[-1])
     for coefficient in reversed(EXP2_SERIES[:-1]):
         value = add(multiply(value, part), Float32(coefficient))
@@ -54,13 +92,13 @@ def mass_of(logit, best, factor):
         "{ .reg .s32 k; .reg .f32 power, x; cvt.rni.s32.f32 k, {$r1}; add.s32 k, k, 167; shl.b32 k, k, 23; "
         "mov.b32 power, k; mul.rn.f32 x, {$r0}, power; cvt.rzi.s64.f32 {$w0}, x; }",
         write_only_types=[Int64],
-        read_only_args=[value, whole],
+        read_only_args=[value, whole_octaves],
     )
 
 
-def add_shared(address, value):
-    """Add an int64 to shared memory."""
-    inline_ptx("red.shared.add.u64 [{$r0}], {$r1};", read_only_args=[address, value])
+def quotient(a, b):
+    """Return a / b of int64 that are not negative, rounded down."""
+    return inline_ptx("div.u64 {$w0}, {$r0}, {$r1};", write_only_types=[Int64], read_only_args=[a, b])
 
 
 class Sample:
@@ -71,195 +109,288 @@ class Sample:
 
     @cute.jit
     def plain(self, logits, temperature, top_k, top_p, uniform, ids, stream):
-        self.kernel(logits, temperature, top_k, top_p, None, uniform, ids).launch(
-            grid=(ids.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
-        )
+        self.launch(logits, temperature, top_k, top_p, None, uniform, ids, stream)
 
     @cute.jit
     def with_min_p(self, logits, temperature, top_k, top_p, min_p, uniform, ids, stream):
+        self.launch(logits, temperature, top_k, top_p, min_p, uniform, ids, stream)
+
+    def launch(self, logits, temperature, top_k, top_p, min_p, uniform, ids, stream):
         self.kernel(logits, temperature, top_k, top_p, min_p, uniform, ids).launch(
-            grid=(ids.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
+            grid=(ids.shape[0] * CLUSTER, 1, 1),
+            block=(THREADS, 1, 1),
+            cluster=(CLUSTER, 1, 1),
+            min_blocks_per_mp=2,
+            preferred_smem_carveout=100,
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
     def kernel(self, logits, temperature, top_k, top_p, min_p, uniform, ids):
-        row, _, _ = cute.arch.block_idx()
+        allocator = cutlass.memory.SmemAllocator()
+        held = allocator.allocate_tensor(Float32, cute.make_layout(HELD), 16)
+        merged = allocator.allocate_tensor(Int32, cute.make_layout(4 * BINS), 16)
+        masses = allocator.allocate_tensor(Int64, cute.make_layout(WARPS))
+        found_masses = allocator.allocate_tensor(Int64, cute.make_layout(3))
+        counters = allocator.allocate_tensor(Int32, cute.make_layout(4 * BINS))
+        sums = allocator.allocate_tensor(Int32, cute.make_layout(2 * WARPS))
+        shares = allocator.allocate_tensor(Int32, cute.make_layout(2 * CLUSTER * len(MEETINGS)), 16)
+        found = allocator.allocate_tensor(Int32, cute.make_layout(2))
+        block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
-        shared = cutlass.memory.SmemAllocator()
-        bins = shared.allocate_tensor(Int64, cute.make_layout(BINS), byte_alignment=16)
-        found = shared.allocate_tensor(Int64, cute.make_layout(4))
-        scratch = shared.allocate_tensor(Int32, cute.make_layout((2, THREADS // 32)))
+        row, rank = block // CLUSTER, block % CLUSTER
         overlap_launches()
-        kept = Int32(top_k[row])
+        num_columns = logits.shape[1]
+        kept = Int32(cutlass.min(top_k[row], Int64(num_columns)))
+        out = ids.iterator.toint() + Int64(row) * 8
+        is_writer = (rank == 0) & (thread == 0)
         if kept < 0:
-            if thread == 0:
-                ids[row] = Int64(-1)
+            store_global_long_if(is_writer, out, Int64(-1))
         else:
-            order, index = row_best(logits, row, thread, THREADS, scratch)
+            cute.arch.cluster_arrive()
+            first, count = share_of(num_columns, rank)
+            row_address = logits[(row, None)].iterator.toint()
+            order, index = hold(row_address + Int64(first) * 4, held, first, count, thread)
+            order, index = best_of_block(order, index, sums)
+            cute.arch.cluster_wait()  # all blocks run: from here on they may be written to
+            order, index = best_of_warp(*tell(order, index, shares, MEETINGS["best"], rank, thread))
             heat = temperature[row]
             if heat > 0.0:
-                least = Int64(1)
+                least = Int64(0)
                 if cutlass.const_expr(min_p is not None):
                     least = ceiling_of_product(min_p[row], Int64(2**MASS_BITS))
-                best = logits[row, index]
                 factor = cute.arch.fmin(divide(Float32(LOG2_E), heat), Float32(FLOAT32_MAX))
-                index = self.draw(logits, row, thread, best, factor, kept, top_p[row], least, uniform[row], bins, found)
-            if thread == 0:
-                ids[row] = Int64(index)
+                best = logits[row, index]
+                parts = (held, counters, merged, sums, masses, shares, found, found_masses)
+                who = (rank, thread, first, count)
+                numbers = (best, factor, least, kept, top_p[row], uniform[row], index)
+                self.draw(numbers, who, parts, num_columns, out)
+            else:
+                store_global_long_if(is_writer, out, Int64(index))
 
     @cute.jit
-    def draw(
-        self,
-        logits,
-        row: Int32,
-        thread: Int32,
-        best: Float32,
-        factor: Float32,
-        kept: Int32,
-        share: Float32,
-        least: Int64,
-        number: Float32,
-        bins,
-        found,
-    ) -> Int32:
-        """Return the token drawn from a row."""
-        last_key, last_index = Int32(-1), Int32(2**31 - 1)  # keys are compared as unsigned: -1 is the last of all
-        some = (logits, row, thread, best, factor, least, bins, found)
-        if (kept > 0) & (kept < logits.shape[1]):
-            last_key, last_index = self.select("rank", Float32(0.0), Int64(kept - 1), last_key, last_index, some)
-        if share < 1.0:
-            last_key, last_index = self.select("share", share, Int64(0), last_key, last_index, some)
-        _, index = self.select("draw", number, Int64(0), last_key, last_index, some)
-        return index
+    def draw(self, numbers, who, parts, num_columns: Int32, out: Int64):
+        """Store the token drawn from a row at an address."""
+        best, factor, least, kept, top_p, uniform, index = numbers
+        rank, thread, first, count = who
+        held, counters, merged, sums, masses, shares, found, found_masses = parts
+        address = shared_address_of(counters)
+        clear(counters, thread)
+        for place in cutlass.range(thread, count, THREADS, unroll=4):
+            octaves = octaves_below(held[place], best, factor)
+            number = bin_of(octaves)
+            if number < FAR_BIN:
+                count_token(address, number, octaves, least)
+        bins = self.merge(who, parts)
+        total = bins[4]
+        of_thread = bins[:4]
+        if (kept > 0) & (kept < num_columns):
+            through, _, _, _, in_reach = self.find("rank", Int64(kept - 1), of_thread, numbers, who, parts)
+            if in_reach > 0:
+                total = through
+        if top_p < 1.0:
+            target = within(ceiling_of_product(top_p, total) - 1, total)
+            through, _, _, _, in_reach = self.find("share", target, of_thread, numbers, who, parts)
+            if in_reach > 0:
+                total = through
+        target = within(floor_of_product(uniform, total), total)
+        _, low, high, wanted, in_reach = self.find("draw", target, of_thread, numbers, who, parts)
+        if in_reach > 0:
+            locate(low, high, wanted, held, first, count, sums, shares, MEETINGS["locate"], rank, thread, out)
+        else:  # nothing has a mass: a row that the reference refuses
+            store_global_long_if((rank == 0) & (thread == 0), out, Int64(index))
 
     @cute.jit
-    def select(
-        self,
-        kind: cutlass.Constexpr,
-        fraction: Float32,
-        rank: Int64,
-        last_key: Int32,
-        last_index: Int32,
-        some,
-    ):
-        """Return key and number of the first token at which the running sum exceeds a target.
+    def find(self, kind: cutlass.Constexpr, target: Int64, of_thread, numbers, who, parts):
+        """Find the first token at which the running sum exceeds a target.
 
         Args:
-            kind: "rank": ones, the target is `rank`. "share": masses, the target is one less than their share
-                `fraction`. "draw": masses, the target is their share.
-            fraction, rank: see kind.
-            last_key, last_index: of the last token that is kept.
-            some: the row and what its masses are made of.
+            kind: "rank": the sum is of ones. "share", "draw": of masses.
+            target: not negative.
+            of_thread: what the first histogram has in this thread's bin and before it.
+            numbers, who, parts: the row.
+
+        Returns:
+            The mass up to the token and with it; a range of orders that holds it (only for "draw"); which one of the
+            tokens in this range it is; how many they are, 0 where the sum does not exceed the target.
         """
-        logits, row, thread, best, factor, least, bins, found = some
-        key, index, target = Int32(0), Int32(0), Int64(0)
-        digits = [(True, *one) for one in DIGITS] + [(False, *one) for one in INDEX_DIGITS]
-        for step in cutlass.range_constexpr(len(digits)):
-            of_key, low, bits = digits[step]
-            for first in cutlass.range_constexpr(0, BINS, THREADS):
-                bins[first + thread] = Int64(0)
-            cute.arch.sync_threads()
-            for token in cutlass.range(thread, logits.shape[1], THREADS, unroll=2):
-                logit = logits[row, token]
-                own = ~order_of(logit) ^ Int32(-(2**31))  # as unsigned: the largest logit first
-                is_kept = is_before(own, token, last_key, last_index)
-                if cutlass.const_expr(of_key):
-                    if cutlass.const_expr(step > 0):
-                        is_kept = is_kept & (shifted(own, low + bits) == shifted(key, low + bits))
+        best, factor, least = numbers[0], numbers[1], numbers[2]
+        rank, thread, _, count = who
+        held, counters, _, sums, _, shares, found, found_masses = parts
+        address = shared_address_of(counters)
+        pick(kind == "rank", target, *of_thread, thread, found, found_masses)
+        place, inside = found[PLACE], found[COUNT]
+        before, mass, rest = found_masses[BEFORE], found_masses[INSIDE], found_masses[REST]
+        low, high, wanted, through = Int32(0), Int32(0), Int32(0), Int64(0)
+        if place >= 0:
+            low, high = Int32(NO_INDEX), Int32(LEAST)
+            for one in cutlass.range(thread, count, THREADS, unroll=4):
+                if bin_of(octaves_below(held[one], best, factor)) == place:
+                    order = order_of(held[one])
+                    low = cutlass.min(low, order)
+                    high = cutlass.max(high, order)
+            low, high = ends(low, high, sums, shares, MEETINGS[kind], rank, thread)
+            while (inside > 1) & (low < high):
+                span = Uint32(high) - Uint32(low)
+                shift = cutlass.max(Int32(32 - DIGIT_BITS) - Int32(cute.arch.clz(span)), 0)
+                clear(counters, thread)
+                for one in cutlass.range(thread, count, THREADS, unroll=4):
+                    order = order_of(held[one])
+                    if (order >= low) & (order <= high):
+                        digit = Int32((Uint32(high) - Uint32(order)) >> Uint32(shift))
+                        count_token(address, digit, octaves_below(held[one], best, factor), least)
+                bins = self.merge(who, parts)
+                pick(kind == "rank", rest, *bins[:4], thread, found, found_masses)
+                high = Int32(Uint32(high) - (Uint32(found[PLACE]) << Uint32(shift)))
+                width = (Uint32(1) << Uint32(shift)) - Uint32(1)
+                if Uint32(high) - Uint32(low) > width:
+                    low = Int32(Uint32(high) - width)
+                inside = found[COUNT]
+                before = before + found_masses[BEFORE]
+                mass, rest = found_masses[INSIDE], found_masses[REST]
+            each = mass
+            if inside > 1:
+                each = quotient(mass, Int64(inside))
+                if cutlass.const_expr(kind == "rank"):
+                    wanted = Int32(rest)
                 else:
-                    is_kept = is_kept & (own == key)
-                    if cutlass.const_expr(step > len(DIGITS)):
-                        is_kept = is_kept & (token >> (low + bits) == index >> (low + bits))
-                if is_kept:
-                    weight = Int64(1)
-                    if cutlass.const_expr(kind != "rank"):
-                        weight = mass_of(logit, best, factor)
-                        if weight < least:
-                            weight = Int64(0)
-                    if weight > 0:
-                        place = own if cutlass.const_expr(of_key) else token
-                        number = shifted(place, low) & Int32((1 << bits) - 1)
-                        add_shared((bins.iterator + number).toint(), weight)
-            cute.arch.sync_threads()
-            if thread < 32:
-                self.find_bin(kind, fraction, rank, target, cutlass.const_expr(step == 0), thread, bins, found)
-            cute.arch.sync_threads()
-            target = found[TARGET] - found[BEFORE]
-            digit = Int32(found[PLACE]) << low
-            if cutlass.const_expr(of_key):
-                key = key | digit
-            else:
-                index = index | digit
-            cute.arch.sync_threads()
-        return key, index
+                    wanted = Int32(quotient(rest, each))
+            through = before + each * Int64(wanted + 1)
+        else:
+            inside = Int32(0)
+        return through, low, high, wanted, inside
 
     @cute.jit
-    def find_bin(
-        self,
-        kind: cutlass.Constexpr,
-        fraction: Float32,
-        rank: Int64,
-        target: Int64,
-        is_first: cutlass.Constexpr,
-        lane: Int32,
-        bins,
-        found,
-    ):
-        """Let a warp find the first bin at which the running sum exceeds the target, which is below the whole sum."""
-        per_lane = BINS // 32
-        own = Int64(0)
-        for number in cutlass.range(per_lane, unroll=4):
-            own = own + bins[lane * per_lane + number]
-        before, total = Int64(0), Int64(0)
-        for other in cutlass.range_constexpr(32):
-            theirs = shuffled(own, other)
-            if other < lane:
-                before = before + theirs
-            total = total + theirs
-        if cutlass.const_expr(is_first):
-            if cutlass.const_expr(kind == "rank"):
-                target = rank
-            elif cutlass.const_expr(kind == "share"):
-                target = ceiling_of_product(fraction, total) - 1
-            else:
-                target = floor_of_product(fraction, total)
-        target = cutlass.max(cutlass.min(target, total - 1), Int64(0))
-        if (before <= target) & (target < before + own):
-            running, place, sum_before = before, Int32(-1), before
-            for number in cutlass.range(per_lane, unroll=4):
-                value = bins[lane * per_lane + number]
-                if (place < 0) & (running + value > target):
-                    place = lane * per_lane + number
-                    sum_before = running
-                running = running + value
-            found[TARGET] = target
-            found[BEFORE] = sum_before
-            found[PLACE] = Int64(place)
-        if (total == 0) & (lane == 0):  # nothing has a mass: a row that the reference refuses
-            found[TARGET] = Int64(0)
-            found[BEFORE] = Int64(0)
-            found[PLACE] = Int64(0)
+    def merge(self, who, parts):
+        """Add the histograms of all blocks.
+
+        Returns:
+            Tokens and mass of this thread's bin, tokens and mass of the bins before it, and the mass of all.
+        """
+        rank, thread, _, _ = who
+        _, counters, merged, sums, masses, _, _, _ = parts
+        meet()
+        # A block adds a share of the bins: lane % CLUSTER reads one block's, and then writes the sum to that block.
+        number, other = rank * (BINS // CLUSTER) + thread // CLUSTER, thread % CLUSTER
+        source = address_in_block(other, shared_address_of(counters) + number * 4)
+        words = [load_cluster_word(source + limb * (BINS * 4)) for limb in range(4)]
+        for power in cutlass.range_constexpr(3):
+            words = [word + cute.arch.shuffle_sync_bfly(word, offset=1 << power) for word in words]
+        tokens = words[0]
+        mass = unsigned(words[1]) + (unsigned(words[2]) << LIMB_BITS) + (unsigned(words[3]) << (2 * LIMB_BITS))
+        low, high = halves(mass)
+        target = address_in_block(other, shared_address_of(merged) + number * 16)
+        store_cluster_vector(target, tokens, low, high, Int32(0))
+        meet()
+        lane, warp = thread % 32, thread // 32
+        tokens, mass = merged[4 * thread], whole(merged[4 * thread + 1], merged[4 * thread + 2])
+        tokens_through, mass_through = tokens, mass
+        for power in cutlass.range_constexpr(5):
+            distance = 1 << power
+            low, high = halves(mass_through)
+            low, high, fewer = (
+                word_below(low, distance),
+                word_below(high, distance),
+                word_below(tokens_through, distance),
+            )
+            if lane >= distance:
+                tokens_through = tokens_through + fewer
+                mass_through = mass_through + whole(low, high)
+        if lane == 31:
+            sums[warp] = tokens_through
+            masses[warp] = mass_through
+        cute.arch.sync_threads()
+        tokens_before, mass_before, total = tokens_through - tokens, mass_through - mass, Int64(0)
+        for one in cutlass.range_constexpr(WARPS):
+            of_warp = masses[one]
+            total = total + of_warp
+            if one < warp:
+                tokens_before = tokens_before + sums[one]
+                mass_before = mass_before + of_warp
+        cute.arch.sync_threads()  # the sums may be written again
+        return tokens, mass, tokens_before, mass_before, total
 
 
-def shifted(word, bits: int):
-    """Return an int32 shifted right, as unsigned."""
-    if bits >= 32:
-        return Int32(0)
-    return Int32(Uint32(word) >> bits)
+def unsigned(word):
+    """Return a word's 32 bits as an int64 that is not negative."""
+    return whole(word, Int32(0))
 
 
-def is_before(key, index, last_key, last_index):
-    """Return whether a token does not stand behind another one; keys are unsigned."""
-    own, last = Uint32(key), Uint32(last_key)
-    return (own < last) | ((own == last) & (index <= last_index))
+def within(target, total):
+    """Return a target that a running sum up to `total` exceeds, if that is not 0."""
+    return cutlass.max(cutlass.min(target, total - 1), Int64(0))
 
 
-def shuffled(value, lane: int):
-    """Return a lane's int64."""
-    return inline_ptx(
-        "{ .reg .b32 low, high; mov.b64 {low, high}, {$r0}; "
-        f"shfl.sync.idx.b32 low, low, {lane}, 31, -1; shfl.sync.idx.b32 high, high, {lane}, 31, -1; "
-        "mov.b64 {$w0}, {low, high}; }",
-        write_only_types=[Int64],
-        read_only_args=[value],
-    )
+@cute.jit
+def clear(counters: cute.Tensor, thread: Int32):
+    """Empty the bins of this block."""
+    for start in cutlass.range_constexpr(0, 4 * BINS, THREADS):
+        counters[start + thread] = Int32(0)
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def count_token(address: Int32, number: Int32, octaves: Float32, least: Int64):
+    """Add a token and its mass, 0 below `least`, to a bin."""
+    place = address + number * 4
+    add_shared_word(place, Int32(1))
+    mass = mass_of(octaves)
+    if mass >= least:
+        low, high = halves(mass)
+        add_shared_word(place + BINS * 4, low & Int32(LIMB))
+        add_shared_word(place + 2 * BINS * 4, Int32(Uint32(low) >> LIMB_BITS) & Int32(LIMB))
+        add_shared_word(place + 3 * BINS * 4, Int32(Uint32(low) >> (2 * LIMB_BITS)) | (high << (32 - 2 * LIMB_BITS)))
+
+
+@cute.jit
+def pick(
+    is_rank: cutlass.Constexpr,
+    target: Int64,
+    tokens: Int32,
+    mass: Int64,
+    tokens_before: Int32,
+    mass_before: Int64,
+    thread: Int32,
+    found: cute.Tensor,
+    found_masses: cute.Tensor,
+):
+    """Let the thread whose bin the target lies in say so; -1 is said where there is none."""
+    cute.arch.sync_threads()  # what was found before may still be being read
+    if thread == 0:
+        found[PLACE] = Int32(-1)
+    cute.arch.sync_threads()
+    sum_before, own = mass_before, mass
+    if cutlass.const_expr(is_rank):
+        sum_before, own = Int64(tokens_before), Int64(tokens)
+    is_here = Boolean((sum_before <= target) & (target < sum_before + own))
+    if is_here:
+        found[PLACE] = thread
+        found[COUNT] = tokens
+        found_masses[BEFORE] = mass_before
+        found_masses[INSIDE] = mass
+        found_masses[REST] = target - sum_before
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def ends(
+    low: Int32,
+    high: Int32,
+    sums: cute.Tensor,
+    shares: cute.Tensor,
+    number: cutlass.Constexpr,
+    rank: Int32,
+    thread: Int32,
+):
+    """Return the least and the largest of the cluster."""
+    lane, warp = thread % 32, thread // 32
+    low, high = cute.arch.warp_redux_sync(low, "min"), cute.arch.warp_redux_sync(high, "max")
+    if lane == 0:
+        sums[warp] = low
+        sums[WARPS + warp] = high
+    cute.arch.sync_threads()
+    low, high = sums[lane % WARPS], sums[WARPS + lane % WARPS]
+    low, high = cute.arch.warp_redux_sync(low, "min"), cute.arch.warp_redux_sync(high, "max")
+    low, high = tell(low, high, shares, number, rank, thread)
+    return cute.arch.warp_redux_sync(low, "min"), cute.arch.warp_redux_sync(high, "max")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 
-THREADS = 1024
+LIST = 32
+"""Tokens that a block finds before the blocks compare theirs."""
 
 
 @dataclasses.dataclass(frozen=True)
