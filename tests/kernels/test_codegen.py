@@ -207,6 +207,7 @@ SPILLS_ALLOWED = {
     "hyper_connection.hyper_connection_pre": 36,
     "attention.attention_tiles": 220,
     "attention.attention_tiles_sm90": 34,
+    "cache.compress": 20,  # arguments of the launch, once a token where a block has several
 }
 """Module → stack accesses in its SASS. 512 threads leave 128 registers; one or two that are needed once a launch, a
 pass or a unit do not fit in some configurations, most of them with a second token tile. In hyper_connection_pre it is a
@@ -386,7 +387,7 @@ def test_rows_of_an_entry_are_loaded_before_they_are_used(built: tuple[str, list
         if one.request.module == "cache.compress":
             config = one.request.config()
             assert one.count("LDG.E.128") >= 6 * config.rows_at_once, str(one.request)
-            assert one.usage["REG"] * config.lanes * config.parts <= 32768, str(one.request)
+            assert one.usage["REG"] * config.lanes * config.parts <= 32768, str(one.request)  # two blocks and more
 
 
 def test_objects_load_without_a_gpu_and_check_their_arguments(built: tuple[str, list[Code]]) -> None:
