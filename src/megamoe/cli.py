@@ -143,7 +143,12 @@ class Bytes(click.ParamType[int]):
 @click.option("--without-key", is_flag=True, help="Listen to other machines without asking for a key.")
 @click.option("--max-sequences", default=8, show_default=True, metavar="N", help="Computed at the same time.")
 @click.option("--max-waiting", default=256, show_default=True, metavar="N", help="Queued; one more gets 429.")
-@click.option("--memory", default="1GiB", show_default=True, type=Bytes(), metavar="SIZE", help="For the caches.")
+@click.option(
+    "--memory",
+    type=Bytes(),
+    metavar="SIZE",
+    help="Of the CPU: for the caches; of a GPU: for everything.  [default: 1GiB, or 90 % of what is free]",
+)
 @click.option("--max-step-tokens", default=512, show_default=True, metavar="N", help="Most tokens of one step.")
 @click.option("--prefill-chunk", default=256, show_default=True, metavar="N", help="Most of them of one prompt.")
 @click.option("--max-sequence-tokens", type=int, metavar="N", help="Prompt and answer.  [default: the context]")
@@ -171,6 +176,7 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
             f"serve: {host} can be reached from other machines and no key is asked for. Give --api-key-file FILE, or "
             "--without-key if everybody who can reach it may use it."
         )
+    from megamoe.engine import memory as memory_plans
     from megamoe.engine.config import EngineConfig
     from megamoe.engine.engine import Engine
     from megamoe.engine.model import load_model, model_directory
@@ -179,20 +185,36 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
     from megamoe.server.settings import ServerSettings
     from megamoe.text.tokenizer import check_tokenizer
 
+    memory = options["memory"]
+    budget = memory_plans.budget_of(device, memory)
     config = EngineConfig(
         max_sequences=options["max_sequences"],
         max_step_tokens=options["max_step_tokens"],
         prefill_chunk=options["prefill_chunk"],
         max_waiting=options["max_waiting"],
         max_sequence_tokens=options["max_sequence_tokens"],
-        memory_bytes=options["memory"],
+        **({} if memory is None or budget is not None else {"memory_bytes": memory}),
         prefix_cache=not options["no_prefix_cache"],
         speculative_tokens=options["speculative_tokens"],
     )
     check_tokenizer(model_directory(model))  # before the weights, which take minutes
-    loaded = load_model(model, recipe=recipe, device=device, dtype=None, pack=options["pack"], accept=options["accept"])
+    loaded = load_model(
+        model,
+        recipe=recipe,
+        device=device,
+        dtype=None,
+        pack=options["pack"],
+        accept=options["accept"],
+        memory=None if budget is None else (budget, config),
+    )
+    plan = None
+    if budget is not None:
+        config, plan = memory_plans.plan_memory(loaded, config, budget)
+        memory_plans.keep(plan, loaded.device)
     engine = Engine(loaded, config)
     warm_up(engine)
+    if plan is not None:
+        plan = plan.with_caches(engine.plan.capacity)
     settings = ServerSettings(
         model_name=options["served_name"] or pathlib.Path(model).name,
         recipe=loaded.recipe.name,
@@ -210,10 +232,12 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
     )
     state = run.build_state(loaded, engine, settings, version=megamoe.__version__, release=options["chat_release"])
     if explain:
-        print(json.dumps(run.describe(engine, state), indent=2))
+        print(json.dumps(run.describe(engine, state, plan), indent=2))
         return 0
     for note in loaded.notes:
         print(f"megamoe: note: {note}", file=sys.stderr)
+    if plan is not None:
+        print(f"megamoe: device memory\n{plan}", file=sys.stderr)
     return run.run(state, run.Listen(host, port), version=megamoe.__version__, device=str(loaded.device))
 
 

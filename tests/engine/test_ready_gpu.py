@@ -8,21 +8,15 @@ bucket, the seal, and steps of an engine after it. What was lent is printed.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import pathlib
-import sys
 import time
-import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-import megamoe
-import megamoe.ops
 from megamoe.checkpoint import write_safetensors
 from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
@@ -41,8 +35,9 @@ from megamoe.models.deepseek_v4.shapes import op_calls
 from megamoe.models.load import load
 from megamoe.ops import dispatch
 from megamoe.verify.inputs import INPUTS, kernel_inputs
-from megamoe.verify.values import parts
+from megamoe.verify.values import copied, parts
 
+from ..lent import OUTSIDE_OF_GRAPHS, REFERENCES
 from ..models.deepseek_v4.checkpoints import CONFIG, encode
 
 pytestmark = pytest.mark.gpu
@@ -64,36 +59,6 @@ SMALL: dict[str, Any] = {
     "n_routed_experts": 8,
 }
 
-REFERENCES = {
-    "linear": "linear.reference",
-    "grouped_linear": "grouped_linear.reference",
-    "nvfp4_grouped_linear": "grouped_linear.reference_nvfp4",
-    "nvfp4_weight_only_grouped_linear": "grouped_linear.reference",
-    "nvfp4_experts": "nvfp4_experts.reference",
-    "rope": "rope.reference",
-    "hadamard": "hadamard.reference",
-    "quantize_mxfp4": "quantize.reference_mxfp4",
-    "write_cache": "write_cache.reference",
-    "copy_cache": "copy_cache.reference",
-    "compress_kv": "compress_kv.reference",
-    "index_topk": "index_topk.reference",
-    "sparse_attention": "sparse_attention.reference",
-    "sample": "sample.reference",
-    "penalize": "penalize.reference",
-    "token_logprobs": "token_logprobs.reference",
-    "embed_streams": "embed_streams.reference",
-    "hyper_connection_post_pre_norm": "hyper_connection.reference_post_pre_norm",
-    "hyper_connection_head_norm": "hyper_connection.reference_head_norm",
-    "plan_slots": "plan_slots.reference",
-    "rotate_queries": "rotate_queries.reference",
-    "round_index_query": "round_index_query.reference",
-    "save_rows": "save_rows.reference",
-    "write_block_tables": "write_block_tables.reference",
-    "write_index_keys": "write_index_keys.reference",
-    "write_latent": "write_latent.reference",
-    "mean_of_streams": "streams.reference_mean",
-    "add_to_streams": "streams.reference_add",
-}
 PACK = os.environ.get("MEGAMOE_TEST_PACK")
 
 
@@ -118,37 +83,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     write_safetensors(directory / "model.safetensors", tensors)
     (directory / "config.json").write_text(json.dumps(SMALL))
     return directory
-
-
-@pytest.fixture
-def sealed_no_longer() -> Iterator[None]:
-    """Open the process's store again after a test that seals it."""
-    yield
-    store_for(target_of(torch.device("cuda"))).reopen()
-
-
-@pytest.fixture
-def lent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Give operations without a kernel for this GPU their references as kernels; return which."""
-    target = target_of(torch.device("cuda"))
-    missing = [op for op in REFERENCES if module_for(op, target) is None]
-    for op in missing:
-        file, _, name = REFERENCES[op].partition(".")
-        module = types.ModuleType(f"megamoe_lent_{op}")
-        module.run = _lend(getattr(importlib.import_module(f"megamoe.ops.{file}"), name))  # type: ignore[attr-defined]
-        module.configs = lambda dims: ()  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(KERNELS, op, {target.rstrip("a"): module.__name__})
-    print(f"lent by torch: {', '.join(missing) or 'nothing'}")
-    return missing
-
-
-def _lend(reference: Any) -> Any:
-    def run(*arguments: Any) -> Any:
-        with megamoe.ops.use("reference"):
-            return reference(*arguments)
-
-    return run
 
 
 def test_a_model_without_all_its_kernels_is_refused_in_seconds(checkpoint: pathlib.Path) -> None:
@@ -187,7 +121,10 @@ def test_a_model_gets_ready_is_sealed_and_runs(
     assert isinstance(model, Model) and model.weights.num_relaid > 50
     assert model.weights.blocks[0].attention.wq_a.code_layout is CodeLayout.FRAGMENT_16X64  # type: ignore[union-attr]
     loaded = time.perf_counter() - start
-    config = EngineConfig(max_sequences=4, max_step_tokens=256, num_pages=24, speculative_tokens=1)
+    graphs = set(lent) <= OUTSIDE_OF_GRAPHS
+    config = EngineConfig(
+        max_sequences=4, max_step_tokens=256, num_pages=24, speculative_tokens=1, decode_graphs=graphs
+    )
     engine = Engine(model, config)
     seconds = warm_up(engine)
     store = store_for(target_of(model.device))
@@ -222,17 +159,23 @@ def test_sealed_operations_are_captured_and_replayed(sealed_no_longer: None) -> 
     for op, call in first_of_op.items():
         for inputs in kernel_inputs(op):
             arguments, other = (inputs.make(call.dims, 9, torch.Generator("cuda").manual_seed(seed)) for seed in (1, 2))
-            inputs.door(**arguments)
-            made.append((op, inputs, arguments, other))
+            fresh = {name: copied(arguments[name], device) for name in inputs.written}
+            inputs.run(arguments)
+            made.append((op, inputs, arguments, other, fresh))
     dispatch.seal(device)
     kernels = len(store_for(target_of(device)).ledger)
-    for op, inputs, arguments, other in made:
+    for op, inputs, arguments, other, fresh in made:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = inputs.door(**arguments)
-        wanted = inputs.door(**{**arguments, **{name: other[name] for name in _tensors(arguments)}})
-        for name in _tensors(arguments):
-            arguments[name].copy_(other[name])
+            got = inputs.run(arguments)
+        changed = {name: other[name] for name in _tensors(arguments) if name not in fresh}
+        again = {name: copied(value, device) for name, value in fresh.items()}
+        wanted = inputs.run({**arguments, **changed, **again})
+        for name, value in changed.items():
+            arguments[name].copy_(value)
+        for name, value in fresh.items():
+            for part, before in zip(parts(arguments[name]).values(), parts(value).values(), strict=True):
+                part.copy_(before)
         graph.replay()
         torch.cuda.synchronize()
         for name, part in parts(wanted).items():

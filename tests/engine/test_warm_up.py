@@ -45,7 +45,7 @@ from megamoe.text.llm import LLM
 
 from ..fakes import FakeModel
 from ..kernels.objects import FakeCompiler
-from .test_ready_gpu import REFERENCES
+from ..lent import REFERENCES
 
 CUDA = torch.device("cuda", 0)
 
@@ -97,7 +97,7 @@ def sizes(op: str, arguments: tuple[Any, ...]) -> tuple[dict[str, int], int]:
             num_rows, width = arguments[1].shape
             is_stack = getattr(arguments[1], "scale_per", "tensor") == "row"
             return {"N": num_rows, "K": width, **({"scales": num_rows} if is_stack else {})}, shape[0]
-        case "grouped_linear" | "nvfp4_grouped_linear" | "nvfp4_weight_only_grouped_linear":
+        case "grouped_linear" | "fp8_grouped_linear" | "nvfp4_grouped_linear" | "nvfp4_weight_only_grouped_linear":
             groups, num_rows, width = arguments[1].shape
             return {"G": groups, "N": num_rows, "K": width}, shape[0]
         case "experts" | "fp8_experts" | "nvfp4_experts" | "nvfp4_weight_only_experts":

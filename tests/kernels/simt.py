@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the PTX of small kernels on the CPU, all threads of a block in step: enough of PTX for kernels that move rows.
+"""Runs the PTX of small kernels on the CPU, all threads of a block in step: enough of PTX for work on rows.
+
+Results of fp32 instructions are worked out in fp64 and rounded once. Approximate ones (ex2, rsqrt, rcp) are exact here:
+a GPU may differ in the last bits.
 
 At any moment the threads that are furthest behind execute their instruction, so that threads which part ways meet again
 where their ways join. An instruction of the whole warp that only some of its lanes reach is an error, as is an access
@@ -145,22 +148,34 @@ class Block:
         lanes = mask.reshape(-1, 32)
         assert (lanes.all(1) | ~lanes.any(1)).all(), f"only some lanes reach {one}"
 
-    def access(self, operand: str, num_bytes: int, mask: Mask) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """Return the memory that an address is in, and where in it every thread's bytes begin; one memory for all."""
+    def access(self, operand: str, num_bytes: int, mask: Mask) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return which memory every thread's address is in, and where in it the bytes begin."""
         base, _, offset = operand.strip("[]").partition("+")
         addresses = self.value(base, "u64").view(np.int64) + int(offset or 0)
-        memory = self.memories[int(addresses[mask][0]) >> 32]
-        places = addresses & 0xFFFFFFFF
-        inside = (addresses >> 32 == addresses[mask][0] >> 32) & (places + num_bytes <= memory.size)
-        assert inside[mask].all(), f"an access outside its buffer: {operand}"
+        which, places = addresses >> 32, addresses & 0xFFFFFFFF
+        for number in np.unique(which[mask]):
+            assert 0 <= number < len(self.memories), f"an access outside all buffers: {operand}"
+            inside = places[mask & (which == number)] + num_bytes <= self.memories[number].size
+            assert inside.all(), f"an access outside its buffer: {operand}"
         assert (places[mask] % num_bytes == 0).all(), f"an access that is not aligned: {operand}"
-        return memory, places
+        return which, places
 
     def execute(self, one: Instruction, mask: Mask) -> None:
         """Execute an instruction for some threads."""
         name, *rest = one.name.split(".")
         kind = rest[-1] if rest else ""
         operands = one.operands
+        if one.name.startswith("ld.param.v"):
+            number, _, offset = re.search(r"_param_(\d+)(\+(\d+))?", operands[1]).group(1, 2, 3)  # type: ignore[union-attr]
+            start, size = int(offset or 0), int(kind[1:]) // 8
+            for register in re.findall(r"[^{},\s]+", operands[0]):
+                found = int.from_bytes(self.params[int(number)][start : start + size], "little")
+                self.store(register, np.full(self.size, found, np.uint64), mask)
+                start += size
+            return
+        if one.name == "mov.b32" and "{" in operands[0] + operands[1]:
+            self.move_halves(operands[0], operands[1], mask)
+            return
         if name == "griddepcontrol" or (name == "bar" and rest[0] == "warp"):
             self.whole_warps(mask, one)
         elif name in ("ld", "st") and rest[0] != "param":
@@ -192,27 +207,45 @@ class Block:
         """Load or store one value or a vector of them."""
         size = int(rest[-1].lstrip("subf")) // 8
         registers = re.findall(r"[^{},\s]+", operands[0 if name == "ld" else 1])
-        memory, places = self.access(operands[1 if name == "ld" else 0], size * len(registers), mask)
+        which, places = self.access(operands[1 if name == "ld" else 0], size * len(registers), mask)
         for index, register in enumerate(registers):
-            bytes_of = (places[:, None] + index * size + np.arange(size))[mask]
+            loaded = np.zeros((self.size, 8), np.uint8)
+            for number in np.unique(which[mask]):
+                here, memory = mask & (which == number), self.memories[number]
+                bytes_of = (places[:, None] + index * size + np.arange(size))[here]
+                if name == "ld":
+                    loaded[here, :size] = memory[bytes_of]
+                else:
+                    raw = np.ascontiguousarray(self.value(register, "u64")).view(np.uint8).reshape(self.size, 8)
+                    memory[bytes_of] = raw[here, :size]
             if name == "ld":
-                loaded = np.zeros((self.size, 8), np.uint8)
-                loaded[mask, :size] = memory[bytes_of]
                 self.store(register, loaded.view(np.uint64)[:, 0], mask)
-            else:
-                raw = np.ascontiguousarray(self.value(register, "u64")).view(np.uint8).reshape(self.size, 8)
-                memory[bytes_of] = raw[mask, :size]
+
+    def move_halves(self, target: str, source: str, mask: Mask) -> None:
+        """Take a word apart into two halves, or make one of them."""
+        if target.startswith("{"):
+            word = self.value(source, "u32")
+            for shift, register in zip((0, 16), re.findall(r"[^{},\s]+", target), strict=True):
+                self.store(register, word >> np.uint64(shift) & np.uint64(0xFFFF), mask)
+        else:
+            low, high = (self.value(one, "u16") for one in re.findall(r"[^{},\s]+", source))
+            self.store(target, low | high << np.uint64(16), mask)
 
     def result(self, name: str, rest: list[str], kind: str, sources: tuple[str, ...]) -> npt.NDArray[np.generic]:
         """Return what an arithmetic instruction gives."""
+        if "f32" in rest:
+            return self.float_result(name, rest, sources)
+        if name in ("div", "rem") or "wide" in rest:
+            a, b, *c = (self.value(one, kind).astype(np.int64) for one in sources)
+            if "wide" in rest:
+                added: npt.NDArray[np.generic] = a * b + (self.value(sources[2], "s64") if c else 0)
+                return added
+            quotient = np.where(b == 0, 0, np.abs(a) // np.maximum(np.abs(b), 1) * np.sign(a) * np.sign(b))
+            return quotient if name == "div" else a - quotient * b
         if name == "setp":
             a, b = (self.value(one, kind) for one in sources)
             compared: npt.NDArray[np.generic] = getattr(np, COMPARE[rest[0]])(a, b)
             return compared
-        if name == "cvt" and rest[0] == "rn":
-            pair = [torch.from_numpy(self.value(one, "f32").copy()).bfloat16().view(torch.int16) for one in sources]
-            words = [one.numpy().view(np.uint16).astype(np.uint64) for one in pair]
-            return (words[0] << np.uint64(16)) | words[1]
         if name in ("mov", "cvt"):
             return self.value(sources[0], "b64" if kind == "pred" else kind)
         if name == "popc":
@@ -230,7 +263,6 @@ class Block:
             "sub": lambda a, b: a - b,
             "mul": lambda a, b: a * b,
             "mad": lambda a, b, c: a * b + c,
-            "div": lambda a, b: np.where(b == 0, 0, np.abs(a) // np.maximum(np.abs(b), 1) * np.sign(a) * np.sign(b)),
             "min": np.minimum,
             "max": np.maximum,
             "and": np.bitwise_and,
@@ -241,3 +273,62 @@ class Block:
         }
         found: npt.NDArray[np.generic] = operations[name](*values)
         return found
+
+    def float_result(self, name: str, rest: list[str], sources: tuple[str, ...]) -> npt.NDArray[np.generic]:
+        """Return what an instruction on fp32 values gives, or one that makes or takes them."""
+        if name == "cvt":
+            return self.converted(rest, sources)
+        if name == "selp":
+            return np.where(self.value(sources[2], "pred"), *(self.value(one, "f32") for one in sources[:2]))
+        with np.errstate(all="ignore"):
+            values = [self.value(one, "f32") for one in sources]
+            if name == "setp":
+                unordered = np.isnan(values[0]) | np.isnan(values[1])
+                if rest[0] in ("nan", "num"):
+                    return unordered if rest[0] == "nan" else ~unordered
+                or_nan = rest[0].endswith("u")  # equ, neu, ltu, leu, gtu, geu
+                compared = getattr(np, COMPARE[rest[0][:-1] if or_nan else rest[0]])(*values)
+                return np.where(unordered, or_nan, compared)
+            if name in ("mov", "abs", "neg"):
+                bits = values[0].view(np.uint32)
+                return {"mov": bits, "abs": bits & np.uint32(2**31 - 1), "neg": bits ^ np.uint32(2**31)}[name]
+            if name in ("min", "max"):
+                functions = (np.minimum, np.maximum) if "NaN" in rest else (np.fmin, np.fmax)
+                larger: npt.NDArray[np.generic] = functions[name == "max"](*values)
+                return larger
+            a, *b = (one.astype(np.float64) for one in values)
+            exact: npt.NDArray[np.float64] = {
+                "add": lambda: a + b[0],
+                "sub": lambda: a - b[0],
+                "mul": lambda: a * b[0],
+                "div": lambda: a / b[0],
+                "fma": lambda: a * b[0] + b[1],
+                "ex2": lambda: np.exp2(a),
+                "rsqrt": lambda: 1.0 / np.sqrt(a),
+                "rcp": lambda: 1.0 / a,
+                "sqrt": lambda: np.sqrt(a),
+            }[name]()
+            rounded = exact.astype(np.float32)
+            if "rm" in rest:  # towards minus infinity
+                rounded = np.where(rounded > exact, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+            return rounded
+
+    def converted(self, rest: list[str], sources: tuple[str, ...]) -> npt.NDArray[np.generic]:
+        """Return what a conversion from or to fp32 gives."""
+        *how, target, source = rest
+        if target == "f32":
+            if source == "bf16":
+                return self.value(sources[0], "u16") << np.uint64(16)
+            numbers = self.value(sources[0], source)
+            if "sat" in how:
+                return np.clip(np.nan_to_num(numbers, nan=0.0), 0.0, 1.0).astype(np.float32)
+            return numbers.astype(np.float32)
+        values = [torch.from_numpy(self.value(one, "f32").copy()) for one in sources]
+        if target.startswith("s"):
+            assert "rni" in how, rest
+            return values[0].double().round().long().numpy()
+        if target == "e4m3x2":
+            codes = [one.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8).numpy() for one in values]
+            return codes[0].astype(np.uint64) << np.uint64(8) | codes[1]
+        halves = [one.bfloat16().view(torch.int16).numpy().view(np.uint16).astype(np.uint64) for one in values]
+        return halves[0] << np.uint64(16) | halves[1]

@@ -128,6 +128,7 @@ WORKSPACES = {
     "route_experts": 1,
     "nvfp4_linear": 1,  # tokens expanded to bf16, where there are many
     "fp8_linear": 2,  # tokens expanded to fp16 and their scales, where there are many
+    "fp8_grouped_linear": 64,  # fp32 scales: four for each of 16 groups; else one expansion for all
     "nvfp4_experts": 15,  # as below, two quantized tensors of three parts, their scales by expert, h expanded
     "nvfp4_weight_only_experts": 7,  # order, passes, their number, hidden values, outputs of the pairs; in tiles also
     # tokens and route weights by expert
@@ -137,7 +138,12 @@ WORKSPACES = {
 """Operations that need scratch memory, and in how many tensors; `run` allocates it in the open."""
 
 
-MANY_TILES = ("hyper_connection_pre", "hyper_connection_pre_norm", "hyper_connection_head")
+MANY_TILES = (
+    "hyper_connection_pre",
+    "hyper_connection_pre_norm",
+    "hyper_connection_post_pre_norm",
+    "hyper_connection_head",
+)
 
 
 @pytest.mark.parametrize("op", MANY_TILES)

@@ -11,6 +11,7 @@ import torch
 
 from megamoe.formats.cache_rows import CachePool, RowFormat, page_bytes
 from megamoe.kernels.cache import copy_cache as host_half
+from megamoe.kernels.parts.pool import as_pool
 from megamoe.ops import plan_slots as planning
 from megamoe.ops.copy_cache import copy_cache
 from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots, plan_slots
@@ -34,6 +35,18 @@ def test_rows_that_are_not_made_of_vectors_and_words_are_refused() -> None:
         pieces(RowFormat.FP32, 6)
 
 
+def test_pages_of_2_gib_and_pages_between_multiples_of_16_bytes_are_refused() -> None:
+    long = CachePool.allocate(1, 2**31 // 8192, RowFormat.FP32, 2048, "meta")
+    with pytest.raises(
+        NotImplementedError, match=r"copy_cache: .* less than 2147483648 bytes; got 2147483648 in source"
+    ):
+        as_pool("copy_cache", "source", long)
+    odd = CachePool.allocate(2, 1, RowFormat.FP32, 1, block_stride_bytes=20)
+    with pytest.raises(NotImplementedError, match=r"multiples of 16 bytes; got a block stride of 20"):
+        as_pool("copy_cache", "source", odd)
+    as_pool("copy_cache", "source", CachePool.allocate(2, 1, RowFormat.FP32, 1))
+
+
 def random_pool(num_blocks: int, rows: int, row_format: RowFormat, width: int, stride: int | None = None) -> CachePool:
     """Return a pool on the GPU; of one whose blocks lie far apart the first and last row of each block are written."""
     size = page_bytes(row_format, rows, width)
@@ -54,8 +67,8 @@ def bytes_at(pool: CachePool, slots: torch.Tensor) -> torch.Tensor:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("num_blocks", "rows", "row_format", "width", "stride"),
-    [(3, 128, LATENT, 512, FAR), (1, 300_000, RowFormat.FP32, 2048, None), (1, 4_000_000, LATENT, 512, None)],
-    ids=["blocks far apart", "a long block of data", "a long block with scales"],
+    [(3, 128, LATENT, 512, FAR), (3, 3_000_000, LATENT, 512, None), (3, 200_000, RowFormat.FP32, 2048, None)],
+    ids=["blocks far apart", "long blocks with scales", "long blocks of data"],
 )
 def test_rows_beyond_2_gib(num_blocks: int, rows: int, row_format: RowFormat, width: int, stride: int | None) -> None:
     far = random_pool(num_blocks, rows, row_format, width, stride)
@@ -67,11 +80,10 @@ def test_rows_beyond_2_gib(num_blocks: int, rows: int, row_format: RowFormat, wi
     fresh = random_pool(num_blocks, 2, row_format, width)
     copy_cache(fresh, places, far, ends)
     assert torch.equal(bytes_at(far, ends), bytes_at(fresh, places))
-    if num_blocks > 1:  # the last row of each ring, which is a block
-        saves = torch.tensor([(block, rows, 0, 0, block) for block in range(num_blocks)], dtype=torch.int32).cuda()
-        saved = random_pool(num_blocks, 1, row_format, width)
-        save_rows(far, None, saved, saves, torch.arange(num_blocks, dtype=torch.int32, device="cuda")[:, None])
-        assert torch.equal(bytes_at(saved, places[:num_blocks]), bytes_at(far, ends[1::2]))
+    saves = torch.tensor([(block, rows, 0, 0, block) for block in range(num_blocks)], dtype=torch.int32).cuda()
+    saved = random_pool(num_blocks, 1, row_format, width)
+    save_rows(far, None, saved, saves, torch.arange(num_blocks, dtype=torch.int32, device="cuda")[:, None])
+    assert torch.equal(bytes_at(saved, places[:num_blocks]), bytes_at(far, ends[1::2]))  # the last row of each ring
 
 
 @pytest.mark.gpu

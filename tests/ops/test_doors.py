@@ -27,7 +27,12 @@ from megamoe.ops.embed_streams import embed_streams
 from megamoe.ops.experts import experts
 from megamoe.ops.fp8_experts import fp8_experts
 from megamoe.ops.fp8_linear import fp8_linear
-from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
+from megamoe.ops.grouped_linear import (
+    fp8_grouped_linear,
+    grouped_linear,
+    nvfp4_grouped_linear,
+    nvfp4_weight_only_grouped_linear,
+)
 from megamoe.ops.hadamard import hadamard
 from megamoe.ops.hyper_connection import (
     hyper_connection_head,
@@ -258,6 +263,9 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "embed_streams": lambda: [bound(embed_streams, torch.randn(5, WIDTH), torch.arange(T) - 1, num_streams=2)],
     "experts": lambda: _experts(experts, torch.randn),
     "fp8_experts": lambda: _experts(fp8_experts, lambda *shape: fp8.quantize_blocks(torch.randn(shape))),
+    "fp8_grouped_linear": lambda: [
+        bound(fp8_grouped_linear, fp8.quantize_rows(torch.randn(3, 2, 64)), fp8.quantize_blocks(torch.randn(2, 8, 64)))
+    ],
     "fp8_linear": lambda: [bound(fp8_linear, fp8.quantize_rows(_x()), fp8.quantize_blocks(torch.randn(16, WIDTH)))],
     "grouped_linear": lambda: _grouped(False, torch.randn, grouped_linear),
     "hadamard": lambda: [bound(hadamard, _x())],

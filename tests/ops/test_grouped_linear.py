@@ -8,9 +8,16 @@ import dataclasses
 import pytest
 import torch
 
+from megamoe.formats import fp8
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import quantize
-from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
-from megamoe.ops.quantize import quantize_nvfp4
+from megamoe.ops.grouped_linear import (
+    fp8_grouped_linear,
+    grouped_linear,
+    nvfp4_grouped_linear,
+    nvfp4_weight_only_grouped_linear,
+)
+from megamoe.ops.quantize import quantize_fp8_rows, quantize_nvfp4
 from megamoe.verify.tolerance import assert_within
 
 from .invariance import assert_row_invariant
@@ -23,6 +30,15 @@ def test_by_hand() -> None:
     x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     w = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[10.0, 0.0], [0.0, -1.0]]])
     assert grouped_linear(x, w).tolist() == [[[1.0, 2.0], [30.0, -4.0]]]
+
+
+def test_fp8_by_hand() -> None:
+    """Groups of two 128-blocks: 128 * (1 * 2) * (2 * 4) + 128 * (1 * 1) * (2 * 0.5), then other scales."""
+    codes = torch.ones(1, 2, 256).to(torch.float8_e4m3fn)
+    x = Fp8RowTensor(codes, torch.tensor([[[2.0, 1.0], [1.0, 4.0]]]).to(torch.float8_e8m0fnu), 128)
+    codes = torch.tensor([2.0, 1.0])[:, None, None].expand(2, 1, 256).to(torch.float8_e4m3fn)
+    w = Fp8BlockTensor(codes, torch.tensor([[[4.0, 0.5]], [[1.0, 1.0]]]).to(torch.float8_e8m0fnu))
+    assert fp8_grouped_linear(x, w, out_dtype=torch.float32).tolist() == [[[128.0 * (16 + 1)], [128.0 * (1 + 4)]]]
 
 
 # --- properties ---
@@ -51,20 +67,28 @@ def test_agree_with_fp64(num_tokens: int, seed: int) -> None:
         assert_within(op, got, want.bfloat16())
     want = torch.einsum("tgk,gnk->tgn", decode(x4), decode(w4))
     assert_within("nvfp4_grouped_linear", nvfp4_grouped_linear(x4, w4), want.bfloat16())
+    for scale_dtype in (torch.float8_e8m0fnu, torch.float32):
+        x8, w8 = quantize_fp8_rows(x), fp8.quantize_blocks(w, scale_dtype)
+        want = torch.einsum("tgk,gnk->tgn", fp8.dequantize(x8).double(), fp8.dequantize(w8).double())
+        got = fp8_grouped_linear(x8, w8, out_dtype=torch.float32)
+        assert got.is_contiguous()
+        assert_within("fp8_grouped_linear", got, want.float())
+        assert_within("fp8_grouped_linear", fp8_grouped_linear(x8, w8), want.bfloat16())
 
 
 def test_row_invariant(seed: int) -> None:
     x, w = _case(40, seed)
-    w4 = quantize(w)
+    w4, w8 = quantize(w), fp8.quantize_blocks(w)
 
-    def all_three(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def all_four(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (
             grouped_linear(rows, w),
             nvfp4_weight_only_grouped_linear(rows, w4),
             nvfp4_grouped_linear(quantize_nvfp4(rows), w4),
+            fp8_grouped_linear(quantize_fp8_rows(rows), w8),
         )
 
-    assert_row_invariant(all_three, x)
+    assert_row_invariant(all_four, x)
 
 
 def test_one_tensor_scale_for_all_groups_is_caught(seed: int) -> None:
@@ -88,6 +112,10 @@ def test_refusals() -> None:
         grouped_linear(x, w[:2])
     with pytest.raises(ValueError, match=r"grouped_linear: x must be \[T, G, K\]; got bfloat16 \[2, 240\]"):
         grouped_linear(x.flatten(1), w)
+    with pytest.raises(TypeError, match="fp8_grouped_linear: x must be Fp8RowTensor; got bfloat16"):
+        fp8_grouped_linear(x, fp8.quantize_blocks(w))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"fp8_grouped_linear: w must be \[G, N, K\] .*; got Fp8BlockTensor \[2, 20"):
+        fp8_grouped_linear(quantize_fp8_rows(x), fp8.quantize_blocks(w[:2]))
     with pytest.raises(TypeError, match="nvfp4_grouped_linear: x must be NvFp4Tensor; got bfloat16"):
         nvfp4_grouped_linear(x, quantize(w))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="nvfp4_weight_only_grouped_linear: w must be NvFp4Tensor; got float32"):

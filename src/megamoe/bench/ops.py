@@ -26,17 +26,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megamoe.bench import report, timing
+from megamoe.bench import attention_baseline, cache_baselines, report, sampling_baselines, timing
 from megamoe.bench.public import bound
 from megamoe.bench.roofline import Ceiling, tensor_bytes
 from megamoe.formats import fp8, nvfp4
-from megamoe.formats.cache_rows import CachePool, RowFormat
+from megamoe.formats.cache_rows import CachePool, RowFormat, decode_rows
 from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
+from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout, to_tiled_128x4
 from megamoe.models.deepseek_v4.shapes import OpCall, op_shapes
 from megamoe.ops.containers import packed, unpacked
 from megamoe.ops.hyper_connection import hyper_connection_pre
+from megamoe.ops.index_topk import query_values
 from megamoe.ops.plan_slots import EntryTables, RowTables, StepSlots
 from megamoe.ops.read_cache import row_views
 from megamoe.ops.rms_norm import rms_norm
@@ -182,7 +184,8 @@ def _hadamard_matrix(width: int, device: torch.device) -> torch.Tensor:
     matrix = torch.ones(1, 1, device=device)
     while len(matrix) < width:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (matrix * width**-0.5).bfloat16()
+    scaled: torch.Tensor = matrix * width**-0.5
+    return scaled.bfloat16()
 
 
 def _eager_round_index_query(
@@ -291,8 +294,34 @@ def _cublas_plain(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype | Non
     return x @ w.T  # bf16 where the operation may return fp32: cuBLAS writes less
 
 
+def _eager_topk(
+    q: torch.Tensor | MxFp4Tensor | Fp8RowTensor,
+    head_weights: torch.Tensor,
+    keys: CachePool,
+    block_tables: torch.Tensor,
+    requests: torch.Tensor,
+    num_visible: torch.Tensor,
+    top_k: int,
+) -> torch.Tensor:
+    """Score every entry that the tables have room for in bf16, torch.topk, sort: no order among equal ones."""
+    data, scales = (one[block_tables.long()].flatten(0, 2) for one in (keys.data_rows, keys.scale_rows))
+    values = decode_rows(data, scales, keys.row_format, keys.width).bfloat16()
+    values = values.unflatten(0, (block_tables.shape[0], -1))  # [R, room, K]
+    logits = query_values(q).bfloat16() @ values[requests.clamp(min=0).long()].mT  # [T, Hi, room]
+    scores = (logits.float().clamp(min=0.0) * head_weights[..., None]).sum(1)
+    is_hidden = torch.arange(scores.shape[1], device=scores.device) >= num_visible[:, None]
+    best = scores.masked_fill(is_hidden, -torch.inf).topk(top_k, dim=1).indices
+    last = torch.iinfo(torch.int32).max
+    order = best.masked_fill(best >= num_visible[:, None], last).sort(dim=1).values
+    return torch.where((order == last) | (requests[:, None] < 0), -1, order)
+
+
 def _bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x.transpose(0, 1), w.transpose(1, 2)).transpose(0, 1)  # strided; a contiguous copy is left out
+
+
+def _bmm_fp8(x: Fp8RowTensor, w: Fp8BlockTensor) -> torch.Tensor:
+    return _bmm(_bf16_rows(x.codes, x.scales), _bf16_of_fp8(w.codes, w.scales))
 
 
 def _bmm_weight_only(x: torch.Tensor, w: NvFp4Tensor) -> torch.Tensor:
@@ -381,6 +410,7 @@ BASELINES: dict[str, Baseline] = {
     "nvfp4_weight_only_experts": Baseline("every expert through cuBLAS bf16", _eager_experts),
     "linear": Baseline("cuBLAS bf16", _cublas_plain),
     "grouped_linear": Baseline("torch.bmm bf16", _bmm),
+    "fp8_grouped_linear": Baseline("torch.bmm bf16, x and w dequantized before", _bmm_fp8),
     "nvfp4_grouped_linear": Baseline("torch.bmm bf16 after dequantizing x", _bmm_nvfp4),
     "nvfp4_weight_only_grouped_linear": Baseline("torch.bmm bf16", _bmm_weight_only),
     "hyper_connection_pre": Baseline("torch eager", _eager_pre),
@@ -398,6 +428,14 @@ BASELINES: dict[str, Baseline] = {
     "write_block_tables": Baseline("torch index_put", _eager_tables),
     "copy_cache": Baseline("torch index, index_put", _eager_copy),
     "save_rows": Baseline("torch index, index_put, rings alone", _eager_save),
+    "write_latent": Baseline("torch eager", cache_baselines.write_latent),
+    "compress_kv": Baseline("torch eager, every token pools", cache_baselines.compress),
+    "write_index_keys": Baseline("torch eager, every token pools", cache_baselines.write_index_keys),
+    "index_topk": Baseline("torch eager, bf16 logits", _eager_topk),
+    "sparse_attention": Baseline("torch eager, bf16 rows", attention_baseline.sparse_attention),
+    "sample": Baseline("torch sort, cumsum", sampling_baselines.sample),
+    "penalize": Baseline("torch index, index_put", sampling_baselines.penalize),
+    "token_logprobs": Baseline("torch log_softmax, topk", sampling_baselines.token_logprobs),
 }
 
 WEIGHTS = ("w", "w1", "w3", "w2", "shared_weights")
@@ -412,6 +450,7 @@ FLOPS: dict[str, Callable[[Mapping[str, int], int], int]] = {
     "nvfp4_weight_only_experts": lambda dims, tokens: 6 * tokens * dims["A"] * dims["D"] * dims["F"],
     "linear": lambda dims, tokens: 2 * tokens * dims["N"] * dims["K"],
     "grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
+    "fp8_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "nvfp4_weight_only_grouped_linear": lambda dims, tokens: 2 * tokens * dims["G"] * dims["N"] * dims["K"],
     "sparse_attention": lambda dims, tokens: 4 * tokens * dims["H"] * dims["C"] * (dims["W"] + dims["J"]),
@@ -529,8 +568,7 @@ def plan(names: Sequence[str], num_tokens: Sequence[int], models: Sequence[str])
         (call, inputs, tokens)
         for tokens in num_tokens
         for op in names
-        for call in op_shapes(op)
-        if call.model in models
+        for call in op_shapes(op, models)
         for inputs in kernel_inputs(op)
         if inputs.timed
     ]

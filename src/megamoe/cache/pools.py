@@ -382,6 +382,13 @@ class CapacityReport:
         return sum(layer.num_layers * layer.snapshot_bytes for layer in self.layers)
 
     @property
+    def num_pools(self) -> int:
+        """Pools, each of which is allocated by itself."""
+        of_layers = sum(layer.num_layers * len(pool_shapes(layer.spec, self.size)) for layer in self.layers)
+        saved = sum(layer.num_layers * len(resume_rows(layer.spec)) for layer in self.layers)
+        return of_layers + (saved if self.num_snapshots else 0) + (len(RINGS) if self.step_area_bytes else 0)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of the whole cache: rings of every sequence, all pages, all snapshots and the step area."""
         return (

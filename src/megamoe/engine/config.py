@@ -21,7 +21,8 @@ class EngineConfig:
         prefill_chunk: most tokens of one sequence in one step.
         max_waiting: requests that may wait besides those for which a place to run is free; one more is refused.
         max_sequence_tokens: longest sequence, prompt included; None for the model's context.
-        memory_bytes: bytes for rings, pages and snapshots together; unused where num_pages is given.
+        memory_bytes: bytes for rings, pages and snapshots together; unused where num_pages is given. On a GPU it is
+            what weights, workspace and graphs leave (engine/memory.py).
         num_pages: pages for all sequences; None for what fits memory_bytes.
         tokens_per_page: positions a page covers, a multiple of every layer's ratio; None for the model's choice.
         prefix_cache: keep finished pages and share them with later requests that begin with the same tokens.
@@ -77,6 +78,12 @@ class EngineConfig:
                 f"{self.prefill_chunk}."
             )
 
+    @property
+    def step_tokens(self) -> int:
+        """The tokens for which the step area has room."""
+        # A restored sequence owes its draft stage one row more than the step has tokens.
+        return self.max_step_tokens + (self.max_sequences if self.speculative_tokens else 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class EnginePlan:
@@ -95,6 +102,17 @@ class EnginePlan:
     capacity: CapacityReport
 
 
+def smallest_capacity(config: EngineConfig, model: BatchModel) -> CapacityReport:
+    """Return what the least caches cost: rings, the step area, one page, and one snapshot where prefixes are kept."""
+    return _report(config, model, 1, int(config.prefix_cache and config.num_snapshots != 0))
+
+
+def _report(config: EngineConfig, model: BatchModel, num_pages: int, num_snapshots: int) -> CapacityReport:
+    per_page = model.tokens_per_page if config.tokens_per_page is None else config.tokens_per_page
+    size = CacheSize(config.max_sequences, num_pages, per_page, 1 + config.speculative_tokens, config.step_tokens)
+    return model.capacity(size, num_snapshots, with_drafts=config.speculative_tokens > 0)
+
+
 def resolve(config: EngineConfig, model: BatchModel) -> EnginePlan:
     """Return page, ring and snapshot counts for a model.
 
@@ -108,13 +126,7 @@ def resolve(config: EngineConfig, model: BatchModel) -> EnginePlan:
         raise ValueError(f"engine: max_sequence_tokens must be at most {context}, the model's context; got {longest}.")
     per_page = model.tokens_per_page if config.tokens_per_page is None else config.tokens_per_page
 
-    def report(num_pages: int, num_snapshots: int) -> CapacityReport:
-        # A restored sequence owes its draft stage one row more than the step has tokens.
-        step_tokens = config.max_step_tokens + (config.max_sequences if config.speculative_tokens else 0)
-        size = CacheSize(config.max_sequences, num_pages, per_page, 1 + config.speculative_tokens, step_tokens)
-        return model.capacity(size, num_snapshots, with_drafts=config.speculative_tokens > 0)
-
-    one = report(1, 1)
+    one = _report(config, model, 1, 1)
     enough = config.max_sequences * -(-longest // per_page)  # every sequence at its longest
     wanted = config.num_snapshots
     if config.num_pages is not None:
@@ -138,5 +150,5 @@ def resolve(config: EngineConfig, model: BatchModel) -> EnginePlan:
             )
     if not config.prefix_cache:
         num_snapshots = 0
-    capacity = report(num_pages, num_snapshots)
+    capacity = _report(config, model, num_pages, num_snapshots)
     return EnginePlan(capacity.size, num_snapshots, longest, capacity)

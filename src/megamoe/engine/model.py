@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from megamoe.cache.batch import Batch
 from megamoe.cache.pools import CacheSize, CapacityReport
 from megamoe.engine.drafter import Drafter
+
+if TYPE_CHECKING:  # config.py needs BatchModel
+    from megamoe.engine.config import EngineConfig
 
 
 class NamedRecipe(Protocol):
@@ -212,8 +215,18 @@ def load_model(
     dtype: torch.dtype | None,
     pack: str | os.PathLike[str] | None = None,
     accept: Iterable[str] = (),
+    memory: tuple[int, EngineConfig] | None = None,
 ) -> BatchModel:
-    """Load a model; arguments and errors are those of `megamoe.load`."""
-    from megamoe.models.load import load  # imported late: importing the engine loads no architecture
+    """Load a model; arguments and errors are those of `megamoe.load`.
 
-    return load(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept)
+    `memory` is the device memory for everything, and the engine that it has to hold beside the weights.
+    """
+    from megamoe.models.load import load  # imported late: importing the engine loads no architecture
+    from megamoe.models.room import Budget
+
+    budget = None
+    if memory is not None:
+        num_bytes, config = memory
+        each, per_page = 1 + config.speculative_tokens, config.tokens_per_page
+        budget = Budget(num_bytes, config.max_sequences, each, config.step_tokens, per_page)
+    return load(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept, budget=budget)

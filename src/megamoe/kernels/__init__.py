@@ -130,6 +130,7 @@ KERNELS: dict[str, dict[str, str]] = {
         ARCHITECTURES, "megamoe.kernels.hyper_connection.hyper_connection_head_norm"
     ),
     "index_topk": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.indexer.index_topk"),
+    "fp8_grouped_linear": dict.fromkeys(ARCHITECTURES, "megamoe.kernels.fp8.fp8_grouped_linear"),
 }
 
 WEIGHT_LAYOUTS: dict[str, dict[str, CodeLayout]] = {
@@ -165,6 +166,7 @@ BORDERS: dict[str, Border] = {
     "nvfp4_experts": Border("4 E / A, at least 12", ("sm90",)),
     "nvfp4_weight_only_experts": Border("4 E / A, at least 12", ("sm90",)),
     "fp8_linear": Border("64 (N ≤ 4,095), 32", ("sm90",)),
+    "fp8_grouped_linear": Border("32", ("sm90",)),
     "sparse_attention": Border("32", ("sm90", "sm100", "sm103")),
 }
 """Operations with two paths. Others take any number of tokens wherever they have a kernel."""

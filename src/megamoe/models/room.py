@@ -18,7 +18,7 @@ import logging
 import pathlib
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -44,6 +44,43 @@ class Room:
     counts_maps: bool
     is_hard: bool
     remedy: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The device memory that a model and an engine may use, and the least caches that go beside the weights.
+
+    Attributes:
+        memory_bytes: for everything.
+        num_sequences, ring_tokens, step_tokens: of the caches, see cache.pools.CacheSize.
+        tokens_per_page: of the caches; None for the model's choice.
+    """
+
+    memory_bytes: int
+    num_sequences: int
+    ring_tokens: int
+    step_tokens: int
+    tokens_per_page: int | None = None
+
+
+def require_budget(what: str, parts: Mapping[str, int], memory_bytes: int) -> None:
+    """Refuse what is known to be more than a budget before anything is read; workspace and graphs come on top of it.
+
+    Args:
+        what: is loaded, for messages.
+        parts: what the memory is for, in bytes.
+        memory_bytes: the budget.
+
+    Raises:
+        ValueError: the parts are more; each is named.
+    """
+    needed = sum(parts.values())
+    if needed > memory_bytes:
+        named = ", ".join(f"{name} {num_bytes:,}" for name, num_bytes in parts.items())
+        raise ValueError(
+            f"{what} needs at least {needed:,} bytes ({named}) and a budget of {memory_bytes:,} is given. Raise "
+            "--memory, use a GPU with more of it, or lower max_sequences or max_step_tokens."
+        )
 
 
 def require_room(what: str, needed_bytes: int, mapped_bytes: int, device: torch.device) -> None:

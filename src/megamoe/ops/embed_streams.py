@@ -5,7 +5,7 @@ Math       y[t, j, :] = table[token_ids[t], :]          for every stream j; zero
 Numerics   one rounding to out_dtype, or none where the table has it; nothing is added. Row-invariant.
            An id of -1 is a token that is nobody's: a step padded to its bucket has such rows.
 Tolerance  verify/tolerance.py, "embed_streams": exact
-Kernels    none yet
+Kernels    a row read once and stored to every stream; an id outside the table gives zeros there
 Source     DeepSeek-V4 reference code: the embedding is repeated hc_mult times
 """
 

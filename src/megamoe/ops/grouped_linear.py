@@ -2,11 +2,11 @@
 """grouped_linear: one weight per group of the input, y[:, g] = x[:, g] @ w[g].T (the first output projection).
 
 Math       y[t, g, n] = sum_k  x[t, g, k] * w[g, n, k]
-Numerics   as linear, nvfp4_linear and nvfp4_weight_only_linear: products and sum in fp32, one rounding to out_dtype.
-           Each of the three is an operation of its own; the format of x and w decides which. Row-invariant.
-Tolerance  verify/tolerance.py, "grouped_linear", "nvfp4_grouped_linear", "nvfp4_weight_only_grouped_linear"
+Numerics   as the linear of the same formats: products and sum in fp32, one rounding to out_dtype. Each of
+           the four is an operation of its own; the format of x and w decides which. Row-invariant.
+Tolerance  verify/tolerance.py, under the names of the four
 Kernels    sm90: NVFP4 weights stream past up to 16 tokens, more go through wgmma; the two paths add in different
-           orders. bf16 weights always go through wgmma, in one order.
+           orders. bf16 weights always go through wgmma, in one order. FP8 weights: as fp8_linear, the border at 32.
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code (`wo_a`)
 """
 
@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import torch
 
+from megamoe.formats import fp8
+from megamoe.formats.fp8 import Fp8BlockTensor, Fp8RowTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor, dequantize
 from megamoe.ops.check import FLOATS, OUT_DTYPES, check
-from megamoe.ops.containers import packed, unpacked
+from megamoe.ops.containers import packed, packed_fp8, unpacked, unpacked_fp8
 from megamoe.ops.dequant_cache import Weight, dequantized
 from megamoe.ops.dispatch import pick, traced
 from megamoe.ops.matmul import row_invariant_matmul
@@ -41,6 +43,32 @@ def grouped_linear(x: torch.Tensor, w: torch.Tensor, *, out_dtype: torch.dtype |
     check("grouped_linear", x=(x, "T G K", FLOATS), w=(w, "G N K", FLOATS), out_dtype=(out_dtype, OUT_DTYPES))
     run = pick("grouped_linear", x.device, reference)
     return run(x, w, out_dtype or x.dtype)  # type: ignore[no-any-return]
+
+
+def fp8_grouped_linear(x: Fp8RowTensor, w: Fp8BlockTensor, *, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Multiply groups of FP8 activations by FP8 weights.
+
+    Args:
+        x: [T, G, K] FP8 rows, from quantize_fp8_rows: one scale per 128 of a token's group. T may be 0.
+        w: [G, N, K] FP8 blocks; no block lies across two groups.
+        out_dtype: bf16 or fp32.
+
+    Returns:
+        [T, G, N] out_dtype, contiguous, newly allocated.
+
+    Raises:
+        TypeError: x or w is not the container named above.
+        ValueError: the shapes do not agree, or out_dtype is not allowed.
+        NotImplementedError: the device has no kernel for this operation.
+    """
+    check(
+        "fp8_grouped_linear",
+        x=(x, "T G K", (Fp8RowTensor,)),
+        w=(w, "G N K", (Fp8BlockTensor,)),
+        out_dtype=(out_dtype, FLOATS),
+    )
+    run = pick("fp8_grouped_linear", x.device, reference_fp8)
+    return run(x, w, out_dtype)  # type: ignore[no-any-return]
 
 
 def nvfp4_grouped_linear(x: NvFp4Tensor, w: NvFp4Tensor, *, out_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -109,12 +137,30 @@ def reference_nvfp4(x: NvFp4Tensor, w: NvFp4Tensor, out_dtype: torch.dtype) -> t
     return reference(dequantize(x, torch.float32), w, out_dtype)
 
 
+def reference_fp8(x: Fp8RowTensor, w: Fp8BlockTensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Compute fp8_grouped_linear in plain torch."""
+    return reference(fp8.dequantize(x, torch.float32), w, out_dtype)
+
+
 def _run(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     return pick("grouped_linear", x.device, reference)(x, w, out_dtype)  # type: ignore[no-any-return]
 
 
 def _fake(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*x.shape[:2], w.shape[1], dtype=out_dtype, device=x.device)
+
+
+def _run_fp8(x: list[torch.Tensor], group: int, w: list[torch.Tensor], out_dtype: torch.dtype) -> torch.Tensor:
+    run = pick("fp8_grouped_linear", x[0].device, reference_fp8)
+    return run(Fp8RowTensor(*unpacked_fp8(x), group), Fp8BlockTensor(*unpacked_fp8(w)), out_dtype)  # type: ignore[no-any-return]
+
+
+def _fake_fp8(x: list[torch.Tensor], group: int, w: list[torch.Tensor], out_dtype: torch.dtype) -> torch.Tensor:
+    return _fake(x[0], w[0], out_dtype)
+
+
+def _call_fp8(x: Fp8RowTensor, w: Fp8BlockTensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return torch.ops.megamoe.fp8_grouped_linear(packed_fp8(x), x.group, packed_fp8(w), out_dtype)  # type: ignore[no-any-return]
 
 
 def _run_nvfp4(
@@ -153,6 +199,13 @@ traced(
     {"grouped_linear": "(Tensor x, Tensor w, ScalarType out_dtype) -> Tensor"},
     {"grouped_linear": _run},
     {"grouped_linear": _fake},
+)
+traced(
+    "fp8_grouped_linear",
+    {"fp8_grouped_linear": "(Tensor[] x, int group, Tensor[] w, ScalarType out_dtype) -> Tensor"},
+    {"fp8_grouped_linear": _run_fp8},
+    {"fp8_grouped_linear": _fake_fp8},
+    _call_fp8,
 )
 traced(
     "nvfp4_grouped_linear",

@@ -5,7 +5,7 @@ Math       y[i, :] = values of row slots[i] of the pool, or zeros where slots[i]
 Numerics   the decoded values in fp32, which every row format represents exactly; nothing is rounded
            Row p of the pool is row p % rows_per_block of block p // rows_per_block, whatever the blocks' stride.
 Tolerance  none: bit-exact
-Kernels    none yet; the CPU reference runs
+Kernels    none: what reads rows in a step decodes them itself
 Source     docs/numerics.md, section "Cache rows"
 """
 

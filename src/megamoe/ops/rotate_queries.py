@@ -5,7 +5,7 @@ Math       y[t, h, :] = rope(rms_norm(q[t, h, :]), pos[t])          the norm has
 Numerics   those of ops/rms_norm.py and ops/rope.py: the normed head is rounded to the dtype of q, then rotated and
            rounded again. Bit for bit their composition. Row-invariant.
 Tolerance  verify/tolerance.py, "rotate_queries"
-Kernels    none yet
+Kernels    one pass: a head stays in registers between norm and rotation; two heads share their angles
 Source     DeepSeek-V4 reference code; ops/rms_norm.py, ops/rope.py
 """
 

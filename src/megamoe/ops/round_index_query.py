@@ -8,7 +8,7 @@ Numerics   those of ops/rope.py, ops/hadamard.py and ops/quantize.py: rounded to
            after the Hadamard rotation. Bit for bit their composition; the product of the weights is one fp32 product.
            Row-invariant.
 Tolerance  verify/tolerance.py, "round_index_query"
-Kernels    none yet
+Kernels    one pass for INDEX_FP4 keys after the Hadamard rotation, which runs on the matrix unit; others: none
 Source     DeepSeek-V4 inference code, lightning indexer; docs/numerics.md, section "Operations"
 """
 

@@ -6,7 +6,7 @@ Math       mean_of_streams: y[t, :] = (sum_j x[t, j, :]) / X
 Numerics   fp32 sums, streams in ascending order; the mean divides once; one rounding to the dtype of x.
            Row-invariant.
 Tolerance  verify/tolerance.py, "mean_of_streams", "add_to_streams": exact, every operation is a rounded one of fp32
-Kernels    none yet
+Kernels    one pass each, bit for bit
 Source     DeepSeek-V4 inference code: the targets of DSpark, and the input of a classic draft stage
 """
 

@@ -4,7 +4,7 @@
 Math       row slots[t] of the pool = encode(rows[t, :])          nothing where slots[t] is -1
 Numerics   formats/cache_rows.py says how each format rounds; every row is rounded on its own
 Tolerance  none: bit-exact
-Kernels    none yet; the CPU reference runs
+Kernels    none: steps write rows with write_latent, compress_kv and write_index_keys, which round them as this does
 Source     docs/numerics.md, section "Cache rows"
 """
 

@@ -21,6 +21,7 @@ from typing import cast
 import uvicorn
 
 from megamoe.engine.engine import Engine
+from megamoe.engine.memory import MemoryPlan
 from megamoe.engine.model import BatchModel
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.engine.warm_up import describe as describe_kernels
@@ -212,8 +213,8 @@ def run(state: State, listen: Listen, *, version: str, device: str) -> int:
     return asyncio.run(serve(state, listen, version=version, say=say))
 
 
-def describe(engine: Engine, state: State) -> dict[str, object]:
-    """Return the resolved plan and the ledger of kernels, as `--explain` prints them."""
+def describe(engine: Engine, state: State, memory: MemoryPlan | None = None) -> dict[str, object]:
+    """Return the resolved plan, what a GPU's memory is for, and the ledger of kernels, as `--explain` prints them."""
     capacity = engine.plan.capacity
     server = dataclasses.asdict(state.settings)
     server["api_key"] = "not asked for" if state.settings.api_key is None else "asked for"
@@ -234,6 +235,7 @@ def describe(engine: Engine, state: State) -> dict[str, object]:
             "bytes_per_token": capacity.bytes_per_token,
             "bytes_per_snapshot": capacity.bytes_per_snapshot,
         },
+        "memory": None if memory is None else {**dataclasses.asdict(memory), "spare": memory.spare},
         "kernels": describe_kernels(engine.model),
         "server": server,
     }

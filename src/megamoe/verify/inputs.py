@@ -20,6 +20,7 @@ from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.kernels.experts import expert_stream
 from megamoe.kernels.fp8 import fp8_linear as fp8_linear_kernel
+from megamoe.kernels.fp8 import fp8_stream
 from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT
 from megamoe.kernels.linear.linear_stream import stream_limit
 from megamoe.kernels.router.route_tiles import MANY_TOKENS
@@ -27,7 +28,12 @@ from megamoe.ops.embed_streams import embed_streams
 from megamoe.ops.experts import experts
 from megamoe.ops.fp8_experts import fp8_experts
 from megamoe.ops.fp8_linear import fp8_linear
-from megamoe.ops.grouped_linear import grouped_linear, nvfp4_grouped_linear, nvfp4_weight_only_grouped_linear
+from megamoe.ops.grouped_linear import (
+    fp8_grouped_linear,
+    grouped_linear,
+    nvfp4_grouped_linear,
+    nvfp4_weight_only_grouped_linear,
+)
 from megamoe.ops.hadamard import hadamard
 from megamoe.ops.hyper_connection import (
     hyper_connection_head,
@@ -299,8 +305,21 @@ def _fp8_weight(generator: torch.Generator, num_rows: int, width: int) -> Fp8Blo
     return Fp8BlockTensor(codes.view(torch.float8_e4m3fn), scales)
 
 
+def _fp8_grouped_linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
+    num_groups, num_rows, width = dims["G"], dims["N"], dims["K"]
+    x = fp8.quantize_rows(finite_squares(activations(generator, num_tokens, num_groups, width)))
+    blocks = -(-num_rows // fp8.BLOCK)
+    w = _fp8_weight(generator, num_groups * blocks * fp8.BLOCK, width)  # whole blocks in every group, then the rows
+    codes = w.codes.view(num_groups, -1, width)[:, :num_rows].contiguous()
+    return {"x": x, "w": Fp8BlockTensor(codes, w.scales.view(num_groups, blocks, -1))}
+
+
 def _fp8_streamed(dims: Mapping[str, int]) -> int:
     return fp8_linear_kernel.stream_limit(dims["N"])
+
+
+def _fp8_grouped_streamed(dims: Mapping[str, int]) -> int:
+    return fp8_stream.PASS_TOKENS
 
 
 def _linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
@@ -514,6 +533,9 @@ INPUTS: dict[str, tuple[OpInputs, ...]] = {
         OpInputs(linear, _linear_fp32, ("x",), rule=products),
     ),
     "grouped_linear": (OpInputs(grouped_linear, _grouped_linear, ("x",), rule=products),),
+    "fp8_grouped_linear": (
+        OpInputs(fp8_grouped_linear, _fp8_grouped_linear, ("x",), order_until=_fp8_grouped_streamed, rule=products),
+    ),
     "nvfp4_grouped_linear": (
         OpInputs(nvfp4_grouped_linear, _nvfp4_grouped_linear, ("x",), order_until=_grouped_streamed, rule=products),
     ),

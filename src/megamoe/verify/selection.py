@@ -90,7 +90,7 @@ def _check_form(token: int, row: torch.Tensor, want: torch.Tensor, count: int, v
     chosen, rest = row[:count], row[count:]
     if bool((rest != -1).any()) or bool((chosen < 0).any()):
         held = int((row >= 0).sum())
-        column = int(((row >= 0) != (want >= 0)).nonzero()[0])
+        column = int(torch.cat((chosen < 0, rest != -1)).nonzero()[0])
         message = f"index_topk: token {token} holds {held} entries, want {count}, then -1; got {row.tolist()}"
         raise Mismatch(message, (token, column), int(row[column]), int(want[column]))
     if count and (int(chosen[-1]) >= visible or bool((chosen.diff() <= 0).any())):

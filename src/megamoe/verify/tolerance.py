@@ -97,6 +97,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "nvfp4_linear": Tolerance(2e-5, _CHAINED, _CHAIN),
     "nvfp4_weight_only_linear": Tolerance(2e-5, _CHAINED, _CHAIN),
     "grouped_linear": Tolerance(2e-5, _CHAINED, _CHAIN),
+    "fp8_grouped_linear": Tolerance(2e-5, _CHAINED, _CHAIN),
     "nvfp4_grouped_linear": Tolerance(2e-5, _CHAINED, _CHAIN),
     "nvfp4_weight_only_grouped_linear": Tolerance(2e-5, _CHAINED, _CHAIN),
     "clamped_swiglu": Tolerance(2e-6, "one fp32 exp of about 2 units in the last place and three products"),

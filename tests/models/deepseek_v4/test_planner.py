@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,17 @@ import torch
 import megamoe
 from megamoe.cache.batch import Batch, Save
 from megamoe.cache.buckets import bucket_of, buckets_up_to
-from megamoe.cache.pools import CacheSize
+from megamoe.cache.pools import PAGES, RINGS, CacheSize, LayerCacheSpec, LayerPools, StepArea, allocate_layer
 from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
 from megamoe.engine.sampling_params import SamplingParams
+from megamoe.formats.cache_rows import RowFormat
 from megamoe.models.deepseek_v4.config import LayerKind
 from megamoe.models.deepseek_v4.plan import StepPlan
 from megamoe.models.deepseek_v4.planner import Planner
+from megamoe.models.deepseek_v4.snapshots import finish_layer, restore
 from megamoe.ops.dispatch import watch
+from megamoe.verify.values import plain, whole_storage
 
 from . import checkpoints
 
@@ -320,3 +323,65 @@ def test_a_chunk_of_4096_tokens_near_a_million_costs_the_host_little() -> None:
     batch = Batch(ids, np.array([MILLION - 4096]), np.array([4096]), np.array([1]))
     seconds, num_bytes = host_cost(one, [batch] * 20)
     assert num_bytes <= 256 * 1024 and seconds <= 2e-3, f"{seconds * 1e6:.0f} us, {num_bytes} bytes"
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+LAYERS = {
+    LayerKind.SWA: LayerCacheSpec(512, RowFormat.FP8_ROPE_BF16, WINDOW),
+    LayerKind.CSA: LayerCacheSpec(512, RowFormat.FP8_ROPE_BF16, WINDOW, 4, True, 128, RowFormat.INDEX_FP4),
+    LayerKind.HCA: LayerCacheSpec(512, RowFormat.FP8_ROPE_BF16, WINDOW, 8),
+}
+
+
+def storages(pools: Iterable[LayerPools]) -> list[torch.Tensor]:
+    """Return the whole memory of every pool of some layers, padding included."""
+    groups = [group for one in pools for group in (one, one.step, one.saved)]
+    found = [getattr(group, name, None) for group in groups for name in (*RINGS, *PAGES)]
+    return [whole_storage(pool.storage) for pool in found if pool is not None]
+
+
+@pytest.mark.gpu
+def test_steps_of_a_gpu_plan_and_copy_what_the_cpu_does(seed: int) -> None:
+    """Decode steps, drafts and chunks: block tables, slots, and the bytes of rings and snapshots after each of them."""
+    devices = CPU, torch.device("cuda")
+    planners = [Planner(WINDOW, RATIOS, SIZE, 200, device) for device in devices]
+    layers = [
+        [allocate_layer(spec, SIZE, device, area=area, num_snapshots=3) for spec in LAYERS.values()]
+        for device in devices
+        for area in [StepArea(LAYERS.values(), SIZE, device)]
+    ]
+    random_bytes = torch.Generator().manual_seed(seed)
+    for ours, theirs in zip(*map(storages, layers), strict=True):
+        ours.copy_(torch.randint(256, ours.shape, generator=random_bytes, dtype=torch.uint8))
+        theirs.copy_(ours)
+    rows = [
+        [(0, 50, 0), (0, 1, 1)],  # longer than the rings
+        [(50, 1, 0), (1, 1, 1)],
+        [(51, 3, 0), (2, 2, 1), (0, 1, 3)],
+        [(54, 70, 0)],
+        [(124, 3, 0), (4, 40, 1), (0, 7, 4)],
+    ]
+    saves = [(Save(0, 48, 2, 47),), (), (), (Save(0, 72, 0, 17), Save(0, 120, 1, 65)), (Save(1, 24, 2, 22),)]
+    free = list(range(SIZE.num_pages))
+    random.Random(seed).shuffle(free)
+    pages: dict[int, list[int]] = {}
+    for step, (of_step, kept) in enumerate(zip(rows, saves, strict=True)):
+        for start, count, ring in of_step:
+            own = pages.setdefault(ring, [])
+            first = len(own)
+            own += [free.pop() for _ in range(-(-(start + count) // PAGE) - first)]
+            for one in planners:
+                one.set_pages(ring, own[first:], first)
+        plans = [one.plan(make_batch(of_step, kept)) for one in planners]
+        assert torch.equal(planners[0].page_tables, planners[1].page_tables.cpu())
+        wanted, got = (plain(plan.slots) for plan in plans)
+        for name, part in got.items():
+            assert torch.equal(part.cpu(), wanted[name]), (step, name)
+        for plan, pools in zip(plans, layers, strict=True):
+            for kind, one_layer in zip(LAYERS, pools, strict=True):
+                finish_layer(plan, one_layer, kind)
+            if step == 3:
+                restore(pools, 1, 2, 120)
+        for ours, theirs in zip(*map(storages, layers), strict=True):
+            assert torch.equal(ours, theirs.cpu()), step

@@ -13,16 +13,17 @@ import pytest
 import torch
 
 from megamoe.checkpoint import CheckpointError, CheckpointReader
-from megamoe.formats import e2m1, nvfp4
+from megamoe.formats import e2m1, fp8, nvfp4
 from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.models.deepseek_v4 import names, stored
+from megamoe.models.deepseek_v4 import weights as weights_module
 from megamoe.models.deepseek_v4.config import load_config, parse_config
 from megamoe.models.deepseek_v4.inventory import DSparkDraft, inventory
 from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.stored import Format, StoredTensors
-from megamoe.models.deepseek_v4.weights import ModelWeights, Role, load_weights
+from megamoe.models.deepseek_v4.weights import ModelWeights, Role, fits_fp8_groups, fp8_groups, load_weights
 
 from . import checkpoints
 from .checkpoints import CONFIG, LAYOUTS, Tensors, assert_same, encode_all, make_master, save, values_of
@@ -190,8 +191,8 @@ def test_containers_are_kept(tmp_path, seed):
     weights = load(save(tmp_path, tensors))
     attention, moe, draft = weights.blocks[1].attention, weights.blocks[1].moe, weights.mtp[0].block.moe
     assert isinstance(attention.wq_a, Fp8BlockTensor) and attention.wq_a.scales.dtype == torch.float8_e8m0fnu
-    assert isinstance(attention.wo_a, torch.Tensor) and attention.wo_a.dtype == torch.bfloat16
-    assert attention.wo_a.shape == (2, 32, 96)
+    assert isinstance(attention.wo_a, Fp8BlockTensor) and attention.wo_a.shape == (2, 32, 96)
+    assert attention.wo_a.scales.shape == (2, 1, 1)  # groups of 32 rows share a block of 128
     assert isinstance(moe.w1, NvFp4Tensor) and moe.w1.shape == (4, 32, 160) and moe.w1.tensor_scale.shape == (4,)
     assert isinstance(moe.shared_w2, Fp8BlockTensor)
     assert isinstance(draft.w1, NvFp4Tensor) and isinstance(draft.w3, NvFp4Tensor)
@@ -202,13 +203,34 @@ def test_containers_are_kept(tmp_path, seed):
     assert weights.embed.dtype == weights.norm.dtype == torch.bfloat16
 
 
-def test_base_layout_keeps_fp32_scales_and_exact_wo_a(tmp_path, seed):
+def test_base_layout_keeps_fp32_scales(tmp_path, seed):
     tensors, _ = encode_all(make_master(seed), LAYOUTS["base"])
     weights = load(save(tmp_path, tensors))
     assert isinstance(weights.blocks[0].moe.w1, Fp8BlockTensor)
     assert weights.blocks[0].moe.w1.scales.dtype == torch.float32
-    wo_a = weights.blocks[0].attention.wo_a  # fp32 scales do not fit bf16
-    assert isinstance(wo_a, torch.Tensor) and wo_a.dtype == torch.float32
+    wo_a = weights.blocks[0].attention.wo_a
+    assert isinstance(wo_a, Fp8BlockTensor) and wo_a.scales.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_rows", [32, 128, 256])
+def test_groups_of_fp8_keep_their_values(num_rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.arange(1, 3 * num_rows + 1)[:, None] ** 2.0  # every block has a scale of its own
+    whole = fp8.quantize_blocks(torch.randn(3 * num_rows, 256, generator=generator) * size)
+    groups = fp8_groups(whole, 3)
+    assert groups.shape == (3, num_rows, 256) and groups.codes.data_ptr() == whole.codes.data_ptr()
+    assert torch.equal(fp8.dequantize(groups).flatten(0, 1), fp8.dequantize(whole))
+
+
+def test_fp8_blocks_across_groups_are_refused(tmp_path, seed, monkeypatch):
+    tensors, _ = encode_all(make_master(seed), LAYOUTS["nvidia"])
+    sizes = [rows for rows in (32, 64, 96, 128, 192, 256) if fits_fp8_groups(rows)]
+    assert sizes == [32, 64, 128, 256]
+    monkeypatch.setattr(weights_module, "fits_fp8_groups", lambda num_rows: False)
+    assert "layers.0.attn.wo_a: FP8 blocks of 128 rows lie across groups of 32 (o_lora_rank)." in refusal(
+        save(tmp_path, tensors)
+    )
+    load(save(tmp_path / "exact", tensors), dequantize=True)
 
 
 def test_all_nvfp4_groups_wo_a(tmp_path, seed):
@@ -976,7 +998,8 @@ def check_f11(directory: pathlib.Path, seed: int) -> None:
     tensors, values = encode_all(make_master(seed), lambda name: forms.get(name, "nvfp4"))
     weights = load(save(directory, tensors))
     assert_same(values_of(weights), values)
-    assert isinstance(weights.blocks[1].attention.wo_a, torch.Tensor)
+    assert isinstance(weights.blocks[0].attention.wo_a, torch.Tensor)
+    assert isinstance(weights.blocks[1].attention.wo_a, Fp8BlockTensor)
     assert isinstance(weights.blocks[2].attention.wo_a, NvFp4Tensor)
 
 

@@ -24,10 +24,11 @@ from megamoe.kernels.parts.pool_device import (
     symbolic_pool,
 )
 from megamoe.kernels.parts.ptx_device import add, bits_of, divide, from_bits
-from megamoe.kernels.parts.rope_device import rotate_vector
-from megamoe.kernels.parts.rows import VECTOR, WARP
+from megamoe.kernels.parts.rope_device import Rotation
+from megamoe.kernels.parts.rows import VECTOR, WARP, RowTile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
+    RowThread,
     current_stream,
     overlap_launches,
     symbolic_rows,
@@ -62,6 +63,14 @@ def program(config: Config):
         current_stream(),
     )
     return Compress(config), arguments
+
+
+class EntryThread(RowThread):
+    """This thread's share of an entry: one vector of its row."""
+
+    def __init__(self, config: Config, thread):
+        self.tile = RowTile(config.width, config.lanes, 1, 1, True)
+        self.lane = thread % config.lanes
 
 
 class Compress:
@@ -138,8 +147,21 @@ class Compress:
                     ape_rows,
                 )
             cute.arch.sync_threads()
-            values = self.pool_rows(ape, sources, ape_rows, thread, joined)
-            self.write_entry(values, weight, entries, position, entry, inv_freq, entry_rows, eps, thread, sums)
+            self.write_entry(
+                ape,
+                weight,
+                entries,
+                position,
+                entry,
+                inv_freq,
+                entry_rows,
+                eps,
+                thread,
+                sources,
+                ape_rows,
+                sums,
+                joined,
+            )
 
     @cute.jit
     def store_raw(self, raw, ape, into, token: Int32, position: Int32, slot: Int32, into_rows: Int32, thread: Int32):
@@ -278,7 +300,7 @@ class Compress:
     @cute.jit
     def write_entry(
         self,
-        values,
+        ape,
         weight,
         entries,
         position: Int32,
@@ -287,11 +309,17 @@ class Compress:
         entry_rows: Int32,
         eps: Float32,
         thread: Int32,
+        sources,
+        ape_rows,
         sums,
+        joined,
     ):
-        """Norm, rotate and store the means."""
+        """Pool the rows; norm, rotate and store the means."""
         config = self.config
-        lane, part = thread % config.lanes, thread // config.lanes
+        share = EntryThread(config, thread)
+        lane, part = share.lane, thread // config.lanes
+        rotation = Rotation(share, inv_freq, Float32(position + 1 - config.ratio), config.rope)
+        values = self.pool_rows(ape, sources, ape_rows, thread, joined)
         weights = cute.make_rmem_tensor(cute.make_layout(VECTOR), weight.element_type)
         cute.autovec_copy(cute.zipped_divide(weight, (VECTOR,))[(None,), lane], weights)
         factors = weights.load().to(Float32)
@@ -311,8 +339,9 @@ class Compress:
         factor = cute.math.rsqrt(square / config.width + eps)
         for element in cutlass.range_constexpr(VECTOR):
             values[element] = values[element] * factor * factors[element]
-        first = (config.width - config.rope) // VECTOR
-        rotate_vector(values, lane, first, Float32(position + 1 - config.ratio), inv_freq, False)
+        turned = rotation.turned(share, 0, [values[element] for element in range(VECTOR)])
+        for element in cutlass.range_constexpr(VECTOR):
+            values[element] = turned[element]
         if cutlass.const_expr(config.rounded):
             round_vector(values)
         if cutlass.const_expr(config.rotate):

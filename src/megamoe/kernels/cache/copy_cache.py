@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""copy_cache: rows of pools copied, a warp for 2 KiB of a row.
+"""copy_cache: rows of pools copied, eight threads for 1 KiB of a row.
 
 Meaning    ops/copy_cache.py; this file only makes it fast
-Grid       four warps a block; rows of any size and format are one object
+Grid       128 threads a block; rows of any size and format are one object
 Memory     16-byte loads and stores of data, four bytes of scales
-Limits     pages at multiples of 16 bytes; rows of a multiple of 16 bytes with a multiple of 4 bytes of scales; slots
-           below 2^31
+Limits     pages at multiples of 16 bytes, below 2 GiB; rows of a multiple of 16 bytes with a multiple of 4 bytes of
+           scales; slots below 2^31
 Bound      memory: each row read and written
 """
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import dataclasses
 
 THREADS = 128
-LANES = 32
-PIECES = 4
-"""Pieces of 16 bytes that a thread has on their way at once; a warp copies LANES * PIECES of them, of one row."""
+LANES = 8
+VECTORS = 8
+WORDS = 2
+"""LANES threads copy a chunk of a row: each up to VECTORS of 16 bytes of its data and WORDS of 4 bytes of its scales,
+which are all on their way at once."""
 
 
 @dataclasses.dataclass(frozen=True)

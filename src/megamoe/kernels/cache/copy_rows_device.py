@@ -5,12 +5,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64
 
-from megamoe.kernels.cache.copy_rows_config import LANES, PIECES, THREADS, Config
-from megamoe.kernels.parts.memory_device import load_global_if, load_global_vector_if, store_global_vector
+from megamoe.kernels.cache.copy_rows_config import LANES, THREADS, VECTORS, WORDS, Config
+from megamoe.kernels.parts.memory_device import load_global_if, load_global_vector_if, store_global_vector_if
 from megamoe.kernels.parts.pool_device import ring_slot, row_addresses, store_bytes, symbolic_integers, symbolic_pool
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches
 
-WARPS = THREADS // LANES
+GROUPS = THREADS // LANES
 VECTOR_BYTES = 16
 WORD_BYTES = 4
 
@@ -31,15 +31,13 @@ def program(config: Config):
 
 
 def chunks_of(vectors, words):
-    """Return how many warps copy a row of 16-byte vectors and then 4-byte words."""
-    return (vectors + words + LANES * PIECES - 1) // (LANES * PIECES)
+    """Return into how many chunks a row of 16-byte vectors and 4-byte words is cut."""
+    of_vectors = (vectors + LANES * VECTORS - 1) // (LANES * VECTORS)
+    return cutlass.max(of_vectors, (words + LANES * WORDS - 1) // (LANES * WORDS))
 
 
 class CopyRows:
-    """A warp copies up to 2 KiB of a row.
-
-    A row is cut into pieces: the vectors of its data, then the words of its scales.
-    """
+    """Eight threads copy up to 1 KiB of a row's data, and some of its scales."""
 
     @cute.jit
     def copy(
@@ -56,7 +54,7 @@ class CopyRows:
     ):
         units = source_slots.shape[0] * chunks_of(vectors, words)
         self.copy_kernel(source, source_slots, target, target_slots, source_rows, target_rows, vectors, words).launch(
-            grid=((units + WARPS - 1) // WARPS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
+            grid=((units + GROUPS - 1) // GROUPS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.jit
@@ -78,7 +76,7 @@ class CopyRows:
         units = saves.shape[0] * target_rows * chunks_of(vectors, words)
         self.save_kernel(
             ring, step, target, saves, tables, ring_rows, step_rows, target_rows, vectors, words, has_step
-        ).launch(grid=((units + WARPS - 1) // WARPS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True)
+        ).launch(grid=((units + GROUPS - 1) // GROUPS, 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True)
 
     @cute.kernel
     def copy_kernel(
@@ -95,13 +93,15 @@ class CopyRows:
         block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         overlap_launches()
-        unit, chunks = block * WARPS + thread // LANES, chunks_of(vectors, words)
+        unit, chunks = block * GROUPS + thread // LANES, chunks_of(vectors, words)
         row = unit // chunks
         if row < source_slots.shape[0]:
             read, written = Int32(source_slots[row]), Int32(target_slots[row])
             if (read >= 0) & (written >= 0):
-                piece = (unit - row * chunks) * (LANES * PIECES) + thread % LANES
-                self.copy_pieces(source, read, source_rows, target, written, target_rows, vectors, words, piece)
+                sizes = (vectors * VECTOR_BYTES, words * WORD_BYTES)
+                origin = row_addresses(source, read, source_rows, *sizes)
+                goal = row_addresses(target, written, target_rows, *sizes)
+                self.copy_chunk(*origin, *goal, vectors, words, unit - row * chunks, thread % LANES)
 
     @cute.kernel
     def save_kernel(
@@ -121,7 +121,7 @@ class CopyRows:
         block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         overlap_launches()
-        unit, chunks = block * WARPS + thread // LANES, chunks_of(vectors, words)
+        unit, chunks = block * GROUPS + thread // LANES, chunks_of(vectors, words)
         place = unit // chunks
         save = place // target_rows
         if save < saves.shape[0]:
@@ -129,43 +129,45 @@ class CopyRows:
             request, first, written = saves[save, 0], saves[save, 2], saves[save, 4] * target_rows + row
             position = saves[save, 1] - target_rows + row
             if (request >= 0) & (position >= 0) & (saves[save, 4] >= 0):
-                piece = (unit - place * chunks) * (LANES * PIECES) + thread % LANES
+                sizes = (vectors * VECTOR_BYTES, words * WORD_BYTES)
+                from_data, from_scales = Int64(0), Int64(0)
                 if (has_step != 0) & (position >= first):
-                    read = saves[save, 3] + position - first
-                    self.copy_pieces(step, read, step_rows, target, written, target_rows, vectors, words, piece)
+                    in_step = saves[save, 3] + position - first
+                    from_data, from_scales = row_addresses(step, in_step, step_rows, *sizes)
                 else:
-                    read = ring_slot(tables, ring_rows, request, position)
-                    if read >= 0:
-                        self.copy_pieces(ring, read, ring_rows, target, written, target_rows, vectors, words, piece)
+                    in_ring = ring_slot(tables, ring_rows, request, position)
+                    if in_ring >= 0:
+                        from_data, from_scales = row_addresses(ring, in_ring, ring_rows, *sizes)
+                if from_data != 0:
+                    goal = row_addresses(target, written, target_rows, *sizes)
+                    self.copy_chunk(
+                        from_data, from_scales, *goal, vectors, words, unit - place * chunks, thread % LANES
+                    )
 
     @cute.jit
-    def copy_pieces(
+    def copy_chunk(
         self,
-        source,
-        read: Int32,
-        source_rows: Int32,
-        target,
-        written: Int32,
-        target_rows: Int32,
+        from_data: Int64,
+        from_scales: Int64,
+        to_data: Int64,
+        to_scales: Int64,
         vectors: Int32,
         words: Int32,
-        first: Int32,
+        chunk: Int32,
+        lane: Int32,
     ):
-        """Copy a thread's pieces of a row, every LANES-th from `first` on; all are loaded before one is stored."""
-        sizes = (vectors * VECTOR_BYTES, words * WORD_BYTES)
-        from_data, from_scales = row_addresses(source, read, source_rows, *sizes)
-        to_data, to_scales = row_addresses(target, written, target_rows, *sizes)
+        """Copy a thread's part of a chunk of a row; all of it is loaded before any is stored."""
         data, scales = [], []
-        for index in cutlass.range_constexpr(PIECES):
-            vector = first + index * LANES
-            word = vector - vectors
-            is_word = (word >= 0) & (word < words)
+        for index in cutlass.range_constexpr(VECTORS):
+            vector = (chunk * VECTORS + index) * LANES + lane
             data.append(load_global_vector_if(Int32(vector < vectors), from_data + Int64(vector) * VECTOR_BYTES, 4))
-            scales.append(load_global_if(Int32(is_word), from_scales + Int64(word) * WORD_BYTES))
-        for index in cutlass.range_constexpr(PIECES):
-            vector = first + index * LANES
-            word = vector - vectors
-            if vector < vectors:
-                store_global_vector(to_data + Int64(vector) * VECTOR_BYTES, *data[index])
-            elif word < words:
+        for index in cutlass.range_constexpr(WORDS):
+            word = (chunk * WORDS + index) * LANES + lane
+            scales.append(load_global_if(Int32(word < words), from_scales + Int64(word) * WORD_BYTES))
+        for index in cutlass.range_constexpr(VECTORS):
+            vector = (chunk * VECTORS + index) * LANES + lane
+            store_global_vector_if(vector < vectors, to_data + Int64(vector) * VECTOR_BYTES, *data[index])
+        for index in cutlass.range_constexpr(WORDS):
+            word = (chunk * WORDS + index) * LANES + lane
+            if word < words:
                 store_bytes(to_scales + Int64(word) * WORD_BYTES, scales[index], WORD_BYTES)

@@ -17,7 +17,6 @@ import torch
 
 from megamoe.kernels.cache.plan_slots_config import KINDS, Config
 from megamoe.kernels.store import kernel
-from megamoe.ops.plan_slots import EntrySlots, EntryTables, RowTables, StepSlots
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
@@ -25,10 +24,8 @@ def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     yield Config("slots")
 
 
-def run(
-    tokens: torch.Tensor, window: RowTables, kinds: tuple[EntryTables, ...], out: StepSlots, in_rings: bool
-) -> None:
-    """Compute plan_slots."""
+def run(tokens: torch.Tensor, window: Any, kinds: tuple[Any, ...], out: Any, in_rings: bool) -> None:
+    """Compute plan_slots; its records (RowTables, EntryTables, StepSlots) are the operation's own."""
     if not tokens.shape[1]:
         return
     launch = kernel(Config("slots"), tokens.device)
@@ -59,7 +56,7 @@ def run(
         )
 
 
-def _arguments(kind: EntryTables, slots: EntrySlots) -> tuple[Any, ...]:
+def _arguments(kind: Any, slots: Any) -> tuple[Any, ...]:
     """Return the tables of a kind, what is filled, and the numbers that go with them."""
     return (
         (kind.state.block_tables, kind.entries.block_tables),

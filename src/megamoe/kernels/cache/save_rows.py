@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""save_rows: the last rows of sequences copied into snapshots, a warp for 2 KiB of a row.
+"""save_rows: the last rows of sequences copied into snapshots, eight threads for 1 KiB of a row.
 
 Meaning    ops/save_rows.py; everything else as in cache/copy_cache.py
 """

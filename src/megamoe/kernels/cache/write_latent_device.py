@@ -16,7 +16,7 @@ from megamoe.kernels.parts.pool_device import (
     store_row,
     symbolic_pool,
 )
-from megamoe.kernels.parts.rope_device import rotate_vector
+from megamoe.kernels.parts.rope_device import Rotation
 from megamoe.kernels.parts.rows import BLOCK_THREADS, VECTOR
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
@@ -169,18 +169,20 @@ class WriteLatent:
         slot, position = Int32(slots[thread.row]), Float32(Int32(pos[thread.row]))
         registers = thread.load(kv)
         weights = [thread.load_shared(weight, index) for index in range(tile.vectors)]
+        rotation = Rotation(thread, inv_freq, position, config.rope)
         factor = row_rms_factor(thread, registers, eps, None)
-        first = (config.width - config.rope) // VECTOR
         values = []
         for index in cutlass.range_constexpr(tile.vectors):
             one = cute.make_rmem_tensor(cute.make_layout(VECTOR), Float32)
             one.store(registers[None, index].load().to(Float32) * factor * weights[index])
             if cutlass.const_expr(config.kv == "bf16"):
                 round_vector(one)
-            if cutlass.const_expr((index + 1) * tile.lanes > first):
-                rotate_vector(one, thread.vector(index), first, position, inv_freq, False)
-            if cutlass.const_expr(config.kv == "bf16"):
-                round_vector(one)
+            if cutlass.const_expr(index in rotation.factors):
+                turned = rotation.turned(thread, index, [one[element] for element in range(VECTOR)])
+                for element in cutlass.range_constexpr(VECTOR):
+                    one[element] = turned[element]
+                if cutlass.const_expr(config.kv == "bf16"):
+                    round_vector(one)
             values.append(one)
         sizes = row_bytes(config.row_format, config.width)
         data, scales = row_addresses(pool, cutlass.max(slot, 0), rows_per_block, *sizes)

@@ -36,6 +36,11 @@ def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     for count in TILE_COUNTS:
         yield from stream_configs(dims["K"], count * TOKENS_PER_TILE, "bf16")
+    yield from tile_keys()
+
+
+def tile_keys() -> Iterator[Any]:
+    """Yield what many tokens need, of any size."""
     for folded in (True, False):
         yield fp8_expand_config.Config(folded)
         for rows, tokens in fp8_tiles_sm90.TILE_TIMES:
@@ -45,23 +50,8 @@ def configs(dims: Mapping[str, int]) -> Iterator[Any]:
 
 def run(x: Fp8RowTensor, w: Fp8BlockTensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Compute fp8_linear."""
-    num_rows, num_columns = w.shape
-    if x.group != BLOCK:
-        raise NotImplementedError(
-            f"{OP}: the kernel takes activations with a scale per {BLOCK}; got {x.group}. Quantize them with "
-            "quantize_fp8_rows as it is."
-        )
-    if num_rows % TILE_ROWS or num_columns % BLOCK:
-        raise NotImplementedError(
-            f"{OP}: the kernel takes N a multiple of {TILE_ROWS} and K of {BLOCK}; got {[num_rows, num_columns]}. Run "
-            'the reference: with megamoe.ops.use("reference").'
-        )
-    codes = w.codes.view(torch.uint8)
-    if not codes.is_contiguous() or codes.data_ptr() % 16:
-        raise NotImplementedError(
-            f"{OP}: the kernel takes weights whose codes are contiguous and 16-byte aligned; got strides "
-            f"{list(codes.stride())} at {codes.data_ptr() % 16} bytes past 16. Clone them once, when loading."
-        )
+    codes = require_weight(OP, x, w)
+    num_rows = w.shape[0]
     if x.shape[0] == 0 or num_rows == 0:
         return torch.empty(x.shape[0], num_rows, dtype=out_dtype, device=w.device)
     arguments = aligned(x.codes.view(torch.uint8)), x.scales.contiguous(), codes, w.scales.contiguous(), out_dtype
@@ -70,3 +60,29 @@ def run(x: Fp8RowTensor, w: Fp8BlockTensor, out_dtype: torch.dtype) -> torch.Ten
         return stream_linear(*arguments)
     require_more(OP, x.shape[0], limit, w.device)
     return tile_linear(*arguments)
+
+
+def require_weight(op: str, x: Fp8RowTensor, w: Fp8BlockTensor) -> torch.Tensor:
+    """Return the bytes of a weight; refuse operands that the kernels do not take.
+
+    Raises:
+        NotImplementedError: what, named.
+    """
+    num_rows, num_columns = w.shape[-2:]
+    if x.group != BLOCK:
+        raise NotImplementedError(
+            f"{op}: the kernel takes activations with a scale per {BLOCK}; got {x.group}. Quantize them with "
+            "quantize_fp8_rows as it is."
+        )
+    if num_rows % TILE_ROWS or num_columns % BLOCK:
+        raise NotImplementedError(
+            f"{op}: the kernel takes N a multiple of {TILE_ROWS} and K of {BLOCK}; got {[num_rows, num_columns]}. Run "
+            'the reference: with megamoe.ops.use("reference").'
+        )
+    codes = w.codes.view(torch.uint8)
+    if not codes.is_contiguous() or codes.data_ptr() % 16:
+        raise NotImplementedError(
+            f"{op}: the kernel takes weights whose codes are contiguous and 16-byte aligned; got strides "
+            f"{list(codes.stride())} at {codes.data_ptr() % 16} bytes past 16. Clone them once, when loading."
+        )
+    return codes

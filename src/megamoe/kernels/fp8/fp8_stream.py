@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of fp8_linear for few tokens: the weight is streamed once, row-major as it was loaded.
+"""Host side of FP8 linears, grouped or not, for few tokens: the weight is streamed once, row-major as it was loaded.
 
 One block of 16 warps on each multiprocessor. The warps are teams of `split`; a team takes tiles of 16 weight rows one
 after another, each of its warps a slice of the columns. A lane copies the 16-byte pieces that are its own fragments
@@ -9,6 +9,8 @@ FP8, lie in shared memory for all warps. At the end of a row tile the team adds 
 Per 128 columns the products of codes are added from zero, then multiplied by both scales, in fp32, columns ascending.
 More than 8192 columns (4096 with more than 16 tokens) are multiplied in parts, one launch each, the later ones going on
 from the sums of the earlier ones. Slices and their order depend on K alone, so a token's bits depend on nothing else.
+
+Groups are the second dimension of the grid: a block belongs to one group, and reads that group's columns of the tokens.
 """
 
 from __future__ import annotations
@@ -42,40 +44,54 @@ def column_parts(num_columns: int, num_tiles: int) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def stream_configs(num_columns: int, num_tokens: int, out: str) -> list[Config]:
-    """Return the launches for up to 32 tokens."""
+def stream_configs(num_columns: int, num_tokens: int, out: str, num_groups: int = 1) -> list[Config]:
+    """Return the launches for up to 32 tokens; columns are those of one group."""
     num_tiles = next(count for count in TILE_COUNTS if num_tokens <= count * TOKENS_PER_TILE)
     size = slice_size(num_columns)
     return [
-        Config(num_columns, first, last, size, num_tiles, out if last == num_columns else "f32", EARLY_CHUNKS)
+        Config(
+            num_groups, num_columns, first, last, size, num_tiles, out if last == num_columns else "f32", EARLY_CHUNKS
+        )
         for first, last in column_parts(num_columns, num_tiles)
     ]
 
 
 def stream_linear(
-    x: torch.Tensor, x_scales: torch.Tensor, w: torch.Tensor, w_scales: torch.Tensor, out_dtype: torch.dtype
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    w: torch.Tensor,
+    w_scales: torch.Tensor,
+    out_dtype: torch.dtype,
+    num_groups: int = 1,
 ) -> torch.Tensor:
     """Multiply by streaming the weight, once for every 32 tokens.
 
     Args:
-        x: [T, K] uint8 codes; contiguous, as all of these, and 16-byte aligned.
-        x_scales: [T, K/128] E8M0 or fp32.
-        w: [N, K] uint8 codes, 16-byte aligned.
-        w_scales: [ceil(N/128), K/128] E8M0 or fp32.
+        x: [T, G * K] uint8 codes; contiguous, as all of these, and 16-byte aligned.
+        x_scales: [T, G * K/128] E8M0 or fp32.
+        w: [G * N, K] uint8 codes, 16-byte aligned.
+        w_scales: [G * ceil(N/128), K/128] E8M0 or fp32.
         out_dtype: bf16 or fp32.
+        num_groups: G.
+
+    Returns:
+        [T, G * N].
     """
     (num_rows, num_columns), num_tokens = w.shape, x.shape[0]
     out = torch.empty(num_tokens, num_rows, dtype=out_dtype, device=w.device)
     sums = out
-    if out_dtype != torch.float32 and len(stream_configs(num_columns, min(num_tokens, PASS_TOKENS), "f32")) > 1:
+    if (
+        out_dtype != torch.float32
+        and len(stream_configs(num_columns, min(num_tokens, PASS_TOKENS), "f32", num_groups)) > 1
+    ):
         sums = torch.empty(num_tokens, num_rows, dtype=torch.float32, device=w.device)
-    num_units = num_rows // TILE_ROWS
+    num_units = num_rows // num_groups // TILE_ROWS
     for first in range(0, num_tokens, PASS_TOKENS):
         tokens = slice(first, min(first + PASS_TOKENS, num_tokens))
-        configs = stream_configs(num_columns, tokens.stop - first, DTYPE_NAMES[out_dtype])
+        configs = stream_configs(num_columns, tokens.stop - first, DTYPE_NAMES[out_dtype], num_groups)
         scales = *scale_bytes(x_scales[tokens]), *scale_bytes(w_scales)
         for config in configs:
-            blocks = min(num_multiprocessors(w.device), -(-num_units // config.teams))
+            blocks = min(max(1, num_multiprocessors(w.device) // num_groups), -(-num_units // config.teams))
             target = out if config is configs[-1] else sums
             earlier = (sums[tokens],) if config.adds else ()
             kernel(config, w.device)(x[tokens], w, *scales, *earlier, target[tokens], blocks)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile key of fp8_linear for few tokens, and how a block's shared memory is shared out (fp8_stream.py)."""
+"""Compile key of FP8 linears for few tokens, and how a block's shared memory is shared out (fp8_stream.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Config:
     """The compile key.
 
     Attributes:
-        num_columns: K.
+        num_groups: G; each has columns and weight rows of its own, 1 where there are no groups.
+        num_columns: K, of one group.
         first_column, last_column: the part of the columns that this launch multiplies.
         slice_blocks: blocks of 128 columns of a warp; the last warp may have fewer.
         num_tiles: token tiles of 8.
@@ -29,6 +30,7 @@ class Config:
         early: ring slots that are filled before the kernel ahead of this one has finished.
     """
 
+    num_groups: int
     num_columns: int
     first_column: int
     last_column: int

@@ -29,13 +29,13 @@ OUT_DTYPES = {"bf16": BFloat16, "f32": Float32}
 def program(config: Config):
     """Return the launcher and its symbolic arguments."""
     num_tokens, num_rows = cute.sym_int32(), cute.sym_int32(divisibility=16)
-    columns = config.num_columns
+    columns, all_columns = config.num_columns, config.num_groups * config.num_columns
 
     def rows_of(dtype):
         return make_fake_tensor(dtype, (num_tokens, num_rows), (cute.sym_int64(divisibility=16), 1), assumed_align=16)
 
     arguments = [
-        make_fake_tensor(Uint8, (num_tokens, columns), (columns, 1), assumed_align=16),
+        make_fake_tensor(Uint8, (num_tokens, all_columns), (all_columns, 1), assumed_align=16),
         make_fake_tensor(Uint8, (num_rows, columns), (columns, 1), assumed_align=16),
         *symbolic_scales(num_tokens),
         *symbolic_scales(cute.sym_int32()),
@@ -72,7 +72,7 @@ class Fp8Stream:
     def launch(self, x, w, x_scales, x_size, w_scales, w_size, earlier, out, num_blocks, stream):
         """Launch the kernel; it may start before the kernel ahead of it has finished (see the wait inside)."""
         self.kernel(x, w, x_scales, x_size, w_scales, w_size, earlier, out, num_blocks).launch(
-            grid=(num_blocks, 1, 1),
+            grid=(num_blocks, self.config.num_groups, 1),
             block=(THREADS, 1, 1),
             smem=self.config.shared_bytes,
             stream=stream,
@@ -82,9 +82,10 @@ class Fp8Stream:
     @cute.kernel
     def kernel(self, x, w, x_scales, x_size: Int32, w_scales, w_size: Int32, earlier, out, num_blocks: Int32):
         config = self.config
-        num_tokens, num_rows = out.shape
+        num_tokens, all_rows = out.shape
+        num_rows = all_rows // config.num_groups  # of one group
         tid, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
+        block, group, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(tid // 32)
         lane = tid % 32
         row, column = lane // 4, lane % 4
@@ -99,21 +100,30 @@ class Fp8Stream:
         slice_chunks = slice_blocks * (BLOCK // CHUNK)
 
         ring = shared + config.ring_offset + warp * (config.depth * SLOT_BYTES) + lane * 16
-        source = w.iterator.toint() + config.first_column + first_block * BLOCK + column * 16
+        source = (
+            w.iterator.toint()
+            + Int64(group * num_rows) * config.num_columns
+            + config.first_column
+            + first_block * BLOCK
+            + column * 16
+        )
         # The copy that is started next: row tile, chunk of the slice. A warp without a slice has none.
         ahead_unit, ahead_chunk = begin + Int32(slice_chunks == 0) * (end - begin), Int32(0)
-        scale = self.weight_scale(w_scales, w_size, begin, end, first_block, slice_blocks, lane)
+        # The first scale of this warp: of the group's rows, and its blocks of columns.
+        scale_rows = group * ((num_rows + (BLOCK - 1)) // BLOCK)
+        own_scale = Int64(scale_rows) * (config.num_columns // BLOCK) + config.first_column // BLOCK + first_block
+        scale = self.weight_scale(w_scales, w_size, begin, end, own_scale, slice_blocks, lane)
         for index in cutlass.range_constexpr(config.early):
             self.start_copy(ahead_unit < end, ring + index * SLOT_BYTES, source, ahead_unit * 16 + row, ahead_chunk)
             ahead_unit, ahead_chunk = self.following(ahead_unit, ahead_chunk, slice_chunks)
         # The weights do not depend on the kernel before this one, the tokens do.
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        self.start_tokens(x, shared, num_tokens, tid)
+        self.start_tokens(x, shared, num_tokens, group, tid)
         for index in cutlass.range_constexpr(config.early, config.depth):
             self.start_copy(ahead_unit < end, ring + index * SLOT_BYTES, source, ahead_unit * 16 + row, ahead_chunk)
             ahead_unit, ahead_chunk = self.following(ahead_unit, ahead_chunk, slice_chunks)
-        self.place_token_scales(x_scales, x_size, shared, num_tokens, tid)
+        self.place_token_scales(x_scales, x_size, shared, num_tokens, group, tid)
         wait_copies(config.depth - config.early)
         cute.arch.sync_threads()
 
@@ -122,7 +132,7 @@ class Fp8Stream:
         for unit in cutlass.range(begin, end, unroll=1):
             sums = zeros(4, config.num_tiles)
             scale_now = scale
-            scale = self.weight_scale(w_scales, w_size, unit + 1, end, first_block, slice_blocks, lane)
+            scale = self.weight_scale(w_scales, w_size, unit + 1, end, own_scale, slice_blocks, lane)
             for index in cutlass.range(slice_blocks, unroll=1):
                 products = [[Float32(0.0)] * 4 for _ in range(config.num_tiles)]
                 column_block = first_block + index
@@ -143,7 +153,7 @@ class Fp8Stream:
                     for item in cutlass.range_constexpr(4):
                         factor = weight_scale * factors[item % 2]
                         sums[item, tile] = sums[item, tile] + products[tile][item] * factor
-            self.finish(sums, shared, earlier, out, unit, team, tid % (config.split * 32))
+            self.finish(sums, shared, earlier, out, unit, group * num_rows, team, tid % (config.split * 32))
 
     def following(self, unit, chunk, slice_chunks):
         """Return the chunk after one, of the next row tile after the last."""
@@ -158,7 +168,7 @@ class Fp8Stream:
         copy_async_if(wanted, address + SLOT_BYTES // 2, start + 8 * self.config.num_columns)
         commit_copies()
 
-    def start_tokens(self, x, shared, num_tokens, tid):
+    def start_tokens(self, x, shared, num_tokens, group, tid):
         """Start copying the tokens, as one group: [tile, chunk, lane], 16 bytes each."""
         config = self.config
         chunks = config.num_blocks * (BLOCK // CHUNK)
@@ -171,7 +181,7 @@ class Fp8Stream:
             wanted = inside & (token < num_tokens)
             source = (
                 x.iterator.toint()
-                + Int64(cutlass.min(token, num_tokens - 1)) * config.num_columns
+                + (Int64(cutlass.min(token, num_tokens - 1)) * config.num_groups + group) * config.num_columns
                 + config.first_column
                 + chunk * CHUNK
                 + piece % 4 * 16
@@ -188,7 +198,7 @@ class Fp8Stream:
         if inside:
             copy_async_or_zero(wanted, target, source)
 
-    def place_token_scales(self, x_scales, size, shared, num_tokens, tid):
+    def place_token_scales(self, x_scales, size, shared, num_tokens, group, tid):
         """Bring the token scales to shared memory in fp32: [block, token]."""
         config = self.config
         count = config.num_blocks * self.tokens_held
@@ -196,7 +206,7 @@ class Fp8Stream:
         for first in range(0, count, THREADS):
             place = first + tid
             block, token = place // self.tokens_held, place % self.tokens_held
-            offset = Int64(token) * stride + config.first_column // BLOCK + block
+            offset = (Int64(token) * config.num_groups + group) * stride + config.first_column // BLOCK + block
             wanted = (place < count) & (token < num_tokens)
             value = load_scale_if(wanted, x_scales.iterator.toint(), offset, size)
             self.store_inside(place < count, shared + config.scale_offset + place * 4, value)
@@ -206,15 +216,9 @@ class Fp8Stream:
         if inside:
             store_shared_float(address, value)
 
-    def weight_scale(self, w_scales, size, unit, end, first_block, slice_blocks, lane):
+    def weight_scale(self, w_scales, size, unit, end, own_scale, slice_blocks, lane):
         """Return, in lane i, the scale of a row tile and block i of the warp's slice."""
-        config = self.config
-        offset = (
-            Int64(unit * TILE_ROWS // BLOCK) * (config.num_columns // BLOCK)
-            + config.first_column // BLOCK
-            + first_block
-            + lane
-        )
+        offset = own_scale + Int64(unit * TILE_ROWS // BLOCK) * (self.config.num_columns // BLOCK) + lane
         return load_scale_if((unit < end) & (lane < slice_blocks), w_scales.iterator.toint(), offset, size)
 
     def multiply(self, products, upper, lower, token_address):
@@ -229,15 +233,16 @@ class Fp8Stream:
         return products
 
     @cute.jit
-    def finish(self, sums, shared: Int32, earlier, out: cute.Tensor, unit: Int32, team: Int32, place: Int32):
-        """Add up the team's sums and store a row tile of the output; `place` is the thread in its team."""
+    def finish(
+        self, sums, shared: Int32, earlier, out: cute.Tensor, unit: Int32, first_row: Int32, team: Int32, place: Int32
+    ):
+        """Add up the team's sums and store a row tile; `first_row` is the group's, `place` the thread in its team."""
         config = self.config
-        num_tokens, num_rows = out.shape
         values = 4 * 32 * config.num_tiles
         if cutlass.const_expr(config.split == 1):
             for tile in cutlass.range_constexpr(config.num_tiles):
                 for item in cutlass.range_constexpr(4):
-                    self.store(Float32(0.0), [sums[item, tile]], earlier, out, unit, tile, place * 4 + item)
+                    self.store(Float32(0.0), [sums[item, tile]], earlier, out, unit, first_row, tile, place * 4 + item)
         else:
             team_bytes = config.split * values * 4
             area = shared + team * team_bytes
@@ -255,15 +260,17 @@ class Fp8Stream:
                 index = first + ((place - unit * values) & (threads - 1) if values < threads else place)
                 if index < values:
                     partials = [load_shared_float(area + (one * values + index) * 4) for one in range(config.slices)]
-                    self.store(Float32(0.0), partials, earlier, out, unit, index // 128, index % 128)
+                    self.store(Float32(0.0), partials, earlier, out, unit, first_row, index // 128, index % 128)
 
     @cute.jit
-    def store(self, total, partials, earlier, out: cute.Tensor, unit: Int32, tile: Int32, position: Int32):
+    def store(
+        self, total, partials, earlier, out: cute.Tensor, unit: Int32, first_row: Int32, tile: Int32, position: Int32
+    ):
         """Store one output: the sums of the team's warps in their order, after those of earlier columns."""
-        num_tokens, num_rows = out.shape
+        num_tokens, _ = out.shape
         lane, item = position // 4, position % 4
         token = tile * TOKENS_PER_TILE + lane % 4 * 2 + item % 2
-        row = unit * TILE_ROWS + lane // 4 + item // 2 * 8
+        row = first_row + unit * TILE_ROWS + lane // 4 + item // 2 * 8
         if token < num_tokens:
             if cutlass.const_expr(self.config.adds):
                 total = earlier[token, row]

@@ -403,7 +403,7 @@ class Fp8Tiles:
                         token = index * 16 + lane // 2
                         words = load_shared(stored + token * STORED_STRIDE + lane % 2 * 16, 4)
                         wanted = (first_token + start + token < num_tokens) & (row < num_rows)
-                        place = Int64(first_token + start + token) * num_rows + row + lane % 2 * 8
+                        place = Int64(first_token + start + token) * out.layout.stride[0] + row + lane % 2 * 8
                         store_global_vector_if(wanted, out.iterator.toint() + place * 2, *words)
                     cute.arch.sync_warp()
             else:

@@ -36,7 +36,7 @@ def program(config: Config):
 class HyperConnectionPost:
     """x'_k = post_k * y + sum_j C_jk * x_j, j ascending; products and sums rounded one by one, as the reference does.
 
-    What follows in the same step reads the streams: one that rounds otherwise would be one fault less to find there.
+    The next sublayer starts from these bits: a stream that rounds otherwise moves all that follows.
     """
 
     def __init__(self, config: Config):

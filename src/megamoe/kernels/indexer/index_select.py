@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The best entries from their scores, the second of the two kernels behind index_topk.
 
-Grid       a cluster of blocks of 1,024 threads a token, each block with a share of the entries
-Selection  the last selected score by four passes of 8 bits over scores in shared memory; then what lies above it, and
-           of what equals it the lowest entries
-Limits     any number of entries; those beyond what shared memory holds are read again in every pass
+Grid       a block of 1,024 threads a token, or a cluster of 8 with a share of the entries each
+Selection  the last selected score by four passes of 8 bits over scores in registers; then what lies above it, and of
+           what equals it the lowest entries
+Limits     any number of entries; where they are more than registers hold they are read again in every pass
 Bound      latency: the scores are in the L2 cache
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from megamoe.kernels.indexer.index_select_config import Config
+from megamoe.kernels.indexer.index_select_config import HELD, HELD_BY_ONE, THREADS, Config
 from megamoe.kernels.store import kernel
 
 CLUSTERS = (8, 1)
@@ -31,5 +31,6 @@ def run(
         room: entries that there can be.
         entries: [T, top_k] int32.
     """
-    config = Config(entries.shape[1], CLUSTERS[0] if scores.shape[0] <= FEW_TOKENS else CLUSTERS[1])
+    is_spread = room > HELD_BY_ONE and (scores.shape[0] <= FEW_TOKENS or room > HELD * THREADS)
+    config = Config(entries.shape[1], CLUSTERS[0] if is_spread else CLUSTERS[1])
     kernel(config, scores.device)(scores, requests, num_visible, entries, room)

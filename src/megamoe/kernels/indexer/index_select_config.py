@@ -10,6 +10,10 @@ BINS = 256
 PASSES = 4
 SPAN = 128
 """A block's share of the entries is a multiple of this."""
+HELD, GROUP = 32, 4
+"""Scores that a thread has registers for, and those that it handles at a time."""
+HELD_BY_ONE = 16384
+"""Entries up to which one block selects alone: it needs no barrier of the cluster."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +27,3 @@ class Config:
 
     top_k: int
     cluster: int
-
-    @property
-    def held(self) -> int:
-        """Scores that a block keeps in shared memory; it reads further ones again in every pass."""
-        return 32768 if self.cluster > 1 else 16384

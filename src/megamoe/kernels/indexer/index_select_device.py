@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device half of index_select.
 
-A cluster selects for one token; each block has a contiguous share of the entries and keeps their scores in shared
-memory. Four passes of 8 bits find the integer of the last score that is selected: each block counts its own, all read
-the counts of all. Then each warp counts what lies above and at that score in its share, and writes its part of the
-result, which is in the order of entries as the shares are.
+A block selects for a token of few entries; of more, each block of a cluster has a contiguous share. A thread keeps its
+scores in registers: 32 neighbouring ones are a warp's, and its next 32 follow them. Four passes of 8 bits find the
+integer of the last score that is selected: each block counts its own, all read the counts of all. Then each warp counts
+what lies above and at that score in its share, and writes its part of the result, which is in the order of entries as
+the shares are. No score is the integer 0: it stands for none.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint32
 
-from megamoe.kernels.indexer.index_select_config import BINS, PASSES, SPAN, THREADS, Config
+from megamoe.kernels.indexer.index_select_config import BINS, GROUP, HELD, HELD_BY_ONE, PASSES, SPAN, THREADS, Config
 from megamoe.kernels.indexer.indexer_device import (
     bits_set,
-    count_at,
+    count_if,
     lanes_where,
     load_cluster_word,
     store_cluster_word,
     store_word_if,
 )
 from megamoe.kernels.parts.cluster_device import address_in_block, shared_address_of
-from megamoe.kernels.parts.memory_device import load_global_vector_if
+from megamoe.kernels.parts.memory_device import load_global_if
 from megamoe.kernels.parts.pool_device import symbolic_integers
 from megamoe.kernels.parts.rows_device import current_stream, overlap_launches, symbolic_rows
 
 WARPS = THREADS // 32
-VECTOR = 4
 
 
 def program(config: Config):
@@ -79,11 +79,10 @@ class IndexSelect:
     ):
         config = self.config
         allocator = cutlass.memory.SmemAllocator()
-        held = allocator.allocate_tensor(Uint32, cute.make_layout(config.held), 16)
-        counts = allocator.allocate_tensor(Int32, cute.make_layout((BINS, PASSES)))
-        sums = allocator.allocate_tensor(Int32, cute.make_layout(2 * WARPS))
-        shares = allocator.allocate_tensor(Int32, cute.make_layout(2 * config.cluster))
-        found = allocator.allocate_tensor(Int32, cute.make_layout(2))
+        self.counts = allocator.allocate_tensor(Int32, cute.make_layout((BINS, PASSES)))
+        self.sums = allocator.allocate_tensor(Int32, cute.make_layout(2 * WARPS))
+        self.shares = allocator.allocate_tensor(Int32, cute.make_layout(2 * config.cluster))
+        self.found = allocator.allocate_tensor(Int32, cute.make_layout(2))
         block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         token, rank = block // config.cluster, block % config.cluster
@@ -96,8 +95,13 @@ class IndexSelect:
                 place = start + rank * THREADS + thread
                 entry = place if place < visible else Int32(-1)
                 store_word_if(place < config.top_k, entries[(token, None)].iterator.toint() + Int64(place) * 4, entry)
+        elif visible <= HELD_BY_ONE:
+            if rank == 0:
+                self.select(scores, entries, token, Int32(0), visible, thread, False, True)
+        elif visible <= config.cluster * HELD * THREADS:
+            self.select(scores, entries, token, rank, visible, thread, config.cluster > 1, True)
         else:
-            self.select(scores, entries, token, rank, visible, thread, held, counts, sums, shares, found)
+            self.select(scores, entries, token, rank, visible, thread, config.cluster > 1, False)
 
     @cute.jit
     def select(
@@ -108,47 +112,54 @@ class IndexSelect:
         rank: Int32,
         visible: Int32,
         thread: Int32,
-        held: cute.Tensor,
-        counts: cute.Tensor,
-        sums: cute.Tensor,
-        shares: cute.Tensor,
-        found: cute.Tensor,
+        spread: cutlass.Constexpr,
+        held: cutlass.Constexpr,
     ):
-        """Select for a token that sees more than top_k entries."""
+        """Select for a token that sees more than top_k entries.
+
+        Args:
+            spread: all blocks of the cluster share the entries.
+            held: a thread has registers for all its scores.
+        """
         config = self.config
+        counts, sums, shares, found = self.counts, self.sums, self.shares, self.found
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
-        span = (visible + (config.cluster * SPAN - 1)) // (config.cluster * SPAN) * SPAN
+        blocks = config.cluster if spread else 1
+        span = (visible + (blocks * SPAN - 1)) // (blocks * SPAN) * SPAN
         first = rank * span
         count = cutlass.max(cutlass.min(visible - first, span), 0)
-        row = scores[(token, None)]
-        source = row.iterator.toint() + Int64(first) * 4
+        share = (count + (THREADS - 1)) // THREADS * 32
+        begin = cutlass.min(warp * share, count)
+        end = cutlass.min(begin + share, count)
+        source = scores[(token, None)].iterator.toint() + Int64(first + lane) * 4
         counters = shared_address_of(counts)
 
+        words = cute.make_rmem_tensor(cute.make_layout(HELD if held else GROUP), Uint32)
+        words.fill(0)
+        if cutlass.const_expr(held):
+            for group in cutlass.range_constexpr(0, HELD, GROUP):
+                if group * 32 < share:
+                    self.load(words, group, source, begin + group * 32, end - lane)
         for place in cutlass.range_constexpr(0, BINS * PASSES, THREADS):
             counts[(place + thread) % BINS, (place + thread) // BINS] = Int32(0)
         cute.arch.sync_threads()
-        for place in cutlass.range(thread * VECTOR, count, THREADS * VECTOR, unroll=2):
-            words = load_global_vector_if(Int32(1), source + Int64(place) * 4, VECTOR)
-            for element in cutlass.range_constexpr(VECTOR):
-                if place < config.held:
-                    held[place + element] = words[element]
-                if place + element < count:
-                    count_at(counters + Int32(words[element] >> 24) * 4)
 
         last, wanted = Uint32(0), Int32(config.top_k)
         for number in cutlass.range_constexpr(PASSES):
-            shift = 24 - 8 * number
             area = counters + number * (BINS * 4)
-            if cutlass.const_expr(number > 0):
-                for place in cutlass.range(thread, count, THREADS, unroll=4):
-                    word = self.score_at(held, row, first, place)
-                    if word >> (shift + 8) == last:
-                        count_at(area + Int32((word >> shift) & Uint32(BINS - 1)) * 4)
-            self.meet()
+            if cutlass.const_expr(held):
+                for group in cutlass.range_constexpr(0, HELD, GROUP):
+                    if group * 32 < share:
+                        self.count(words, group, area, number, last)
+            else:
+                for start in cutlass.range(begin, end, GROUP * 32, unroll=1):
+                    self.load(words, 0, source, start, end - lane)
+                    self.count(words, 0, area, number, last)
+            self.meet(spread)
             own = Int32(0)
             if thread < BINS:
-                for other in cutlass.range_constexpr(config.cluster):
-                    own = own + self.word_of(other, area + thread * 4)
+                for other in cutlass.range_constexpr(blocks):
+                    own = own + self.word_of(other, area + thread * 4, spread)
             above = self.sum_above(own, sums, thread, warp, lane)
             if (thread < BINS) & (above < wanted) & (wanted <= above + own):
                 found[0] = thread
@@ -157,14 +168,17 @@ class IndexSelect:
             last, wanted = (last << 8) | Uint32(found[0]), found[1]
 
         # What each warp has above the last score, and at it.
-        share = (count + (THREADS - 1)) // THREADS * 32
-        begin = cutlass.min(warp * share, count)
-        end = cutlass.min(begin + share, count)
         num_above, num_equal = Int32(0), Int32(0)
-        for place in cutlass.range(begin + lane, end, 32, unroll=4):
-            word = self.score_at(held, row, first, place)
-            num_above = num_above + Int32(word > last)
-            num_equal = num_equal + Int32(word == last)
+        if cutlass.const_expr(held):
+            for index in cutlass.range_constexpr(HELD):
+                num_above = num_above + Int32(words[index] > last)
+                num_equal = num_equal + Int32(words[index] == last)
+        else:
+            for start in cutlass.range(begin, end, GROUP * 32, unroll=1):
+                self.load(words, 0, source, start, end - lane)
+                for index in cutlass.range_constexpr(GROUP):
+                    num_above = num_above + Int32(words[index] > last)
+                    num_equal = num_equal + Int32(words[index] == last)
         num_above = cute.arch.warp_reduction(num_above, lambda a, b: a + b)
         num_equal = cute.arch.warp_reduction(num_equal, lambda a, b: a + b)
         if lane == 0:
@@ -173,53 +187,92 @@ class IndexSelect:
         cute.arch.sync_threads()
         of_warp = [sums[lane], sums[WARPS + lane]]
         before = [cute.arch.warp_reduction(one if lane < warp else Int32(0), lambda a, b: a + b) for one in of_warp]
-        if cutlass.const_expr(config.cluster > 1):
+        if cutlass.const_expr(spread):
             of_block = [cute.arch.warp_reduction(one, lambda a, b: a + b) for one in of_warp]
             if thread < config.cluster:
-                place = shared_address_of(shares) + rank * 8
-                target = address_in_block(thread, place)
+                target = address_in_block(thread, shared_address_of(shares) + rank * 8)
                 store_cluster_word(target, of_block[0])
                 store_cluster_word(target + 4, of_block[1])
-            self.meet()
+            self.meet(spread)
             for other in cutlass.range_constexpr(config.cluster):
                 for one in cutlass.range_constexpr(2):
                     before[one] = before[one] + shares[2 * other + one] * Int32(other < rank)
         above, equal = before
-        below = Uint32(cute.arch.lanemask_lt())
-        for start in cutlass.range(begin, end, 32, unroll=1):
-            place = start + lane
-            inside = place < end
-            word = self.score_at(held, row, first, cutlass.min(place, end - 1))
-            is_above, is_equal = inside & (word > last), inside & (word == last)
-            lanes_above, lanes_equal = lanes_where(is_above), lanes_where(is_equal)
-            own_above = above + bits_set(lanes_above & below)
-            own_equal = equal + bits_set(lanes_equal & below)
-            if is_above | (is_equal & (own_equal < wanted)):
-                entries[token, own_above + cutlass.min(own_equal, wanted)] = first + place
-            above = above + bits_set(lanes_above)
-            equal = equal + bits_set(lanes_equal)
+        row = entries[(token, None)].iterator.toint()
+        if cutlass.const_expr(held):
+            for group in cutlass.range_constexpr(0, HELD, GROUP):
+                if group * 32 < share:
+                    start = first + begin + group * 32 + lane
+                    above, equal = self.write(words, group, row, start, last, wanted, above, equal)
+        else:
+            for start in cutlass.range(begin, end, GROUP * 32, unroll=1):
+                self.load(words, 0, source, start, end - lane)
+                above, equal = self.write(words, 0, row, first + start + lane, last, wanted, above, equal)
 
     @cute.jit
-    def score_at(self, held: cute.Tensor, row: cute.Tensor, first: Int32, place: Int32) -> Uint32:
-        """Return a score of this block's share, from shared memory as far as it is there."""
-        word = Uint32(0)
-        if place < self.config.held:
-            word = held[place]
-        else:
-            word = row[first + place]
-        return word
+    def load(self, words: cute.Tensor, group: cutlass.Constexpr, source: Int64, start: Int32, end: Int32):
+        """Read a group of scores of each lane, 0 past the end."""
+        for index in cutlass.range_constexpr(GROUP):
+            place = start + index * 32
+            words[group + index] = load_global_if(Int32(place < end), source + Int64(place) * 4)
 
-    def meet(self):
-        """Wait for all threads of the cluster."""
-        if self.config.cluster > 1:
+    @cute.jit
+    def count(
+        self,
+        words: cute.Tensor,
+        group: cutlass.Constexpr,
+        area: Int32,
+        number: cutlass.Constexpr,
+        last: Uint32,
+    ):
+        """Count a group's scores that begin with the bits found so far by their next 8 bits."""
+        shift = 24 - 8 * number
+        for index in cutlass.range_constexpr(GROUP):
+            word = words[group + index]
+            address = area + Int32((word >> shift) & Uint32(BINS - 1)) * 4
+            count_if(word != 0 if number == 0 else word >> (shift + 8) == last, address)
+
+    @cute.jit
+    def write(
+        self,
+        words: cute.Tensor,
+        group: cutlass.Constexpr,
+        row: Int64,
+        start: Int32,
+        last: Uint32,
+        wanted: Int32,
+        above: Int32,
+        equal: Int32,
+    ):
+        """Write a group's selected entries; returns how many above the last score and at it lie before the next one."""
+        below = Uint32(cute.arch.lanemask_lt())
+        highest = cutlass.max(words[group], words[group + 1])
+        for index in cutlass.range_constexpr(2, GROUP):
+            highest = cutlass.max(highest, words[group + index])
+        if lanes_where(highest >= last) != 0:
+            for index in cutlass.range_constexpr(GROUP):
+                word = words[group + index]
+                lanes_above, lanes_equal = lanes_where(word > last), lanes_where(word == last)
+                own_above = above + bits_set(lanes_above & below)
+                own_equal = equal + bits_set(lanes_equal & below)
+                chosen = (word > last) | ((word == last) & (own_equal < wanted))
+                place = own_above + cutlass.min(own_equal, wanted)
+                store_word_if(chosen, row + Int64(place) * 4, start + index * 32)
+                above = above + bits_set(lanes_above)
+                equal = equal + bits_set(lanes_equal)
+        return above, equal
+
+    def meet(self, spread: bool):
+        """Wait for all threads of the cluster, or of the block."""
+        if spread:
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
 
-    def word_of(self, rank: int, address):
+    def word_of(self, rank: int, address, spread: bool):
         """Return a word of a block of the cluster, by this block's own address of it."""
-        return load_cluster_word(address_in_block(Int32(rank), address) if self.config.cluster > 1 else address)
+        return load_cluster_word(address_in_block(Int32(rank), address) if spread else address)
 
     @cute.jit
     def sum_above(self, own: Int32, sums: cute.Tensor, thread: Int32, warp: Int32, lane: Int32) -> Int32:

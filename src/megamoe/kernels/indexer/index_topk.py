@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.formats.cache_rows import CachePool, RowFormat
+from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.kernels.indexer import index_scores, index_scores_config, index_select, index_select_config
-from megamoe.ops.index_topk import IndexQuery
 
 WIDTH = index_scores_config.WIDTH
 HEAD_STEP, MAX_HEADS = 8, 64
@@ -33,7 +33,7 @@ def configs(dims: Mapping[str, int]) -> Iterator[index_scores_config.Config | in
 
 
 def run(
-    q: IndexQuery,
+    q: torch.Tensor | MxFp4Tensor | Fp8RowTensor,
     head_weights: torch.Tensor,
     keys: CachePool,
     block_tables: torch.Tensor,

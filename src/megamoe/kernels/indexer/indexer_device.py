@@ -6,12 +6,11 @@ from cutlass.cute.arch import inline_ptx
 
 from megamoe.kernels.parts.memory_device import predicated
 
-TOP_FACTOR = 253
-"""Exponent byte of 2^126: the bits of a code, put on the lowest exponent bits of a bf16, are code * 2^-126."""
-
 
 def relative_factor(byte, highest):
     """Return, twice in a register, the bf16 factor 2^126 * 2^(byte - highest); 0 below the range.
+
+    The bits of a code, put on the lowest exponent bits of a bf16, are code * 2^-126. 253 is the exponent byte of 2^126.
 
     Args:
         byte: the E8M0 scale of a group.
@@ -106,9 +105,9 @@ def load_global_byte(address):
     return inline_ptx("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
 
 
-def count_at(address):
-    """Add 1 to a word of shared memory."""
-    inline_ptx("red.shared.add.u32 [{$r0}], 1;", read_only_args=[address])
+def count_if(wanted, address):
+    """Add 1 to a word of shared memory if `wanted`."""
+    predicated(wanted, "red.shared.add.u32 [{$r1}], 1;", address)
 
 
 def load_cluster_word(address):

@@ -92,8 +92,8 @@ def require_heads(op: str, width: int, rope_dim: int) -> None:
     """Refuse heads wider than a warp, and borders between channels that rotate and others within a vector."""
     if width % 8 or width > MAX_HEAD_WIDTH or rope_dim % 8:
         raise NotImplementedError(
-            f"{op}: the kernel takes heads of up to {MAX_HEAD_WIDTH} channels, a multiple of 8, of which a multiple of 8 "
-            f'rotate; got {width} and {rope_dim}. Run the reference: with megamoe.ops.use("reference").'
+            f"{op}: the kernel takes heads of up to {MAX_HEAD_WIDTH} channels, a multiple of 8, of which a multiple of "
+            f'8 rotate; got {width} and {rope_dim}. Run the reference: with megamoe.ops.use("reference").'
         )
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of cache pools in device halves: where they lie, and how values become their bytes (formats/cache_rows.py)."""
 
+import math
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32
@@ -8,10 +10,10 @@ from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_tensor
 
 from megamoe.kernels.parts.memory_device import pack_bf16, store_global_vector
+from megamoe.kernels.parts.mma_device import bf16_pair
 from megamoe.kernels.parts.ptx_device import (
     add,
     bits_of,
-    divide,
     e2m1_bits,
     e4m3_word,
     from_bits,
@@ -27,7 +29,9 @@ AMAX_FLOOR = 1e-4
 E4M3_MAX = 448.0
 MAX_LATENT = 57344.0
 FP4_FLOOR = 6.0 * 2.0**-126
+MAX_EXPONENT = 127 + 7  # of the scale of MAX_LATENT
 MANTISSA = 0x7FFFFF
+INFINITY = 0x7F800000
 ROPE_WIDTH = 64
 
 
@@ -96,9 +100,27 @@ def store_pair(address, a, b):
 
 
 def power_of_two_scale(amax, floor: float, largest: float):
-    """Return the exponent byte of 2^ceil(log2(max(amax, floor) / largest)); 255 for infinity and NaN."""
-    bits = bits_of(divide(max_keeping_nan(amax, Float32(floor)), Float32(largest)))
-    return cutlass.min((bits + MANTISSA) >> 23, Uint32(255))
+    """Return the exponent byte of 2^ceil(log2(max(amax, floor) / largest)); 255 for infinity and NaN.
+
+    For `largest` of 448 and 6 the quotient rounds to a power of two only if it is one, so nothing is divided: the
+    exponents are subtracted, and one is added where the mantissa is above that of `largest`
+    (tests/kernels/test_cache_rows.py has all mantissas).
+    """
+    fraction, exponent = math.frexp(largest)
+    mantissa = int((2.0 * fraction - 1.0) * 2.0**23)
+    bits = bits_of(max_keeping_nan(amax, Float32(floor)))
+    byte = ((bits + (MANTISSA - mantissa)) >> 23) - (exponent - 1)
+    return choose_word(bits >= Uint32(INFINITY), Uint32(255), byte)
+
+
+def choose_word(wanted, a, b):
+    """Return a if `wanted`, else b."""
+    return inline_ptx(
+        "{ .reg .pred p; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 p, flag, 0; "
+        "selp.b32 {$w0}, {$r1}, {$r2}, p; }",
+        write_only_types=[Uint32],
+        read_only_args=[Int32(wanted), a, b],
+    )
 
 
 def largest_magnitude(values, lanes: int):
@@ -122,8 +144,8 @@ def round_to_bf16(value):
 
 def round_vector(values):
     """Round 8 fp32 values in registers to bf16, in place."""
-    for element in range(VECTOR):
-        values[element] = round_to_bf16(values[element])
+    for pair in range(VECTOR // 2):
+        values[2 * pair], values[2 * pair + 1] = bf16_pair(pack_bf16(values[2 * pair], values[2 * pair + 1]))
 
 
 def hadamard(values, lanes: int):
@@ -194,10 +216,9 @@ def store_row(values, vectors, lanes: int, wanted, row_format: str, width: int, 
     else:
         latent_vectors = (width - ROPE_WIDTH) // VECTOR
         for one, vector in zip(values, vectors, strict=True):
-            for element in range(VECTOR):
-                clamped = min_keeping_nan(max_keeping_nan(one[element], Float32(-MAX_LATENT)), Float32(MAX_LATENT))
-                one[element] = clamped
+            # Codes saturate: with its scale at the largest, a group is that of values cut off at MAX_LATENT.
             exponent = power_of_two_scale(largest_magnitude([one], 8), AMAX_FLOOR, E4M3_MAX)
+            exponent = choose_word(exponent == Uint32(255), exponent, cutlass.min(exponent, Uint32(MAX_EXPONENT)))
             store_latent(wanted, one, vector, latent_vectors, exponent, data, scales)
 
 
@@ -240,7 +261,7 @@ def store_word_if(wanted, address: Int64, word: Uint32, num_bytes: cutlass.Const
 
 def fp8_words(values, exponent):
     """Return 8 E4M3 codes in two words."""
-    inverse = from_bits((Uint32(254) - exponent) << 23)  # a power of two: x * inverse is x / scale
+    inverse = from_bits((Uint32(254) - exponent) << 23)  # a power of two, so x * inverse is x / scale
     codes = [multiply(values[element], inverse) for element in range(VECTOR)]
     return e4m3_word(*codes[:4]), e4m3_word(*codes[4:])
 
@@ -254,10 +275,10 @@ def store_fp8(wanted, values: cute.Tensor, exponent: Uint32, address: Int64):
 
 def fp4_word(values, exponent):
     """Return 8 E2M1 codes in a word, the first in the low nibble; the sign of a value is the sign of its code."""
-    scale = from_bits(exponent << 23)  # at least 2^-126
+    inverse = from_bits((Uint32(254) - exponent) << 23)  # a power of two, so x * inverse is x / scale
     word = Uint32(0)
     for element in range(VECTOR):
-        code = (e2m1_bits(divide(magnitude(values[element]), scale)) & Uint32(7)) | (
+        code = (e2m1_bits(multiply(magnitude(values[element]), inverse)) & Uint32(7)) | (
             (bits_of(values[element]) >> 28) & Uint32(8)
         )
         word = word | (code << (4 * element))
@@ -273,6 +294,12 @@ def store_fp4(wanted, values: cute.Tensor, vector: Int32, exponent: Uint32, data
             store_bytes(scales + Int64(vector // 4), exponent, 1)
 
 
+def cut_off(value):
+    """Return a value within MAX_LATENT; NaN and infinity stay what they are."""
+    inside = min_keeping_nan(max_keeping_nan(value, Float32(-MAX_LATENT)), Float32(MAX_LATENT))
+    return from_bits(choose_word(bits_of(magnitude(value)) == Uint32(INFINITY), bits_of(value), bits_of(inside)))
+
+
 @cute.jit
 def store_latent(
     wanted, values: cute.Tensor, vector: Int32, latent_vectors: Int32, exponent: Uint32, data: Int64, scales: Int64
@@ -285,6 +312,7 @@ def store_latent(
                 store_bytes(scales + Int64(vector // 8), exponent, 1)
         else:
             rotary = data + Int64(latent_vectors) * VECTOR + Int64(vector - latent_vectors) * 16
-            store_global_vector(rotary, *[pack_bf16(values[2 * pair], values[2 * pair + 1]) for pair in range(4)])
+            kept = [cut_off(values[element]) for element in range(VECTOR)]
+            store_global_vector(rotary, *[pack_bf16(kept[2 * pair], kept[2 * pair + 1]) for pair in range(4)])
             if vector == latent_vectors:
                 store_bytes(scales + Int64(vector // 8), Uint32(0), 1)

@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.arch import inline_ptx
 
-from megamoe.kernels.parts.ptx_device import fma, multiply
+from megamoe.kernels.parts.ptx_device import multiply
 from megamoe.kernels.parts.rows import VECTOR, RowTile
 from megamoe.kernels.parts.rows_device import RowThread
 
@@ -58,36 +58,6 @@ def sine_and_cosine(angle):
     )
 
 
-@cute.jit
-def rotate_vector(
-    values: cute.Tensor,
-    vector: Int32,
-    first: cutlass.Constexpr,
-    position: Float32,
-    inv_freq: cute.Tensor,
-    inverse: cutlass.Constexpr,
-):
-    """Rotate the four pairs of a vector of 8 fp32 values in place, if it is one of the vectors that rotate.
-
-    Args:
-        values: [8] fp32 in registers.
-        vector: its number in the row.
-        first: the first vector that rotates.
-        position: of the token, as fp32.
-        inv_freq: [R / 2] fp32.
-        inverse: rotate backwards.
-    """
-    if vector >= first:
-        for pair in cutlass.range_constexpr(VECTOR // 2):
-            angle = multiply(position, inv_freq[(vector - first) * (VECTOR // 2) + pair])
-            sine, cosine = sine_and_cosine(angle)
-            if cutlass.const_expr(inverse):
-                sine = -sine
-            even, odd = values[2 * pair], values[2 * pair + 1]
-            values[2 * pair] = fma(even, cosine, -multiply(odd, sine))
-            values[2 * pair + 1] = fma(odd, cosine, multiply(even, sine))
-
-
 def choose(wanted, a, b):
     """Return a if `wanted`, else b."""
     return inline_ptx(
@@ -129,7 +99,7 @@ class Rotation:
     of 8; where only some threads' vector at an index rotates, the others keep their values.
     """
 
-    def __init__(self, thread: HeadThread, inv_freq, position, rope_dim: int):
+    def __init__(self, thread: RowThread, inv_freq, position, rope_dim: int):
         tile = thread.tile
         self.first = (tile.width - rope_dim) // VECTOR
         self.factors = {}
@@ -140,7 +110,7 @@ class Rotation:
                 cute.autovec_copy(cute.zipped_divide(inv_freq, (PAIRS,))[(None,), group], pairs)
                 self.factors[index] = [sine_and_cosine(multiply(position, pairs[pair])) for pair in range(PAIRS)]
 
-    def turned(self, thread: HeadThread, index: int, values):
+    def turned(self, thread: RowThread, index: int, values):
         """Return eight fp32 values of a vector, rotated if their channels are: products and sums rounded one by one."""
         if index not in self.factors:
             return values

@@ -4,8 +4,8 @@
 Meaning    ops/embed_streams.py; this file only makes it fast
 Grid       one block a token, or 128 threads for several short rows (parts/rows.py)
 Memory     16-byte loads and stores
-Limits     D a multiple of 8 up to 32768; 1 to 8 streams. It cannot raise for an id outside the table without waiting for
-           the device: such a token gets zeros, as nobody does, and nothing outside the table is read
+Limits     D a multiple of 8 up to 32768; 1 to 8 streams. It cannot raise for an id outside the table without waiting
+           for the device: such a token gets zeros, as nobody does, and nothing outside the table is read
 Bound      memory: (bytes of a row of the table + X * bytes of a row of y) a token
 """
 

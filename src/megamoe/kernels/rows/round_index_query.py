@@ -2,10 +2,10 @@
 """round_index_query: every index head read once, rotated twice and rounded to MXFP4 in registers.
 
 Meaning    ops/round_index_query.py; this file only makes it fast
-Grid       a warp takes 16 heads of a token, a block four warps. A lane makes the sine and cosine of one pair of channels
-Matrix     the Hadamard rotation as a product with a matrix of signs on the matrix unit. Channels are dealt to the
-           instruction's rows and columns so that a lane ends up with the 32 values of an MXFP4 block, and so that only a
-           quarter of the 128 x 128 matrix is multiplied: the other factor of four is butterflies in registers
+Grid       a warp takes 16 heads of a token, a block four warps. A lane makes the sine and cosine of one pair
+Matrix     the Hadamard rotation is a product with signs on the matrix unit. Channels are dealt to the instruction's
+           rows and columns so that a lane ends up with the 32 values of an MXFP4 block, and so that only a quarter of
+           the 128 x 128 signs is multiplied: the other factor of four is butterflies in registers
 Rounding   codes by bf16 arithmetic, two at a time; every step of it is exact but the one that rounds
 Memory     16-byte loads of heads, 16-byte stores of codes
 Limits     bf16 heads of 128 channels, of which 32 or 64 rotate; INDEX_FP4 keys after the Hadamard rotation: what the

@@ -18,10 +18,10 @@ from cutlass.cute.arch import inline_ptx
 
 from megamoe.kernels.parts.mma_device import bf16_pair, mma
 from megamoe.kernels.parts.nvfp4_device import pair_signs
-from megamoe.kernels.parts.pool_device import FP4_FLOOR, power_of_two_scale
 from megamoe.kernels.parts.ptx_device import (
     add,
     bf16_word,
+    bits_of,
     gather_bytes,
     max_keeping_nan,
     max_of_pairs,
@@ -46,7 +46,7 @@ ONES = 0x3F803F80  # a pair of bf16
 SIGNS = 0x80008000
 HIGH_SIGN = 0x80000000
 MAGNITUDES = 0x7FFF7FFF
-E2M1_MAX = 6.0
+FLOOR_BITS = 0x01C00000  # of 6 * 2^-126
 
 
 def program(config: Config):
@@ -73,7 +73,10 @@ class RoundIndexQuery:
     def __call__(self, q, head_weights, positions, inv_freq, codes, scales, weights, head_scale: Float32, stream):
         num_units = positions.shape[0] * self.config.tiles
         self.kernel(q, head_weights, positions, inv_freq, codes, scales, weights, head_scale).launch(
-            grid=((num_units + (WARPS - 1)) // WARPS, 1, 1), block=(WARP * WARPS, 1, 1), stream=stream, use_pdl=True
+            grid=((num_units + (WARPS - 1)) // WARPS, 1, 1),
+            block=(WARP * WARPS, 1, 1),
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -109,10 +112,10 @@ class RoundIndexQuery:
             vectors = [cute.recast_tensor(loaded[None, load], Uint32) for load in range(GROUPS)]
             words.append([[vectors[load][pair] for pair in range(PAIRS)] for load in range(GROUPS)])
         rotate(words, quarter, lane, Float32(positions[token]), inv_freq, config.rope_dim)
-        sums = hadamard(words, quarter, group)
+        pairs = hadamard(words, quarter, group)
         for half in cutlass.range_constexpr(2):
             row = token * config.heads + heads[half]
-            block_words, exponent = quantize([sums[tile_index][2 * half : 2 * half + 2] for tile_index in range(16)])
+            block_words, exponent = quantize(pairs[half])
             store_block(wanted[half], row, quarter, block_words, exponent, codes, scales)
         head = tile * TILE + lane
         store_weight(is_live & (lane < TILE) & (head < config.heads), token, head, head_weights, head_scale, weights)
@@ -144,52 +147,50 @@ def parity_sign(value):
 
 
 def hadamard(words, quarter, group):
-    """Return the sums of two heads by channels: sums[j] are channels 2 j and 2 j + 1 of this lane's block, twice.
+    """Return two heads' channels of this lane's block: [head][j], channels 2 j and 2 j + 1 as a pair of bf16.
 
     Args:
         words: [head][load][pair] of bf16 pairs.
         quarter: lane of the four that share a head.
         group: which head; as a column of the matrix, one of a pair and, in its upper bits, a block.
     """
-    quarter, group = Uint32(quarter), Uint32(group)
+    quarter, group, factor = Uint32(quarter), Uint32(group), Float32(WIDTH**-0.5)
     base = Uint32(ONES) ^ ((group & 1) * Uint32(HIGH_SIGN))
-    of_load = [parity_sign((group >> 1) & load) for load in range(GROUPS)]
-    matrix = [[base ^ of_load[load] ^ parity_sign(quarter & upper) for load in range(GROUPS)] for upper in range(4)]
-    partial = []
-    for pair in range(PAIRS):
-        by_upper = []
-        for upper in range(4):
+    of_load = [base ^ parity_sign((group >> 1) & load) for load in range(GROUPS)]
+    result = [[], []]
+    for upper in range(4):
+        matrix = [one ^ parity_sign(quarter & upper) for one in of_load]
+        partial = []
+        for pair in range(PAIRS):
             totals = [Float32(0.0)] * 4
             for step in range(2):
                 a = [words[head][load][pair] for load in (2 * step, 2 * step + 1) for head in range(2)]
-                totals = mma(totals, a, matrix[upper][2 * step : 2 * step + 2])
-            by_upper.append(totals)
-        partial.append(by_upper)
-    sums = []
-    for upper in range(4):
+                totals = mma(totals, a, matrix[2 * step : 2 * step + 2])
+            partial.append(totals)
         columns = []
         for value in range(4):
-            a, b, c, d = (partial[pair][upper][value] for pair in range(PAIRS))
+            a, b, c, d = (partial[pair][value] for pair in range(PAIRS))
             ab, a_b, cd, c_d = add(a, b), subtract(a, b), add(c, d), subtract(c, d)
             columns.append((add(ab, cd), add(a_b, c_d), subtract(ab, cd), subtract(a_b, c_d)))
-        sums += [[columns[value][lower] for value in range(4)] for lower in range(4)]
-    return sums
+        for head in range(2):
+            for lower in range(4):
+                low, high = (columns[2 * head + value][lower] for value in range(2))
+                result[head].append(bf16_word(multiply(low, factor), multiply(high, factor)))
+    return result
 
 
-def quantize(sums):
-    """Return four words of codes of a block of 32 sums, 16 pairs, and the byte of their scale.
+def quantize(pairs):
+    """Return four words of codes of a block of 32 bf16 values, 16 pairs, and the byte of their scale.
 
     The codes are those of e2m1_bits (parts/ptx_device.py), two at a time: with a = |x| / scale, the least of 2 a, a + 2
     and a / 2 + 4, rounded to integers. To round, 192 is added, where bf16 counts in ones, in the same operation that
     makes the line; the scale is a power of two, so that its products are exact.
     """
-    factor = Float32(WIDTH**-0.5)
-    pairs = [bf16_word(multiply(low, factor), multiply(high, factor)) for low, high in sums]
     magnitudes = [pair & Uint32(MAGNITUDES) for pair in pairs]
     largest = magnitudes
     while len(largest) > 1:
         largest = [max_of_pairs(a, b) for a, b in zip(largest[::2], largest[1::2], strict=True)]
-    exponent = power_of_two_scale(max_keeping_nan(*bf16_pair(largest[0])), FP4_FLOOR, E2M1_MAX)
+    exponent = block_exponent(bits_of(max_keeping_nan(*bf16_pair(largest[0]))))
     inverse = ((Uint32(254) - exponent) << 7) * Uint32(0x00010001)
     factors = inverse, times_power_of_two(inverse, 1), times_power_of_two(inverse, -1)
     codes = [e2m1_pair(one, factors) for one in magnitudes]
@@ -201,6 +202,18 @@ def quantize(sums):
             halves.append(spread | (spread >> 12))
         words.append(gather_bytes(halves[0], halves[1], 0x5410) | pair_signs(pairs[first : first + 4]))
     return words, exponent
+
+
+def block_exponent(bits):
+    """Return the E8M0 byte of a block whose largest magnitude has these bits; 255 for infinity and NaN.
+
+    The scale is the least power of two with amax <= 6 scale, or 1.5 * 2^2 scale: the exponent of amax less 2, and one
+    more where its fraction is above a half. The floor of amax is 6 * 2^-126. A division by 6 gives the same for every
+    bf16 number: rounded or not, its quotient lies on the same side of the power.
+    """
+    raised = (cutlass.max(bits, Uint32(FLOOR_BITS)) + Uint32(0x3FFFFF)) >> 23
+    is_finite = cutlass.min(Uint32(255) - raised, Uint32(1))
+    return raised - 2 * is_finite
 
 
 def e2m1_pair(magnitudes, factors):

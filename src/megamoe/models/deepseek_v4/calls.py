@@ -27,7 +27,7 @@ from megamoe.models.deepseek_v4.weights import WeightLoader
 from megamoe.models.recipe import NvFp4Arithmetic, Recipe
 
 _PLAIN = {"linear": "linear", "grouped": "grouped_linear", "experts": "experts"}
-_FP8 = {"linear": "fp8_linear", "grouped": "grouped_linear", "experts": "fp8_experts"}  # wo_a is expanded when loaded
+_FP8 = {"linear": "fp8_linear", "grouped": "fp8_grouped_linear", "experts": "fp8_experts"}
 _NVFP4 = {
     NvFp4Arithmetic.WEIGHT_ONLY: {
         "linear": "nvfp4_weight_only_linear",
@@ -138,7 +138,7 @@ class _Calls:
         ops = {weight_ops(one, self.recipe)["linear"] for one in stored}
         if "nvfp4_linear" in ops:
             self.add("quantize_nvfp4", where, **dims)
-        if "fp8_linear" in ops and "G" not in dims:
+        if "fp8_linear" in ops:
             self.add("quantize_fp8_rows", where, **dims)
 
     def block(self, prefix: str, kind: LayerKind, ratio: int, hash_routed: bool) -> None:

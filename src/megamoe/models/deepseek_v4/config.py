@@ -169,6 +169,15 @@ def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
     Raises:
         CheckpointError: the file is missing or not JSON, or `parse_config` refuses it.
     """
+    return parse_config(load_raw_config(directory), where=str(pathlib.Path(directory) / "config.json"))
+
+
+def load_raw_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read config.json of a checkpoint directory as it is.
+
+    Raises:
+        CheckpointError: the file is missing or not a JSON object.
+    """
     path = pathlib.Path(directory) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"config: no file {path}. Pass a checkpoint's folder.")
@@ -178,7 +187,7 @@ def load_config(directory: str | os.PathLike[str]) -> ModelConfig:
         raise CheckpointError(f"config: {path} is not JSON ({error}). Download it again.") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"config: {path} is not a JSON object. Download it again.")
-    return parse_config(raw, where=str(path))
+    return raw
 
 
 def parse_config(raw: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:

@@ -52,6 +52,43 @@ def check_declared(
     ]
 
 
+def declared_formats(raw: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Format]:
+    """Return the formats that config.json declares; where it declares nothing, a weight is bf16.
+
+    Args:
+        raw: content of config.json.
+        modules: native names of weights without ".weight".
+    """
+    declared = raw.get("quantization_config")
+    declared = declared if isinstance(declared, dict) else {}
+    layers, ignore = declared.get("quantized_layers"), declared.get("ignore", declared.get("exclude_modules"))
+    patterns = (
+        [one.removeprefix("model.") for one in ignore if isinstance(one, str)] if isinstance(ignore, list) else []
+    )
+    nvfp4 = None
+    if isinstance(layers, dict):
+        algorithms = {_native_module(name): entry for name, entry in layers.items() if isinstance(entry, dict)}
+        nvfp4 = {name for name, entry in algorithms.items() if "NVFP4" in str(entry.get("quant_algo"))}
+    has_blocks = declared.get("quant_method") == "fp8" or "weight_block_size" in declared
+    expert_dtype = str(raw.get("expert_dtype", declared.get("expert_dtype")))
+    formats = {}
+    for module in modules:
+        is_expert = ".ffn.experts." in module
+        if nvfp4 is not None:
+            is_nvfp4 = any(ancestor in nvfp4 for ancestor in _ancestors(module))
+        else:
+            is_nvfp4 = declared.get("quant_algo") == "NVFP4" or (
+                is_expert and declared.get("moe_quant_algo") == "NVFP4"
+            )
+        if is_nvfp4 and not any(fnmatch.fnmatchcase(module, one) for one in patterns):
+            formats[module] = Format.NVFP4
+        elif is_expert and has_blocks and expert_dtype == "fp4":
+            formats[module] = Format.MXFP4
+        else:
+            formats[module] = Format.FP8 if has_blocks else Format.PLAIN
+    return formats
+
+
 def _problem(subject: str, text: str, got: object = "", allowed: object = "") -> Problem:
     return Problem("config-format", subject, text, _EXPORT, str(got), str(allowed))
 

@@ -16,6 +16,7 @@ from megamoe.ops.experts import experts
 from megamoe.ops.fp8_experts import fp8_experts
 from megamoe.ops.fp8_linear import fp8_linear
 from megamoe.ops.grouped_linear import (
+    fp8_grouped_linear,
     grouped_linear,
     nvfp4_grouped_linear,
     nvfp4_weight_only_grouped_linear,
@@ -58,8 +59,10 @@ class LinearInput:
         return linear(self.x, w)
 
 
-def grouped(x: torch.Tensor, w: torch.Tensor | NvFp4Tensor, recipe: Recipe) -> torch.Tensor:
+def grouped(x: torch.Tensor, w: LinearWeight, recipe: Recipe) -> torch.Tensor:
     """Multiply [T, G, K] by one weight per group [G, N, K]; returns [T, G, N] in the dtype of x."""
+    if isinstance(w, Fp8BlockTensor):
+        return fp8_grouped_linear(quantize_fp8_rows(x), w, out_dtype=x.dtype)
     if not isinstance(w, NvFp4Tensor):
         return grouped_linear(x, w)
     if recipe.nvfp4_arithmetic is NvFp4Arithmetic.NVFP4_ACTIVATIONS:

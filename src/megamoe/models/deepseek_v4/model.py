@@ -51,6 +51,7 @@ class Model:
         device: where weights, caches and logits live.
         name: what the model was loaded as.
         directory: the checkpoint's directory (tokenizer.json is there).
+        load_seconds: phase of loading → how long it took, in order.
     """
 
     def __init__(
@@ -63,8 +64,12 @@ class Model:
         name: str,
         directory: pathlib.Path,
         warnings: tuple[str, ...] = (),
+        seconds: Mapping[str, float] | None = None,
     ) -> None:
-        """Build blocks over the weights; allocates rotary tables only. `warnings` are what loading warned about."""
+        """Build blocks over the weights; allocates rotary tables only.
+
+        `warnings` are what loading warned about, `seconds` how long its phases took.
+        """
         self.config = config
         self.weights = weights
         self.recipe = recipe
@@ -72,6 +77,7 @@ class Model:
         self.name = name
         self.directory = directory
         self._warnings = warnings
+        self.load_seconds = dict(seconds or {})
         rope_dim = config.qk_rope_head_dim
         window_table = rope_table(rope_dim, config.rope_theta, None, device)
         compressed_table = rope_table(rope_dim, config.compress_rope_theta, config.yarn, device)

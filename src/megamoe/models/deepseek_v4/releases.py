@@ -135,3 +135,79 @@ def note_yarn(config: ModelConfig) -> list[Finding]:
         return []
     text = "config.json: no rope_scaling, so the compressed layers run without YaRN. Every released model has one."
     return [Finding("config-no-yarn", ("rope_scaling",), text, is_note=True)]
+
+
+_RELEASED: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "model_type": "deepseek_v4",
+    "vocab_size": 129280,
+    "num_key_value_heads": 1,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "o_lora_rank": 1024,
+    "sliding_window": 128,
+    "rope_theta": 10000,
+    "compress_rope_theta": 160000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 65536,
+    },
+    "max_position_embeddings": 1048576,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "num_hash_layers": 3,
+    "num_nextn_predict_layers": 1,
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "swiglu_limit": 10.0,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-06,
+    "rms_norm_eps": 1e-06,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "expert_dtype": "fp4",
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+}
+
+# What users call a release -> its config.json, as far as this package reads it.
+RELEASED_CONFIGS: dict[str, dict[str, Any]] = {
+    "flash": {
+        **_RELEASED,
+        "hidden_size": 4096,
+        "num_hidden_layers": 43,
+        "num_attention_heads": 64,
+        "q_lora_rank": 1024,
+        "o_groups": 8,
+        "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+        "index_topk": 512,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "routed_scaling_factor": 1.5,
+    },
+    "pro": {
+        **_RELEASED,
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "o_groups": 16,
+        "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
+        "index_topk": 1024,
+        "moe_intermediate_size": 3072,
+        "n_routed_experts": 384,
+        "routed_scaling_factor": 2.5,
+    },
+}

@@ -112,7 +112,9 @@ RULES: dict[str, Rule] = {
     "values-not-finite": _refused("", "no value is NaN or infinite"),
     "expert-table": _refused("", "a table of experts names experts that exist"),
     "draft-copy": _refused("", "a draft's copy of the embedding or the head equals it"),
-    "not-exact": _refused("", "every MXFP4 block has an equal in NVFP4, under a recipe that multiplies by NVFP4"),
+    "not-exact": _refused(
+        "", "every block has an equal in the form it is loaded in: MXFP4 in NVFP4, FP8 of wo_a in its groups"
+    ),
 }
 
 

@@ -15,7 +15,7 @@ The tiny model has no DSpark draft; its sizes in those rows are of one with two 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 MODELS = ("tiny", "flash", "pro")
 
@@ -42,7 +42,7 @@ class OpCall:
 
 
 _LINEAR = "linear fp8_linear nvfp4_linear nvfp4_weight_only_linear"
-_GROUPED = "grouped_linear nvfp4_grouped_linear nvfp4_weight_only_grouped_linear"
+_GROUPED = "grouped_linear fp8_grouped_linear nvfp4_grouped_linear nvfp4_weight_only_grouped_linear"
 _EXPERTS = "experts fp8_experts nvfp4_experts nvfp4_weight_only_experts"
 _QUANTIZE = "quantize_nvfp4 quantize_fp8_rows"
 
@@ -93,7 +93,7 @@ TABLE: tuple[tuple[str, str, dict[str, tuple[int, int, int]]], ...] = (
     # Inputs of quantized linears.
     (_QUANTIZE, "attn input, ffn input", {"K": (256, 4096, 7168)}),
     (_QUANTIZE, "attn.wq_b input", {"K": (128, 1024, 1536)}),
-    ("quantize_nvfp4", "attn.wo_a input", {"G": (2, 8, 16), "K": (1024, 4096, 4096)}),
+    (_QUANTIZE, "attn.wo_a input", {"G": (2, 8, 16), "K": (1024, 4096, 4096)}),
     (_QUANTIZE, "attn.wo_b input", {"K": (128, 8192, 16384)}),
     (_QUANTIZE, "ffn.w2 input", {"K": (128, 2048, 3072)}),
     (_QUANTIZE, "mtp.main_proj input", {"K": (512, 12288, 21504)}),
@@ -183,14 +183,14 @@ def op_calls(model: str) -> tuple[OpCall, ...]:
     )
 
 
-def op_shapes(op: str) -> tuple[OpCall, ...]:
-    """Return the calls of one operation in all models, each set of sizes once.
+def op_shapes(op: str, models: Iterable[str] = MODELS) -> tuple[OpCall, ...]:
+    """Return the calls of one operation in some models, each set of sizes once, as the first model's that has it.
 
     Raises:
         ValueError: no model calls this operation.
     """
     calls: dict[tuple[tuple[str, int], ...], OpCall] = {}
-    for call in (call for model in MODELS for call in op_calls(model) if call.op == op):
+    for call in (call for model in models for call in op_calls(model) if call.op == op):
         calls.setdefault(tuple(call.dims.items()), call)
     if not calls:
         known = sorted({name for ops, _, _ in TABLE for name in ops.split()})

@@ -7,8 +7,7 @@ in `ModelWeights.unused_draft`, or refused as unknown.
 
 Numerics   containers keep the stored codes and scales. MXFP4 becomes NVFP4 with codes copied, block by block equal, or
            is refused; w1 and w3 of an expert get one tensor scale in common when both are MXFP4, and otherwise keep
-           their own. wo_a stored as FP8 becomes BF16 where that is exact, else FP32. With dequantize=True every weight
-           is a plain tensor holding the stored values.
+           their own. With dequantize=True every weight is a plain tensor holding the stored values.
 Layout     on a device whose kernels take NVFP4 weights in another order, each weight is brought into it as soon as it
            is there, an expert at a time, and its row-major copy let go: the peak is the model and one weight or stack.
 Stacks     weights of one layer that multiply the same input lie under each other where their formats allow it
@@ -41,7 +40,7 @@ from megamoe.models.deepseek_v4.claims import Claims, claim_tensors
 from megamoe.models.deepseek_v4.config import LayerKind, ModelConfig
 from megamoe.models.deepseek_v4.examine import Examined
 from megamoe.models.deepseek_v4.inventory import Role
-from megamoe.models.deepseek_v4.layout import FLOATS, Format, StoredHeaders, dspark_shape
+from megamoe.models.deepseek_v4.layout import Format, StoredHeaders, dspark_shape
 from megamoe.models.deepseek_v4.names import native_name
 from megamoe.models.deepseek_v4.observed import Observed, check_draft
 from megamoe.models.deepseek_v4.rules import RULES, Level, refusal
@@ -92,7 +91,7 @@ class AttentionWeights:
         wq_b: [H * C, q_lora].
         wkv: [C, D].
         kv_norm: [C].
-        wo_a: [G, o_lora, H * C / G], never FP8.
+        wo_a: [G, o_lora, H * C / G].
         wo_b: [D, G * o_lora].
         sink: [H] fp32.
         compressor: in CSA and HCA layers.
@@ -108,7 +107,7 @@ class AttentionWeights:
     wq_b: LinearWeight
     wkv: LinearWeight
     kv_norm: torch.Tensor
-    wo_a: torch.Tensor | NvFp4Tensor
+    wo_a: LinearWeight
     wo_b: LinearWeight
     sink: torch.Tensor
     compressor: CompressorWeights | None
@@ -368,8 +367,6 @@ def bytes_when_loaded(stored: StoredHeaders, claims: Claims, dtype: torch.dtype 
         elif found is None or found is Format.PLAIN:
             name = entry.name if found is None else stored.codes_name(entry.name)
             total += ITEM_BYTES[stored.dtype(name)] * count
-        elif found is Format.FP8 and entry.name.endswith(".wo_a"):  # becomes bf16 where that is exact, else fp32
-            total += (4 if stored.dtype(stored.scales_name(entry.name, found)) in FLOATS else 2) * count
         elif found is Format.FP8:
             total += count + 4 * -(-count // 128**2)
         else:  # MXFP4 becomes NVFP4
@@ -398,98 +395,34 @@ def check_copies(stored: StoredTensors, names: Iterable[str]) -> None:
             stored.take_down(differing_copy(stored, name))
 
 
-class _Loader:
-    """Checks, then builds; `dtype` is None where containers are kept."""
+class Assembler:
+    """Puts a model's weights together; where a weight comes from is a subclass's business.
 
-    def __init__(
-        self,
-        stored: StoredTensors,
-        claims: Claims,
-        config: ModelConfig,
-        dtype: torch.dtype | None,
-        device: torch.device | str,
-    ) -> None:
-        self.stored = stored
-        self.claims = claims
-        self.config = config
-        self.dtype = dtype
-        self.device = device
-        self.formats = claims.formats
-        self.input_scales: dict[str, float] = {}
-        self.layouts: Mapping[str, CodeLayout] = {}
-        self.num_relaid = 0
+    Attributes:
+        config: of the model.
+    """
 
-    def stop_if_refused(self) -> None:
-        if self.stored.problems:
-            raise refusal(f"checkpoint {self.stored.reader.directory}", self.stored.problems)
+    config: ModelConfig
 
-    # Step 1: headers.
+    def plain(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a tensor that is never quantized, in `dtype` if that is given."""
+        raise NotImplementedError
 
-    def check_stacks(self) -> None:
-        stacks: dict[str, list[str]] = {}
-        for entry in self.claims.loaded:
-            if entry.role is Role.EXPERT:
-                stacks.setdefault(entry.name.rsplit(".", 2)[0], []).append(entry.name)
-        for prefix, modules in stacks.items():
-            self.check_stack(prefix, [module for module in modules if module in self.formats])
+    def table(self, name: str) -> torch.Tensor:
+        """Return a table of integers as int64."""
+        raise NotImplementedError
 
-    def check_stack(self, prefix: str, modules: list[str]) -> None:
-        """Refuse experts of one layer whose formats cannot be stacked; FP4 formats can."""
-        if self.dtype is not None:
-            return
-        kinds: dict[str, str] = {}
-        for module in modules:
-            kinds.setdefault(self.stored.stack_kind(module, self.formats[module]), module)
-        if len(kinds) > 1:
-            said = ", ".join(f"{module} is {kind}" for kind, module in kinds.items())
-            text = f"{prefix}: experts of one layer must share a format: {said}."
-            self.stored.problem("experts-mixed", prefix, text, "Convert them alike.")
+    def linear(self, module: str) -> LinearWeight:
+        """Return a linear's weight [N, K]."""
+        raise NotImplementedError
 
-    # Step 2: scales and tables.
+    def grouped(self, module: str) -> LinearWeight:
+        """Return a weight [G * N, K] as [G, N, K]."""
+        raise NotImplementedError
 
-    def check_scales(self) -> None:
-        for entry in self.claims.loaded:
-            if entry.name in self.formats:
-                self.stored.check_scales(entry.name, self.formats[entry.name])
-                input_scale = self.stored.input_scale(entry.name)
-                if input_scale is not None:
-                    self.input_scales[entry.name] = input_scale
-            elif entry.role is Role.TABLE:
-                self.check_table(entry.name)
-
-    def check_table(self, name: str) -> None:
-        table = self.stored.read(name)
-        bad = (table < 0) | (table >= self.config.n_routed_experts)
-        if bool(bad.any()):
-            token, slot = (int(index) for index in bad.nonzero()[0])
-            text = (
-                f"{self.stored.label(name)}: expert {int(table[token, slot])} at [{token}, {slot}] "
-                f"({int(bad.sum())} such entries); experts are 0 to {self.config.n_routed_experts - 1}."
-            )
-            remedy = "Use the config.json that belongs to the weights."
-            self.stored.problem("expert-table", self.stored.stored_name(name), text, remedy)
-
-    # Step 3: values.
-
-    def build(self, num_mtp: int, num_dspark: int) -> ModelWeights:
-        return ModelWeights(
-            embed=self.plain("embed.weight"),
-            head=self.plain("head.weight"),
-            norm=self.plain("norm.weight"),
-            hc_head=self.hyper_connection("hc_head"),
-            blocks=tuple(
-                self.block(f"layers.{layer}", kind, hash_routed)
-                for layer, (kind, hash_routed) in enumerate(
-                    zip(self.config.layer_kinds, self.config.hash_routed, strict=True)
-                )
-            ),
-            mtp=tuple(self.mtp(f"mtp.{stage}") for stage in range(num_mtp)),
-            dspark=self.dspark(num_dspark) if num_dspark else None,
-            unused_draft=self.claims.unused,
-            input_scales=types.MappingProxyType(self.input_scales),
-            formats=types.MappingProxyType(dict(self.formats)),
-            num_relaid=self.num_relaid,
-        )
+    def experts(self, prefix: str) -> tuple[LinearWeight, LinearWeight, LinearWeight]:
+        """Return w1, w3, w2 of all experts, stacked."""
+        raise NotImplementedError
 
     def mtp(self, prefix: str) -> MtpWeights:
         return MtpWeights(
@@ -573,6 +506,106 @@ class _Loader:
             shared_w2=self.linear(f"{prefix}.shared_experts.w2"),
         )
 
+
+class _Loader(Assembler):
+    """Checks, then builds; `dtype` is None where containers are kept."""
+
+    def __init__(
+        self,
+        stored: StoredTensors,
+        claims: Claims,
+        config: ModelConfig,
+        dtype: torch.dtype | None,
+        device: torch.device | str,
+    ) -> None:
+        self.stored = stored
+        self.claims = claims
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.formats = claims.formats
+        self.input_scales: dict[str, float] = {}
+        self.layouts: Mapping[str, CodeLayout] = {}
+        self.num_relaid = 0
+
+    def stop_if_refused(self) -> None:
+        if self.stored.problems:
+            raise refusal(f"checkpoint {self.stored.reader.directory}", self.stored.problems)
+
+    # Step 1: headers.
+
+    def check_stacks(self) -> None:
+        stacks: dict[str, list[str]] = {}
+        for entry in self.claims.loaded:
+            if entry.role is Role.EXPERT:
+                stacks.setdefault(entry.name.rsplit(".", 2)[0], []).append(entry.name)
+        for prefix, modules in stacks.items():
+            self.check_stack(prefix, [module for module in modules if module in self.formats])
+        num_rows = self.config.o_lora_rank
+        for module, found in self.formats.items():
+            is_grouped = module.endswith(".wo_a") and found is Format.FP8 and self.dtype is None
+            if is_grouped and not fits_fp8_groups(num_rows):
+                text = f"{module}: FP8 blocks of {fp8.BLOCK} rows lie across groups of {num_rows} (o_lora_rank)."
+                self.stored.problem("not-exact", module, text, "Load with recipe 'exact', or convert it to bf16.")
+
+    def check_stack(self, prefix: str, modules: list[str]) -> None:
+        """Refuse experts of one layer whose formats cannot be stacked; FP4 formats can."""
+        if self.dtype is not None:
+            return
+        kinds: dict[str, str] = {}
+        for module in modules:
+            kinds.setdefault(self.stored.stack_kind(module, self.formats[module]), module)
+        if len(kinds) > 1:
+            said = ", ".join(f"{module} is {kind}" for kind, module in kinds.items())
+            text = f"{prefix}: experts of one layer must share a format: {said}."
+            self.stored.problem("experts-mixed", prefix, text, "Convert them alike.")
+
+    # Step 2: scales and tables.
+
+    def check_scales(self) -> None:
+        for entry in self.claims.loaded:
+            if entry.name in self.formats:
+                self.stored.check_scales(entry.name, self.formats[entry.name])
+                input_scale = self.stored.input_scale(entry.name)
+                if input_scale is not None:
+                    self.input_scales[entry.name] = input_scale
+            elif entry.role is Role.TABLE:
+                self.check_table(entry.name)
+
+    def check_table(self, name: str) -> None:
+        table = self.stored.read(name)
+        bad = (table < 0) | (table >= self.config.n_routed_experts)
+        if bool(bad.any()):
+            token, slot = (int(index) for index in bad.nonzero()[0])
+            text = (
+                f"{self.stored.label(name)}: expert {int(table[token, slot])} at [{token}, {slot}] "
+                f"({int(bad.sum())} such entries); experts are 0 to {self.config.n_routed_experts - 1}."
+            )
+            remedy = "Use the config.json that belongs to the weights."
+            self.stored.problem("expert-table", self.stored.stored_name(name), text, remedy)
+
+    # Step 3: values.
+
+    def build(self, num_mtp: int, num_dspark: int) -> ModelWeights:
+        return ModelWeights(
+            embed=self.plain("embed.weight"),
+            head=self.plain("head.weight"),
+            norm=self.plain("norm.weight"),
+            hc_head=self.hyper_connection("hc_head"),
+            blocks=tuple(
+                self.block(f"layers.{layer}", kind, hash_routed)
+                for layer, (kind, hash_routed) in enumerate(
+                    zip(self.config.layer_kinds, self.config.hash_routed, strict=True)
+                )
+            ),
+            mtp=tuple(self.mtp(f"mtp.{stage}") for stage in range(num_mtp)),
+            dspark=self.dspark(num_dspark) if num_dspark else None,
+            unused_draft=self.claims.unused,
+            input_scales=types.MappingProxyType(self.input_scales),
+            formats=types.MappingProxyType(dict(self.formats)),
+            num_relaid=self.num_relaid,
+        )
+
     def own(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a contiguous copy that no longer refers to the file, on the device."""
         copy = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=self.device)
@@ -612,7 +645,7 @@ class _Loader:
             return fp8.dequantize(self.stored.fp8(module), dtype)
         return self.stored.read(f"{module}.weight").to(dtype)
 
-    def grouped(self, module: str) -> torch.Tensor | NvFp4Tensor:
+    def grouped(self, module: str) -> LinearWeight:
         """Return [G * N, K] as [G, N, K]."""
         num_groups, found = self.config.o_groups, self.formats[module]
         if self.dtype is None and found in (Format.NVFP4, Format.MXFP4):
@@ -624,13 +657,11 @@ class _Loader:
                 weight.tensor_scale.repeat(num_groups),
             )
             return self.own_nvfp4(groups, "grouped")
-        dtype = self.dtype
-        if dtype is None:
-            dtype = torch.float32 if found is Format.FP8 else self.stored.read(f"{module}.weight").dtype
-        values = self.values(module, dtype)
         if self.dtype is None and found is Format.FP8:
-            narrow = values.to(torch.bfloat16)
-            values = narrow if torch.equal(narrow.float(), values) else values
+            self.stored.finite(f"{module}.weight")
+            whole = self.stored.fp8(module)
+            return fp8_groups(Fp8BlockTensor(self.own(whole.codes), self.own(whole.scales)), num_groups)
+        values = self.values(module, self.dtype or self.stored.read(f"{module}.weight").dtype)
         return self.own(values).view(num_groups, -1, values.shape[-1])
 
     def fp4(self, module: str, partner: str | None = None) -> NvFp4Tensor:
@@ -718,6 +749,22 @@ class _Loader:
             stack[index].copy_(part)
         assert stack is not None
         return stack
+
+
+def fits_fp8_groups(num_rows: int) -> bool:
+    """Return whether groups of N rows can have FP8 blocks of their own: no block lies across two of another size."""
+    return num_rows % fp8.BLOCK == 0 or fp8.BLOCK % num_rows == 0
+
+
+def fp8_groups(weight: Fp8BlockTensor, num_groups: int) -> Fp8BlockTensor:
+    """Return [G * N, K] as [G, N, K], sharing codes; groups that share a block get its scale each."""
+    num_rows = weight.shape[0] // num_groups
+    blocks = torch.arange(0, weight.shape[0], min(num_rows, fp8.BLOCK), device=weight.device) // fp8.BLOCK
+    scales = weight.scales.view(torch.uint8 if weight.scales.element_size() == 1 else weight.scales.dtype)
+    shape = num_groups, -1, scales.shape[-1]
+    return Fp8BlockTensor(
+        weight.codes.view(num_groups, num_rows, -1), scales[blocks].view(shape).view(weight.scales.dtype)
+    )
 
 
 def stacked_attention(weights: AttentionWeights) -> AttentionWeights:
