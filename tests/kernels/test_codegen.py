@@ -117,6 +117,17 @@ PTX_WANTED = {
         "max.NaN.bf16x2",
     ],
     "hyper_connection.hyper_connection_post": ["mul.rn.f32", "add.rn.f32"],
+    "sampling.sample": [
+        "barrier.cluster.arrive",
+        "mul.rn.f32",
+        "add.rn.f32",
+        "cvt.rzi.s64.f32",
+        "mul.rn.f64",
+        "red.shared.add.u32",
+        "griddepcontrol.wait",
+    ],
+    "sampling.token_logprobs": ["barrier.cluster.arrive", "redux.sync.max.s32", "griddepcontrol.wait"],
+    "sampling.penalize": ["div.rn.f32", "mul.rn.f32", "sub.rn.f32", "griddepcontrol.wait"],
 }
 """Module → instructions that its PTX must hold."""
 
@@ -130,6 +141,8 @@ PTX_FORBIDDEN = {
     "hyper_connection.hyper_connection_post": ["fma.rn.f32"],
     "cache.write_latent": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
     "cache.compress": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
+    "sampling.sample": ["div.full.f32", "div.approx", "fma.rn.f32", "ex2.approx"],
+    "sampling.penalize": ["div.full.f32", "div.approx", "fma.rn.f32"],
 }
 """Module → instructions whose rounding is not the operation's."""
 
