@@ -2,7 +2,8 @@
 """The engine over the bundled model: every logit of every request has the bits of the plain model alone.
 
 What is compared is all logits at all generated positions, not only the tokens: they are taken where the engine samples
-and compared with one pass of the model over the finished sequence.
+and compared with one pass of the model over the finished sequence. On a GPU kernels add in other orders for other
+numbers of tokens, so logits are compared there within the error of that; they must not be those of another sequence.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from megamoe.models.deepseek_v4.model import Model
 from megamoe.models.deepseek_v4.mtp_drafter import MtpDrafter
 from megamoe.models.load import BUNDLED
 from megamoe.text.tokenizer import Tokenizer
+from megamoe.verify.text import errors_of
 
 PAGE = 128
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,21 @@ def text() -> list[int]:
 @pytest.fixture(scope="module")
 def model() -> Model:
     return megamoe.load("tiny")
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def any_model(request: pytest.FixtureRequest) -> Model:
+    """The bundled model, on the CPU and on a GPU."""
+    return megamoe.load("tiny", device=request.param)
+
+
+def agree(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Return whether logits [N, V] are the same: every bit on the CPU, nearly all of nearly all rows on a GPU."""
+    if got.device.type == "cpu":
+        return torch.equal(got, want)
+    errors = errors_of(got.cpu(), want.cpu()) / want.cpu().double().std(dim=-1)
+    print(f"logits beside one pass: {', '.join(f'{float(one):.4f}' for one in errors)} of their spread")
+    return float(errors.median()) < 0.05 and float((errors < 0.2).double().mean()) >= 0.8
 
 
 class Recorder:
@@ -64,7 +82,7 @@ class Recorder:
             assert ids[: len(prompt)] == prompt and len(ids) > len(prompt)
             want = model.logits(ids[:-1])[len(prompt) - 1 :]
             got = torch.stack([self.logits[request_id, at] for at in range(len(prompt), len(ids))])
-            if not torch.equal(got, want):
+            if not agree(got, want):
                 wrong.append(request_id)
         return wrong
 
@@ -118,10 +136,10 @@ def test_batches_chunks_and_prefixes_change_no_logit(recipe: str, text: list[int
 
 @pytest.mark.parametrize("num_drafts", [0, 2])
 def test_every_page_boundary_inside_one_chunk_can_be_continued(
-    model: Model, text: list[int], recorder: Recorder, num_drafts: int
+    any_model: Model, text: list[int], recorder: Recorder, num_drafts: int
 ) -> None:
     """A chunk of four pages: rings hold its last rows alone, so three snapshots are taken while it runs."""
-    engine = make(model, prefill_chunk=600, max_step_tokens=600, max_sequences=2, speculative_tokens=num_drafts)
+    engine = make(any_model, prefill_chunk=600, max_step_tokens=600, max_sequences=2, speculative_tokens=num_drafts)
     run(engine, {"first": text[: 4 * PAGE + 5]}, max_tokens=1)
     assert engine.stats().steps <= 2 and engine.plan.size.ring_tokens == 1 + num_drafts
     hits = 0
@@ -129,7 +147,7 @@ def test_every_page_boundary_inside_one_chunk_can_be_continued(
         shared = {f"{num_pages} pages": text[: num_pages * PAGE] + text[:20]}
         run(engine, shared)
         hits += num_pages * PAGE
-        assert engine.stats().prefix_hit_tokens == hits and recorder.differs(model, shared) == []
+        assert engine.stats().prefix_hit_tokens == hits and recorder.differs(any_model, shared) == []
 
 
 def test_a_step_that_broke_off_in_the_middle_changes_no_logit(
@@ -163,17 +181,17 @@ def test_a_step_that_broke_off_in_the_middle_changes_no_logit(
     assert differs() == ["neighbour"], "the fault that this test is for"
 
 
-def test_preemption_changes_no_logit(model: Model, text: list[int], recorder: Recorder) -> None:
+def test_preemption_changes_no_logit(any_model: Model, text: list[int], recorder: Recorder) -> None:
     prompts = {"old": text[:125], "young": text[200:326], "youngest": text[20:140]}
-    engine = make(model, num_pages=5, prefill_chunk=64, max_sequence_tokens=400)
+    engine = make(any_model, num_pages=5, prefill_chunk=64, max_sequence_tokens=400)
     run(engine, prompts, max_tokens=12)
     assert engine.stats().preemptions > 0
-    assert recorder.differs(model, prompts) == []
+    assert recorder.differs(any_model, prompts) == []
 
 
-def test_neighbours_that_are_aborted_change_no_logit(model: Model, text: list[int], recorder: Recorder) -> None:
+def test_neighbours_that_are_aborted_change_no_logit(any_model: Model, text: list[int], recorder: Recorder) -> None:
     prompts = {"stays": text[:140]}
-    engine = make(model, speculative_tokens=1)
+    engine = make(any_model, speculative_tokens=1)
     engine.add("goes", text[5:100], SamplingParams(max_tokens=50))
     engine.add("never runs", text[5:100], SamplingParams(max_tokens=50))
     engine.abort("never runs")
@@ -186,7 +204,7 @@ def test_neighbours_that_are_aborted_change_no_logit(model: Model, text: list[in
     assert engine.stats().pages_used == 2
     while engine.has_work():
         engine.step()
-    assert recorder.differs(model, prompts) == []
+    assert recorder.differs(any_model, prompts) == []
 
 
 # -- speculation ------------------------------------------------------------------------------------------------------
@@ -256,8 +274,8 @@ def test_rejected_drafts_leave_every_cache_as_if_never_written(model: Model, tex
     assert all(torch.equal(one, other) for one, other in zip(rows, other_rows, strict=True))
 
 
-def test_more_than_half_of_the_drafts_are_right(model: Model, text: list[int]) -> None:
-    engine = make(model, speculative_tokens=1)
+def test_more_than_half_of_the_drafts_are_right(any_model: Model, text: list[int]) -> None:
+    engine = make(any_model, speculative_tokens=1)
     prompts = {str(start): text[start : start + 40] for start in range(0, 320, 40)}
     run(engine, prompts, max_tokens=40, temperature=0.0)
     assert engine.stats().draft_tokens > 150 and engine.stats().acceptance_rate > 0.5
@@ -326,15 +344,15 @@ def test_f22_each_kind_of_row_must_be_restored(
     assert recorder.differs(model, second) == ["second"]
 
 
-def test_hca_needs_no_raw_rows_at_a_page_boundary(model: Model, text: list[int], recorder: Recorder) -> None:
-    engine = make(model, max_sequences=2)
+def test_hca_needs_no_raw_rows_at_a_page_boundary(any_model: Model, text: list[int], recorder: Recorder) -> None:
+    engine = make(any_model, max_sequences=2)
     run(engine, {"first": text[:270]})
     for layer in engine._cache.layers:
         if layer.state is not None and layer.index_keys is None:
             layer.state.storage.fill_(0x55)
     second = {"second": text[:256] + text[260:290]}
     run(engine, second)
-    assert engine.stats().prefix_hit_tokens == 256 and recorder.differs(model, second) == []
+    assert engine.stats().prefix_hit_tokens == 256 and recorder.differs(any_model, second) == []
 
 
 # -- layouts ----------------------------------------------------------------------------------------------------------
@@ -366,9 +384,9 @@ def test_layers_that_share_blocks_change_no_logit(model: Model, text: list[int],
     assert recorder.differs(model, prompts) == [] and engine.stats().prefix_hit_tokens > 0
 
 
-def test_pages_in_any_order_change_no_logit(model: Model, text: list[int], recorder: Recorder) -> None:
-    engine = make(model)
+def test_pages_in_any_order_change_no_logit(any_model: Model, text: list[int], recorder: Recorder) -> None:
+    engine = make(any_model)
     engine._pages._free.reverse()
     prompts = {"a": text[:300]}
     run(engine, prompts)
-    assert recorder.differs(model, prompts) == []
+    assert recorder.differs(any_model, prompts) == []

@@ -163,21 +163,6 @@ def test_replays_have_the_bits_of_calls(model: Model, text: list[int], captures:
     assert serve(engine, text, abort="page") == serve(called, text, abort="page")
 
 
-def test_preemption_ends_nobody(model: Model, text: list[int]) -> None:
-    graphs = model.recipe.name == "w4a16"  # lent operations cannot be captured
-    config = dataclasses.replace(CONFIG, num_pages=5, prefill_chunk=64, max_sequence_tokens=400, decode_graphs=graphs)
-    prompts = {"old": text[:125], "young": text[200:326], "youngest": text[20:140]}
-    engine = Engine(model, dataclasses.replace(config, decode_graphs=False))
-    tokens = {name: 0 for name in prompts}
-    for name, ids in prompts.items():
-        engine.add(name, ids, SamplingParams(max_tokens=12, ignore_eos=True))
-    while engine.has_work():
-        for output in engine.step():
-            assert output.error is None
-            tokens[output.request_id] += len(output.token_ids)
-    assert engine.stats().preemptions > 0 and set(tokens.values()) == {12}
-
-
 def test_logprobs_are_the_cpus_within_the_error(model: Model, text: list[int]) -> None:
     beside = load("tiny", recipe=model.recipe.name)
     engine = Engine(model, dataclasses.replace(CONFIG, decode_graphs=False))

@@ -19,6 +19,7 @@ from megamoe.formats.e2m1 import decode_packed
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.kernels.indexer import index_scores, index_topk
 from megamoe.kernels.indexer.index_scores_config import STAGE_BYTES, TILE, WARP_KEYS, WARPS
+from megamoe.kernels.indexer.index_scores_sm90_config import TILE as TILE_SM90
 from megamoe.ops.index_topk import index_topk as door
 from megamoe.ops.read_cache import read_cache
 from megamoe.verify.selection import compare_selections, score_bounds
@@ -30,12 +31,20 @@ DEVICE = pathlib.Path(index_topk.__file__).with_name("indexer_device.py")
 @pytest.mark.parametrize("capacity", [129, 2048, 16384, 262144])
 def test_blocks_share_the_entries(num_tokens: int, capacity: int) -> None:
     splits = index_scores.num_splits(num_tokens, capacity, 132)
-    assert 1 <= splits <= -(-capacity // TILE)
-    assert splits == 1 or num_tokens * (splits - 1) < index_scores.WAVES * 132
-    if num_tokens == 1 and capacity >= 132 * TILE:
-        assert splits == 132, "one block a multiprocessor"
-    assert WARPS * WARP_KEYS == TILE
+    assert 1 <= splits <= -(-capacity // index_scores.TILE)
+    if num_tokens == 1 and capacity == 262144:
+        assert splits >= 128, "a block a multiprocessor, but for those that would end no earlier"
+    assert WARPS * WARP_KEYS == TILE == 2 * index_scores.TILE == 2 * TILE_SM90
     assert STAGE_BYTES == 32 * (2 * 16 + 2 * 4)
+
+
+@pytest.mark.parametrize("rows", [*range(1, 300), 1024, 4096])
+def test_the_inverse_divides(rows: int) -> None:
+    inverse = index_scores.inverse_of(rows) % 2**32
+    last = 2**32 // rows
+    for number in [*range(0, min(last, 5000)), *range(last - 2 * rows, last), last // rows * rows - 1]:
+        quotient = number * inverse >> 32 if inverse else number
+        assert 0 <= number < last and quotient == number // rows
 
 
 def test_the_decoder_places_every_code() -> None:

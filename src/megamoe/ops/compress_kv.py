@@ -14,7 +14,7 @@ Numerics   fp32 throughout, one rounding to out_dtype, then that of the row form
            fp32
 Memory     entries are pooled in groups whose gathered rows take at most 64 MiB (always at least one entry)
 Tolerance  verify/tolerance.py, "compress_kv": softmax over up to 128 terms in another order
-Kernels    none yet; the CPU reference runs
+Kernels    one launch: raw rows stored, entries pooled from registers; rows of the step are not read back
 Source     DeepSeek-V4 technical report (arXiv 2606.19348), compressed attention; docs/numerics.md, section "Operations"
 """
 

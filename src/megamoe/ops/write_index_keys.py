@@ -4,7 +4,7 @@
 Math       ops/compress_kv.py, with overlap; the key is hadamard(y[t, :]) where `rotate` is set, else y[t, :]
 Numerics   as there: y is rounded to out_dtype, the rotation is fp32 and rounds to out_dtype, then the row format rounds
 Tolerance  verify/tolerance.py, "compress_kv"
-Kernels    none yet; the CPU reference runs
+Kernels    that of compress_kv; the rotation is done in registers
 Source     DeepSeek-V4 technical report (arXiv 2606.19348), lightning indexer; docs/numerics.md, section "Operations"
 """
 

@@ -6,7 +6,7 @@ Math       y[t, :] = rms_norm(query_latent[t, :], q_norm)
 Numerics   those of ops/rms_norm.py, ops/rope.py and ops/write_cache.py: every result is rounded to the dtype of its
            input in between. Bit for bit their composition. Row-invariant.
 Tolerance  verify/tolerance.py, "write_latent"
-Kernels    none yet
+Kernels    one launch for rows and queries, each row in one warp or less
 Source     DeepSeek-V4 reference code; the operations named above
 """
 

@@ -23,8 +23,8 @@ from megamoe.kernels.attention.combine_splits_config import Config as CombineCon
 from megamoe.kernels.attention.sparse_attention_config import TILE, WIDTH, Config
 from megamoe.kernels.parts.launch import as_heads, as_vector
 from megamoe.kernels.parts.pool import as_pool
+from megamoe.kernels.parts.records import RopeTable
 from megamoe.kernels.store import kernel
-from megamoe.ops.rope import RopeTable
 
 FEW_TOKENS = 32
 """Up to so many tokens the items of a token are shared out."""

@@ -4,9 +4,11 @@
 Meaning    ops/compress_kv.py, ops/write_index_keys.py; this file only makes them fast
 Grid       one block a token: it stores the token's raw row and, if the token completes a block of tokens, its entry
 Memory     16-byte loads. Rows of this step are read from the argument and not from where they are being stored, so that
-           no block waits for another; older ones from the rings
-Order      sums over rows go in the order of rows, in 8 parts where there are 128: bits depend on an entry's rows alone
-Limits     D 128 or 512, R a multiple of 8; pages at multiples of 16 bytes
+           no block waits for another; older ones from the rings. A thread has four rows' loads in flight
+Order      sums over rows go in the order of rows, in 2 parts of 4 rows (ratio 4) or 4 of 32 (ratio 128) that are joined
+           in their order: bits depend on an entry's rows alone
+Nobody     slots of -1, and rows before the start of a sequence, touch no memory
+Limits     D 128 or 512, R a multiple of 8; pages at multiples of 16 bytes; slots below 2^31
 Bound      memory: the raw rows of an entry, its bytes, and each raw row twice
 """
 
@@ -18,8 +20,8 @@ from megamoe.formats.cache_rows import CachePool
 from megamoe.kernels.cache.compress_config import Config
 from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, as_vector
 from megamoe.kernels.parts.pool import ROW_NAMES, as_pool
+from megamoe.kernels.parts.records import RopeTable
 from megamoe.kernels.store import kernel
-from megamoe.ops.rope import RopeTable
 
 WIDTHS = (128, 512)
 

@@ -13,7 +13,7 @@ import torch
 from megamoe.formats.cache_rows import CachePool
 from megamoe.kernels.cache.compress import compress
 from megamoe.kernels.cache.compress_config import Config
-from megamoe.ops.rope import RopeTable
+from megamoe.kernels.parts.records import RopeTable
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:

@@ -19,8 +19,8 @@ from megamoe.formats.cache_rows import CachePool
 from megamoe.kernels.cache.write_latent_config import Config
 from megamoe.kernels.parts.launch import DTYPE_NAMES, as_rows, as_vector
 from megamoe.kernels.parts.pool import ROW_NAMES, as_pool
+from megamoe.kernels.parts.records import RopeTable
 from megamoe.kernels.store import kernel
-from megamoe.ops.rope import RopeTable
 
 MAX_LATENT_WIDTH = 512
 MAX_QUERY_WIDTH = 4096

@@ -31,6 +31,7 @@ from megamoe.kernels.indexer.indexer_device import (
     ordered_bits,
     relative_factor,
     scale_value,
+    top_of_row,
 )
 from megamoe.kernels.parts.cluster_device import shared_address_of
 from megamoe.kernels.parts.memory_device import load_global_vector_if, load_shared
@@ -273,9 +274,3 @@ class IndexScores:
             for one in cutlass.range_constexpr(2):  # lanes 4 h to 4 h + 3 know the scale of head h of the tile
                 scale = scale_value(cute.arch.shuffle_sync(top, 8 * quarter + 4 * one))
                 factors[one, tile] = multiply(weights[token, 8 * tile + 2 * quarter + one], scale)
-
-
-def top_of_row(byte):
-    """Return the largest of the scales of the four lanes of a row."""
-    byte = cutlass.max(byte, cute.arch.shuffle_sync_bfly(byte, offset=1))
-    return cutlass.max(byte, cute.arch.shuffle_sync_bfly(byte, offset=2))

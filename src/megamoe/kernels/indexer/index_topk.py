@@ -10,13 +10,20 @@ Limits     FP4 queries and keys of 128 channels; 8, 16, … 64 heads
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from megamoe.formats.cache_rows import CachePool, RowFormat
 from megamoe.formats.fp8 import Fp8RowTensor
 from megamoe.formats.mxfp4 import MxFp4Tensor
-from megamoe.kernels.indexer import index_scores, index_scores_config, index_select, index_select_config
+from megamoe.kernels.indexer import (
+    index_scores,
+    index_scores_config,
+    index_scores_sm90_config,
+    index_select,
+    index_select_config,
+)
 
 WIDTH = index_scores_config.WIDTH
 HEAD_STEP, MAX_HEADS = 8, 64
@@ -25,9 +32,10 @@ ROW_ENTRIES = 128
 WORKSPACE_BYTES = 64 * 2**20
 
 
-def configs(dims: Mapping[str, int]) -> Iterator[index_scores_config.Config | index_select_config.Config]:
+def configs(dims: Mapping[str, int]) -> Iterator[Any]:
     """Yield what a model needs for one entry of its shape table."""
     yield index_scores_config.Config(dims["Hi"])
+    yield index_scores_sm90_config.Config(dims["Hi"])
     for cluster in index_select.CLUSTERS:
         yield index_select_config.Config(dims["top_k"], cluster)
 

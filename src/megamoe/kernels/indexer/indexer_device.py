@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both kernels of the indexer share on the device: FP4 vectors to bf16, scores as integers of the same order."""
 
+import cutlass
+import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 from cutlass.cute.arch import inline_ptx
 
@@ -138,3 +140,23 @@ def bits_set(mask):
 def store_word_if(wanted, address, word):
     """Store a word to global memory if `wanted`."""
     predicated(wanted, "st.global.b32 [{$r1}], {$r2};", address, word)
+
+
+def quotient(number, inverse):
+    """Return number // divisor by the divisor's inverse of kernels/indexer/index_scores.py, 0 for the divisor 1."""
+    return inline_ptx(
+        "{ .reg .pred one; mul.hi.u32 {$w0}, {$r0}, {$r1}; setp.eq.u32 one, {$r1}, 0; @one mov.b32 {$w0}, {$r0}; }",
+        write_only_types=[Int32],
+        read_only_args=[number, inverse],
+    )
+
+
+def publish_to_products():
+    """Make this thread's stores to shared memory visible to wgmma, once the block has met."""
+    inline_ptx("fence.proxy.async.shared::cta;", read_only_args=[])
+
+
+def top_of_row(byte):
+    """Return the largest of the scales of the four lanes of a row."""
+    byte = cutlass.max(byte, cute.arch.shuffle_sync_bfly(byte, offset=1))
+    return cutlass.max(byte, cute.arch.shuffle_sync_bfly(byte, offset=2))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotation of channel pairs in registers, with sine and cosine of angles up to some millions.
+"""Rotation of channel pairs in registers, with sine and cosine of angles up to a million.
 
-The library's sine reduces large angles through tables in local memory. An angle here is below 2^22, so three products
+The library's sine reduces large angles through tables in local memory. An angle here is at most 2^20, so three products
 suffice: k = round(a * 2 / pi), r = a - k * pi / 2 with pi / 2 in three parts. The first step is exact: both terms are
 multiples of 2^-24 and the difference is below 1. Then polynomials on |r| < 0.9; within 1e-7 of the sine everywhere.
 """

@@ -5,7 +5,7 @@ Meaning    ops/rotate_queries.py; this file only makes it fast
 Grid       blocks of 128 threads with several heads of one token (parts/rows.py); a thread takes part in two of them,
            whose sines and cosines it computes once
 Memory     16-byte loads and stores
-Limits     C a multiple of 8 up to 1024, R a multiple of 8; positions up to 2^22 keep the precision of the angle
+Limits     C a multiple of 8 up to 1024, R a multiple of 8; positions up to 2^20 keep the precision of the angle
 Bound      memory: 2 H C values a token
 """
 

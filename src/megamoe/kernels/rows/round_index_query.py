@@ -2,14 +2,15 @@
 """round_index_query: every index head read once, rotated twice and rounded to MXFP4 in registers.
 
 Meaning    ops/round_index_query.py; this file only makes it fast
-Grid       a warp takes 16 heads of a token, a block four warps. A lane makes the sine and cosine of one pair
+Grid       a warp takes 16 heads of a token after the other, and loads the next ones before it works on these; as many
+           blocks of four warps as fit the device at once. A lane makes the sine and cosine of one pair
 Matrix     the Hadamard rotation is a product with signs on the matrix unit. Channels are dealt to the instruction's
            rows and columns so that a lane ends up with the 32 values of an MXFP4 block, and so that only a quarter of
            the 128 x 128 signs is multiplied: the other factor of four is butterflies in registers
 Rounding   codes by bf16 arithmetic, two at a time; every step of it is exact but the one that rounds
 Memory     16-byte loads of heads, 16-byte stores of codes
 Limits     bf16 heads of 128 channels, of which 32 or 64 rotate; INDEX_FP4 keys after the Hadamard rotation: what the
-           quantized recipes ask for. Positions up to 2^22. It cannot raise for NaN and infinity without waiting for the
+           quantized recipes ask for. Positions up to 2^20. It cannot raise for NaN and infinity without waiting for the
            device: the scale bytes of such a head become 255 (NaN), which dequantize refuses
 Bound      memory: 256 + 64 + 4 + 8 bytes a head
 """
@@ -22,16 +23,19 @@ import torch
 
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.mxfp4 import BLOCK, MxFp4Tensor
-from megamoe.kernels.parts.launch import RotaryTable, as_heads, as_vector
+from megamoe.kernels.parts.launch import RotaryTable, as_heads, as_vector, num_multiprocessors
 from megamoe.kernels.rows.round_index_query_config import WIDTH, Config
 from megamoe.kernels.store import kernel
 
 ROPE_DIMS = (32, 64)
+WARPS = 5
+RESIDENT = 3
+"""Blocks that a multiprocessor holds at once: each goes on to further heads, which it loads ahead."""
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield Config(dims["Hi"], dims["R"])
+    yield Config(dims["Hi"], dims["R"], WARPS)
 
 
 def run(
@@ -61,7 +65,8 @@ def run(
     scales = torch.empty((num_tokens, num_heads, width // BLOCK), dtype=torch.uint8, device=device)
     weights = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=device)
     if num_rows:
-        kernel(Config(num_heads, table.rope_dim), device)(
+        config = Config(num_heads, table.rope_dim, WARPS)
+        kernel(config, device)(
             as_heads(q),
             head_weights if head_weights.stride(-1) == 1 else head_weights.contiguous(),
             pos.contiguous(),
@@ -69,6 +74,7 @@ def run(
             codes.view(torch.int32).view(num_rows, width // 8),
             scales.view(num_rows, width // BLOCK),
             weights,
+            min(-(-num_tokens * config.tiles // WARPS), RESIDENT * num_multiprocessors(device)),
             head_scale,
         )
     return MxFp4Tensor(codes, scales.view(torch.float8_e8m0fnu)), weights

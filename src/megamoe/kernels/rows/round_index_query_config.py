@@ -8,7 +8,6 @@ import dataclasses
 WIDTH = 128
 TILE = 16
 """Heads of a warp: the rows of a matrix instruction."""
-WARPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +17,12 @@ class Config:
     Attributes:
         heads: Hi.
         rope_dim: R, 32 or 64.
+        warps: of a block.
     """
 
     heads: int
     rope_dim: int
+    warps: int
 
     @property
     def tiles(self) -> int:

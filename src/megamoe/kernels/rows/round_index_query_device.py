@@ -37,7 +37,7 @@ from megamoe.kernels.parts.rows_device import (
     symbolic_rows,
     symbolic_vector,
 )
-from megamoe.kernels.rows.round_index_query_config import TILE, WARPS, WIDTH, Config
+from megamoe.kernels.rows.round_index_query_config import TILE, WIDTH, Config
 
 LANES = 4  # that share a head
 GROUPS = 4  # of 32 channels: loads of a lane, blocks of a head
@@ -59,8 +59,8 @@ def program(config: Config):
     codes = symbolic_rows(Uint32, num_rows, WIDTH // 8)
     scales = symbolic_rows(Uint8, num_rows, GROUPS, 1)
     weights = symbolic_rows(Float32, num_tokens, config.heads, 4)
-    arguments = (q, head_weights, positions, inv_freq, codes, scales, weights, Float32(0.0), current_stream())
-    return RoundIndexQuery(config), arguments
+    tensors = (q, head_weights, positions, inv_freq, codes, scales, weights)
+    return RoundIndexQuery(config), (*tensors, Int32(0), Float32(0.0), current_stream())
 
 
 class RoundIndexQuery:
@@ -70,13 +70,21 @@ class RoundIndexQuery:
         self.config = config
 
     @cute.jit
-    def __call__(self, q, head_weights, positions, inv_freq, codes, scales, weights, head_scale: Float32, stream):
-        num_units = positions.shape[0] * self.config.tiles
-        self.kernel(q, head_weights, positions, inv_freq, codes, scales, weights, head_scale).launch(
-            grid=((num_units + (WARPS - 1)) // WARPS, 1, 1),
-            block=(WARP * WARPS, 1, 1),
-            stream=stream,
-            use_pdl=True,
+    def __call__(
+        self,
+        q,
+        head_weights,
+        positions,
+        inv_freq,
+        codes,
+        scales,
+        weights,
+        num_blocks: Int32,
+        head_scale: Float32,
+        stream,
+    ):
+        self.kernel(q, head_weights, positions, inv_freq, codes, scales, weights, num_blocks, head_scale).launch(
+            grid=(num_blocks, 1, 1), block=(WARP * self.config.warps, 1, 1), stream=stream, use_pdl=True
         )
 
     @cute.kernel
@@ -89,45 +97,71 @@ class RoundIndexQuery:
         codes: cute.Tensor,
         scales: cute.Tensor,
         weights: cute.Tensor,
+        num_blocks: Int32,
         head_scale: Float32,
     ):
         config = self.config
         block, _, _ = cute.arch.block_idx()
-        unit = block * WARPS + cute.arch.warp_idx()
-        is_live = unit < positions.shape[0] * config.tiles
-        unit = cutlass.min(unit, positions.shape[0] * config.tiles - 1)
-        token, tile = unit // config.tiles, unit % config.tiles
+        first, stride = block * config.warps + cute.arch.warp_idx(), num_blocks * config.warps
+        num_units = positions.shape[0] * config.tiles
         lane = cute.arch.lane_idx()
         quarter, group = lane % LANES, lane // LANES
         overlap_launches()
-        heads, wanted, words = [], [], []
-        for half in cutlass.range_constexpr(2):
-            head = tile * TILE + half * VECTOR + group
-            wanted.append(is_live & (head < config.heads))
-            heads.append(cutlass.min(head, config.heads - 1))
-            source = cute.zipped_divide(q[(token, heads[half], None)], (VECTOR,))
-            loaded = cute.make_rmem_tensor(cute.make_layout((VECTOR, GROUPS)), q.element_type)
-            for load in cutlass.range_constexpr(GROUPS):
-                cute.autovec_copy(source[(None,), load * LANES + quarter], loaded[None, load])
-            vectors = [cute.recast_tensor(loaded[None, load], Uint32) for load in range(GROUPS)]
-            words.append([[vectors[load][pair] for pair in range(PAIRS)] for load in range(GROUPS)])
-        rotate(words, quarter, lane, Float32(positions[token]), inv_freq, config.rope_dim)
-        pairs = hadamard(words, quarter, group)
-        for half in cutlass.range_constexpr(2):
-            row = token * config.heads + heads[half]
-            block_words, exponent = quantize(pairs[half])
-            store_block(wanted[half], row, quarter, block_words, exponent, codes, scales)
-        head = tile * TILE + lane
-        store_weight(is_live & (lane < TILE) & (head < config.heads), token, head, head_weights, head_scale, weights)
+        frequency = inv_freq[cutlass.min(lane, config.rope_dim // 2 - 1)]
+        held = cute.make_rmem_tensor(cute.make_layout((VECTOR, GROUPS, 2)), q.element_type)
+        begin = cutlass.min(first, num_units - 1)
+        load_heads(q, held, begin, config.tiles, config.heads, quarter, group)
+        position = Float32(positions[begin // config.tiles])
+        for unit in cutlass.range(first, num_units, stride, unroll=1):
+            token, tile = unit // config.tiles, unit % config.tiles
+            words = [
+                [
+                    [cute.recast_tensor(held[None, load, half], Uint32)[pair] for pair in range(PAIRS)]
+                    for load in range(4)
+                ]
+                for half in range(2)
+            ]
+            here = position
+            following = cutlass.min(unit + stride, num_units - 1)
+            load_heads(q, held, following, config.tiles, config.heads, quarter, group)
+            position = Float32(positions[following // config.tiles])
+            rotate(words, quarter, multiply(here, frequency), config.rope_dim)
+            pairs = hadamard(words, quarter, group)
+            for half in cutlass.range_constexpr(2):
+                head = tile * TILE + half * VECTOR + group
+                block_words, exponent = quantize(pairs[half])
+                store_block(
+                    head < config.heads, token * config.heads + head, quarter, block_words, exponent, codes, scales
+                )
+            head = tile * TILE + lane
+            store_weight((lane < TILE) & (head < config.heads), token, head, head_weights, head_scale, weights)
 
 
-def rotate(words, quarter, lane, position, inv_freq, rope_dim: int):
+@cute.jit
+def load_heads(
+    q: cute.Tensor,
+    held: cute.Tensor,
+    unit: Int32,
+    tiles: cutlass.Constexpr,
+    num_heads: cutlass.Constexpr,
+    quarter: Int32,
+    group: Int32,
+):
+    """Start loading a lane's share of 16 heads; heads past the last one repeat it."""
+    token, tile = unit // tiles, unit % tiles
+    for half in cutlass.range_constexpr(2):
+        head = cutlass.min(tile * TILE + half * VECTOR + group, num_heads - 1)
+        source = cute.zipped_divide(q[(token, head, None)], (VECTOR,))
+        for load in cutlass.range_constexpr(GROUPS):
+            cute.autovec_copy(source[(None,), load * LANES + quarter], held[None, load, half])
+
+
+def rotate(words, quarter, angle, rope_dim: int):
     """Rotate the last channels of two heads, given as words[head][load][pair] of bf16 pairs, in place.
 
-    Lane l makes the sine and cosine of pair l of the token, and the others fetch them.
+    Lane l has the angle of pair l, makes its sine and cosine, and the others fetch them.
     """
-    num_pairs = rope_dim // 2
-    mine = sine_and_cosine(multiply(position, inv_freq[cutlass.min(lane, num_pairs - 1)]))
+    mine = sine_and_cosine(angle)
     first = GROUPS - rope_dim // (WIDTH // GROUPS)
     for load in range(first, GROUPS):
         for pair in range(PAIRS):
@@ -212,8 +246,8 @@ def block_exponent(bits):
     bf16 number: rounded or not, its quotient lies on the same side of the power.
     """
     raised = (cutlass.max(bits, Uint32(FLOOR_BITS)) + Uint32(0x3FFFFF)) >> 23
-    is_finite = cutlass.min(Uint32(255) - raised, Uint32(1))
-    return raised - 2 * is_finite
+    is_finite = cutlass.min(Uint32(255) - (bits >> 23), Uint32(1))
+    return cutlass.min(raised, Uint32(255)) - 2 * is_finite
 
 
 def e2m1_pair(magnitudes, factors):
