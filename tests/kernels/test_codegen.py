@@ -175,6 +175,8 @@ SASS_WANTED = {
     "rows.round_index_query": ["LDG.E.128", "STG.E.128", "HMMA.16816.F32.BF16", "HFMA2.BF16_V2"],
     "cache.write_latent": ["LDG.E.128", "STG.E.128", "STG.E.64", "STG.E.U8"],
     "cache.compress": ["LDG.E.128", "STG.E.128", "STG.E.U8"],
+    "sampling.sample": ["LDGSTS.E.BYPASS", "ATOMS.ADD"],
+    "sampling.token_logprobs": ["LDGSTS.E.BYPASS"],
 }
 """Module → prefixes of instructions that its SASS must hold."""
 
