@@ -147,6 +147,17 @@ PTX_WANTED = {
         "griddepcontrol.wait",
     ],
     "indexer.index_select": ["red.shared.add.u32", "vote.sync.ballot.b32", "griddepcontrol.wait"],
+    "sampling.sample": [
+        "barrier.cluster.arrive",
+        "mul.rn.f32",
+        "add.rn.f32",
+        "cvt.rzi.s64.f32",
+        "mul.rn.f64",
+        "red.shared.add.u32",
+        "griddepcontrol.wait",
+    ],
+    "sampling.token_logprobs": ["barrier.cluster.arrive", "redux.sync.max.s32", "griddepcontrol.wait"],
+    "sampling.penalize": ["div.rn.f32", "mul.rn.f32", "sub.rn.f32", "griddepcontrol.wait"],
 }
 """Module → instructions that its PTX must hold."""
 
@@ -160,6 +171,8 @@ PTX_FORBIDDEN = {
     "hyper_connection.hyper_connection_post": ["fma.rn.f32"],
     "cache.write_latent": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
     "cache.compress": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
+    "sampling.sample": ["div.full.f32", "div.approx", "fma.rn.f32", "ex2.approx"],
+    "sampling.penalize": ["div.full.f32", "div.approx", "fma.rn.f32"],
 }
 """Module → instructions whose rounding is not the operation's."""
 
@@ -198,6 +211,8 @@ SASS_WANTED = {
     "indexer.index_scores": ["LDGSTS.E.BYPASS", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
     "indexer.index_scores_sm90": ["LDGSTS.E.BYPASS", "LDS.128", "HMUL2.BF16_V2", "HGMMA.64x"],
     "indexer.index_select": ["ATOMS.POPC.INC.32", "VOTE.ANY"],
+    "sampling.sample": ["LDGSTS.E.BYPASS", "ATOMS.ADD"],
+    "sampling.token_logprobs": ["LDGSTS.E.BYPASS"],
 }
 """Module → prefixes of instructions that its SASS must hold."""
 
