@@ -418,11 +418,10 @@ class AttentionTiles:
             found = Int32((data != Int64(0)) & (tile + 1 < last))
             wait_barrier(self.empty + buffer * 8, ((tile - first) // 2 % 2) ^ 1)
             target = self.tiles + buffer * self.config.tile_bytes
-            self.store(words, scale_words, was_found, target, buffer, item, part)
+            self.exchange(words, scale_words, was_found, target, buffer, item, part, found, data, scales)
             self.publish()
             cute.arch.sync_warp()
             arrive_if(lane == 0, self.full + buffer * 8)
-            self.load(words, scale_words, found, data, scales, part)
 
     def load(self, words, scales, wanted, data, scale_address, part):
         """Start loading a quarter of a row: 16 codes of each scale, and two vectors of the rotary part."""
@@ -434,22 +433,37 @@ class AttentionTiles:
         loaded = load_global_vector_if(wanted, scale_address, 2)
         scales[0], scales[1] = loaded[0], loaded[1]
 
-    def store(self, words, scales, found, target, buffer, item, part):
-        """Turn a quarter of a row into fp16 and store it into a tile."""
-        for group in range(LATENT_GROUPS):
-            exponent = (scales[group // 4] >> (8 * (group % 4))) & Uint32(255)
-            scale = from_bits(exponent << 23)
-            pair = fp16_word(scale, scale)
-            halves = []
+    def exchange(self, words, scales, found, target, buffer, item, part, wanted, data, scale_address):
+        """Turn a quarter of a row into fp16 and store it into a tile; start loading that of the next tile behind it.
+
+        Args:
+            words, scales, found: the quarter, as `load` has brought it, and whether there is a row.
+            target, buffer, item, part: where it belongs.
+            wanted, data, scale_address: of the next one.
+        """
+        following = load_global_vector_if(wanted, scale_address, 2)
+        at = data + Int64(part * 16)
+        for vector in range(LATENT_GROUPS + 2):
+            if vector < LATENT_GROUPS:
+                exponent = (scales[vector // 4] >> (8 * (vector % 4))) & Uint32(255)
+                scale = from_bits(exponent << 23)
+                pair = fp16_word(scale, scale)
+                halves = []
+                for word in range(4):
+                    halves += [multiply_pairs(one, pair) for one in e4m3_pairs(words[vector, word])]
+                block = target + vector * (TILE_ITEMS * ROW_BYTES)
+                store_shared(block + chunk_of(item, 2 * part), *halves[:4])
+                store_shared(block + chunk_of(item, 2 * part + 1), *halves[4:])
+            else:
+                halves = [fp16_of_bf16(words[vector, word]) for word in range(4)]
+                block = target + LATENT_GROUPS * (TILE_ITEMS * ROW_BYTES)
+                store_shared(block + chunk_of(item, part + 4 * (vector - LATENT_GROUPS)), *halves)
+            loaded = load_global_vector_if(wanted, at + vector * 64, 4)
             for word in range(4):
-                halves += [multiply_pairs(one, pair) for one in e4m3_pairs(words[group, word])]
-            block = target + group * (TILE_ITEMS * ROW_BYTES)
-            store_shared(block + chunk_of(item, 2 * part), *halves[:4])
-            store_shared(block + chunk_of(item, 2 * part + 1), *halves[4:])
-        block = target + LATENT_GROUPS * (TILE_ITEMS * ROW_BYTES)
-        for vector in range(2):
-            halves = [fp16_of_bf16(words[LATENT_GROUPS + vector, word]) for word in range(4)]
-            store_shared(block + chunk_of(item, part + 4 * vector), *halves)
+                words[vector, word] = loaded[word]
+            if vector % 2:
+                cute.arch.sync_warp()  # or the assembler would put off these loads until all is stored
+        scales[0], scales[1] = following[0], following[1]
         store_shared_if(part == 0, self.live + (buffer * TILE_ITEMS + item) * 4, found)
 
     # Multiplying warps.
