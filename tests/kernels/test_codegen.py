@@ -227,14 +227,9 @@ SPILLS_ALLOWED = {
 """Module → stack accesses in its SASS. 512 threads leave 128 registers; one or two that are needed once a launch, a
 pass or a unit do not fit in some configurations, most of them with a second token tile. In hyper_connection_pre it is a
 few addresses, once a tile of 16 tokens. In fp8_stream it is the second half of K = 12288 and 16384, whose 1,024 threads
-<<<<<<< HEAD
 have 64 registers each. In attention_tiles it is addresses of fetching threads, once a tile, and on sm_100a of
 multiplying threads, whose sums take 128 of 184 registers; in attention_tiles_sm90 nearly all of it lies before the
 first tile."""
-=======
-have 64 registers each. In attention_tiles and attention_tiles_sm90 it is some addresses, once a tile; on
-sm_100a, sums take 128 of the 184 registers of multiplying threads, and more is left over."""
->>>>>>> attn13
 
 
 def planned(target: str) -> list[Request]:
