@@ -169,11 +169,11 @@ class IndexSelect:
                 largest = cutlass.max(largest, words[group * GROUP + index])
             highest[group] = largest
         last, wanted = Uint32(0), Int32(config.top_k)
-        for number in cutlass.range_constexpr(BOUND_PASSES):
+        for number in cutlass.range(BOUND_PASSES, unroll=1):
             area = shared_address_of(self.counts) + number * (BINS * 4)
             for group in cutlass.range_constexpr(HELD // GROUP):
                 counted = Int32(group == 0) | Int32(group * (GROUP * 32) < share)
-                self.count(highest[group], counted != 0, area, number, last)
+                self.count(highest[group], counted != 0, area, 24 - 8 * number, last)
             last, wanted = self.descend(area, last, wanted, True, thread, warp, lane)
         bound = cutlass.max(last << (32 - 8 * BOUND_PASSES), Uint32(1))
 
@@ -214,11 +214,11 @@ class IndexSelect:
             if place < end:
                 words[index] = best[place]
         last, wanted = Uint32(0), Int32(self.config.top_k)
-        for number in cutlass.range_constexpr(PASSES):
+        for number in cutlass.range(PASSES, unroll=1):  # rolled up: code that is met once comes from memory
             area = shared_address_of(self.counts) + (BOUND_PASSES + number) * (BINS * 4)
             for index in cutlass.range_constexpr(held):
                 if index * 32 < share:
-                    self.count(words[index], words[index] != 0, area, number, last)
+                    self.count(words[index], words[index] != 0, area, 24 - 8 * number, last)
             last, wanted = self.descend(area, last, wanted, False, thread, warp, lane)
         num_above, num_equal = Int32(0), Int32(0)
         for index in cutlass.range_constexpr(held):
@@ -226,11 +226,10 @@ class IndexSelect:
             num_equal = num_equal + Int32(words[index] == last)
         before, _ = self.share_out([num_above, num_equal], False, Int32(0), thread, warp, lane)
         above, equal = before
-        for index in cutlass.range_constexpr(held):
-            if index * 32 < share:
-                place = cutlass.min(begin + index * 32 + lane, MAX_CANDIDATES - 1)
-                entry = best_entries[place]
-                above, equal = self.write(words[index], row, entry, last, wanted, above, equal)
+        for start in cutlass.range(begin, end, 32, unroll=1):
+            place = cutlass.min(start + lane, MAX_CANDIDATES - 1)
+            word = best[place] if start + lane < end else Uint32(0)
+            above, equal = self.write(word, row, best_entries[place], last, wanted, above, equal)
 
     @cute.jit
     def select_of_all(
@@ -249,12 +248,12 @@ class IndexSelect:
         words = cute.make_rmem_tensor(cute.make_layout(GROUP), Uint32)
         cute.arch.sync_threads()
         last, wanted = Uint32(0), Int32(self.config.top_k)
-        for number in cutlass.range_constexpr(PASSES):
+        for number in cutlass.range(PASSES, unroll=1):  # rolled up: code that is met once comes from memory
             area = shared_address_of(self.counts) + (BOUND_PASSES + number) * (BINS * 4)
             for start in cutlass.range(begin, end, GROUP * 32, unroll=1):
                 self.load(words, 0, source, start, end - lane)
                 for index in cutlass.range_constexpr(GROUP):
-                    self.count(words[index], words[index] != 0, area, number, last)
+                    self.count(words[index], words[index] != 0, area, 24 - 8 * number, last)
             last, wanted = self.descend(area, last, wanted, True, thread, warp, lane)
         num_above, num_equal = Int32(0), Int32(0)
         for start in cutlass.range(begin, end, GROUP * 32, unroll=1):
@@ -277,10 +276,9 @@ class IndexSelect:
             place = start + index * 32
             words[group + index] = load_global_if(Int32(place < end), source + Int64(place) * 4)
 
-    def count(self, word, counted, area, number: int, last):
-        """Count a score that begins with the bits found so far by its next 8 bits."""
-        shift = 24 - 8 * number
-        alike = counted if number == 0 else counted & (word >> (shift + 8) == last)
+    def count(self, word, counted, area, shift, last):
+        """Count a score that begins with the bits found so far by the 8 bits from `shift` on."""
+        alike = counted & ((word >> shift) >> 8 == last)
         count_if(alike, area + Int32((word >> shift) & Uint32(BINS - 1)) * 4)
 
     @cute.jit
