@@ -28,7 +28,7 @@ def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     yield Config(dims["H"], dims["C"], dims["R"], "bf16", PASSES)
 
 
-def run(q: torch.Tensor, pos: torch.Tensor, table: eps: float) -> torch.Tensor:
+def run(q: torch.Tensor, pos: torch.Tensor, table: RopeTable, eps: float) -> torch.Tensor:
     """Compute rotate_queries."""
     num_tokens, num_heads, width = q.shape
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
