@@ -7,7 +7,6 @@ No object depends on this file.
 from __future__ import annotations
 
 import functools
-from typing import Protocol
 
 import torch
 
@@ -20,18 +19,6 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_WIDTH = 32768
 MAX_STREAMS = 8
 MAX_HEAD_WIDTH = 1024
-
-
-class RotaryTable(Protocol):
-    """What host halves take of the frequencies of one kind of layer; ops/rope.py has them."""
-
-    @property
-    def inv_freq(self) -> torch.Tensor:
-        """Return fp32 [R/2], radians per position of each pair."""
-
-    @property
-    def rope_dim(self) -> int:
-        """Return R, the number of channels that rotate."""
 
 
 @functools.cache

@@ -23,7 +23,8 @@ import torch
 
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.mxfp4 import BLOCK, MxFp4Tensor
-from megamoe.kernels.parts.launch import RotaryTable, as_heads, as_vector, num_multiprocessors
+from megamoe.kernels.parts.launch import as_heads, as_vector, num_multiprocessors
+from megamoe.kernels.parts.records import RopeTable
 from megamoe.kernels.rows.round_index_query_config import TILE, WIDTH, Config
 from megamoe.kernels.store import kernel
 
@@ -43,7 +44,7 @@ def run(
     q: torch.Tensor,
     head_weights: torch.Tensor,
     pos: torch.Tensor,
-    table: RotaryTable,
+    table: RopeTable,
     key_format: RowFormat,
     hadamard: bool,
     head_scale: float,
