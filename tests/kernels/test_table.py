@@ -131,6 +131,7 @@ def test_objects_are_built_for_the_architecture_they_are_bound_to() -> None:
         "linear.weight_tiles_sm90",
         "experts.expert_tiles_sm90",
         "fp8.fp8_tiles_sm90",
+        "indexer.index_scores_sm90",
     }
     assert modules["sm100a"] == modules["sm103a"] == modules["sm90a"] - only
     assert bound_to("linear.weight_tiles_sm90") == "sm90" and bound_to("a.b_sm100") == "sm100"
