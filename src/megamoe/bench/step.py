@@ -383,7 +383,7 @@ def _trace(work: Callable[[], Any]) -> list[dict[str, Any]]:
     """Return the events of torch's profiler for some work."""
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         work()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
