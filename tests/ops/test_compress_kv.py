@@ -19,6 +19,7 @@ from megamoe.ops.plan_slots import RowTables
 from megamoe.ops.read_cache import read_cache
 from megamoe.ops.rope import RopeTable, rope_table
 from megamoe.verify.tolerance import assert_within
+from megamoe.verify.values import moved
 
 from .compressor_cases import Sequences, block_slots, pool_of
 from .steps import tables_of
@@ -434,7 +435,7 @@ def test_empty():
 # --- kernel ---
 
 
-GPU_CHUNKS = [[300], [1] * 300, [127, 1, 128, 44], [5, 123, 130, 42]]
+GPU_CHUNKS = [[600], [1] * 140 + [460], [127, 1, 128, 344], [5, 123, 130, 342]]  # from 512 on: several tokens a block
 
 
 @pytest.mark.gpu
@@ -442,21 +443,21 @@ GPU_CHUNKS = [[300], [1] * 300, [127, 1, 128, 44], [5, 123, 130, 42]]
 def test_the_kernel_gives_the_same_bytes_for_any_chunking(ratio, overlap, seed):
     """Prefill equals decoding, through rings and through the step area; near the reference, and fp32 rows exactly."""
     torch.manual_seed(seed)
-    given = {"longest": 300, "row_format": RowFormat.FP8_ROPE_BF16, "out_dtype": torch.bfloat16, "rope_dim": 64}
+    given = {"longest": 600, "row_format": RowFormat.FP8_ROPE_BF16, "out_dtype": torch.bfloat16, "rope_dim": 64}
     one = Sequences(ratio, overlap, 512, **given, device="cuda")
-    pages = tables_of(3, -(-300 // ratio), 1)
+    pages = tables_of(3, -(-600 // ratio), 1)
     found = []
     for chunks in GPU_CHUNKS:
         for in_step in (False, True):
             capacity = one.num_rows if in_step else state_capacity(ratio, overlap, max(chunks))
             ring = RowTables(int32([1], [0], [2]), capacity)
             written = one.run([[(2, length)] for length in chunks], ring, pages, in_step=in_step)
-            found.append((chunks, in_step, written, one.slots(pages, 2, 300)))
+            found.append((chunks, in_step, written, one.slots(pages, 2, 600)))
     (*_, first, slots), *others = found
-    want = one.expected(2, 300)
+    want = one.expected(2, 600)
     assert_within("compress_kv", read_cache(first.entries, slots), want, rounding=2e-2)
-    start = 2 * state_capacity(ratio, overlap, 300)  # the ring of the first way holds all rows
-    assert torch.equal(read_cache(first.state, torch.arange(start, start + 300)), one.rows(2))
+    start = 2 * state_capacity(ratio, overlap, 600)  # the ring of the first way holds all rows
+    assert torch.equal(read_cache(first.state, torch.arange(start, start + 600)), one.rows(2))
     for chunks, in_step, written, _ in others:
         assert torch.equal(written.entries.storage, first.entries.storage), (len(chunks), in_step)
 
@@ -491,6 +492,50 @@ def test_first_idx_is_not_read_where_rows_go_into_the_rings(seed):
     want = one.run(STEPS, ring, pages, in_step=False)
     assert one.run(STEPS, ring, pages, in_step=False, first_idx=0).same_bytes(want)
     assert one.run(STEPS, ring, pages, in_step=False, first_idx=10**9).same_bytes(want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("far", ["state", "step", "entries"])
+def test_the_kernel_reaches_blocks_beyond_4_gib(far, seed):
+    """Blocks so far apart that 32 bits do not hold the distance: rows written and read there, entries written."""
+    torch.manual_seed(seed)
+    width, stride, found = 2048, 2**32 + 4096, []
+    ring = {"state_tables": int32([1]), "requests": int32(*[0] * 4), "first_idx": int32(*[0] * 4)}
+    given = {
+        "positions": torch.arange(4, 8),
+        "entry_slots": torch.tensor([-1, -1, -1, 6]),
+        "table": rope_table(64, 1e4),
+        "ratio": 4,
+        "overlap": True,
+        **ring,
+    }
+    data = torch.randn(4, width), torch.randn(4, 1024), torch.ones(512).bfloat16()
+    for is_far in (False, True):
+        pools = {
+            "state": CachePool.allocate(2, 12, RowFormat.FP32, width, "cuda"),
+            "step": CachePool.allocate(2, 4, RowFormat.FP32, width, "cuda") if far == "step" else None,
+            "entries": CachePool.allocate(2, 5, RowFormat.FP8_ROPE_BF16, 512, "cuda"),
+        }
+        write_rows(torch.randn(4, width, generator=torch.Generator().manual_seed(1)), pools["state"])
+        if is_far:
+            near = pools[far]
+            whole = torch.zeros(stride + near.page_bytes, dtype=torch.uint8, device="cuda")
+            storage = whole.as_strided((2, near.page_bytes), (stride, 1))
+            storage.copy_(near.storage)
+            pools[far] = CachePool(storage, near.rows_per_block, near.row_format, near.width)
+        slots = torch.arange(4) + (4 if far == "step" else 12 + 4)
+        arguments = {name: moved(one, "cuda") for name, one in (given | {"state_slots": slots}).items()}
+        compress_kv(*moved(data, "cuda"), pools["state"], pools["step"], pools["entries"], **arguments)
+        found.append([pool.storage.cpu() for pool in pools.values() if pool is not None])
+    for near, distant in zip(*found, strict=True):
+        assert torch.equal(near, distant)
+    assert bool(found[0][-1][1].any()) and not bool(found[0][-1][0].any())
+
+
+def write_rows(rows, pool):
+    """Write rows of a ring, block 1, from its first on."""
+    size = 4 * rows.shape[1]
+    pool.storage[1, : len(rows) * size].copy_(rows.view(torch.uint8).flatten())
 
 
 # --- refusals ---

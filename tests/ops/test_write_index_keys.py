@@ -157,15 +157,23 @@ def test_the_kernel_gives_the_same_bytes_for_any_chunking(row_format, seed):
     """Prefill equals decoding, through rings and through the step area."""
     torch.manual_seed(seed)
     one = Sequences(
-        4, True, 128, row_format=row_format, rotate=True, out_dtype=torch.bfloat16, rope_dim=64, device="cuda"
+        4,
+        True,
+        128,
+        longest=600,
+        row_format=row_format,
+        rotate=True,
+        out_dtype=torch.bfloat16,
+        rope_dim=64,
+        device="cuda",
     )
-    pages, found = tables_of(3, 5, 2), []
-    for chunks in ([40], [1] * 40, [3, 1, 8, 8, 5, 7, 8]):
+    pages, found = tables_of(3, 75, 2), []
+    for chunks in ([600], [1] * 40 + [560], [3, 1, 8, 8, 5, 7, 8, 260, 300]):
         for in_step in (False, True):
             capacity = one.num_rows if in_step else state_capacity(4, True, max(chunks))
             ring = RowTables(int32([1], [0], [2]), capacity)
             found.append(one.run([[(2, length)] for length in chunks], ring, pages, in_step=in_step))
-    got, want = one.values(found[0], pages, 2, 40), one.expected(2, 40)
+    got, want = one.values(found[0], pages, 2, 600), one.expected(2, 600)
     assert_within("write_index_keys", got, want, rounding=ROW_ROUNDING[row_format])
     for other in found[1:]:
         assert torch.equal(other.entries.storage, found[0].entries.storage)

@@ -170,6 +170,21 @@ def test_the_kernel_gives_a_token_the_same_bytes_whatever_shares_its_call(
     assert torch.equal(whole_storage(alone.storage), stored)
 
 
+@pytest.mark.gpu
+def test_the_kernel_reaches_pages_beyond_4_gib(seed: int) -> None:
+    """Pages so far apart that 32 bits do not hold the distance."""
+    given, _ = on_gpu(3, None, seed)
+    given["slots"] = torch.tensor([12, -1, 21])
+    near = CachePool.allocate(2, 11, RowFormat.FP8_ROPE_BF16, 512)
+    stride = 2**32 + 4096
+    whole = torch.zeros(stride + near.page_bytes, dtype=torch.uint8, device="cuda")
+    far = CachePool(whole.as_strided((2, near.page_bytes), (stride, 1)), 11, RowFormat.FP8_ROPE_BF16, 512)
+    _, stored = written(given, near)
+    write_latent(pool=far, **{name: moved(one, "cuda") for name, one in given.items()})
+    assert torch.equal(far.storage[1].cpu(), stored.view(2, -1)[1, : near.page_bytes])
+    assert not bool(whole[: 2**32].any())
+
+
 # --- refusals ---
 
 

@@ -2,7 +2,8 @@
 """What compress_kv and write_index_keys launch: the one kernel of both.
 
 Meaning    ops/compress_kv.py, ops/write_index_keys.py; this file only makes them fast
-Grid       one block a token: it stores the token's raw row and, if the token completes a block of tokens, its entry
+Grid       one block a token: it stores the token's raw row and, if the token completes a block of tokens, its entry;
+           from MANY_TOKENS on 4 tokens a block (ratio 4) or 8, which keep more rows on their way
 Memory     16-byte loads. Rows of this step are read from the argument and not from where they are being stored, so that
            no block waits for another; older ones from the rings. A thread has four rows' loads in flight
 Order      sums over rows go in the order of rows, in 2 parts of 4 rows (ratio 4) or 4 of 32 (ratio 128) that are joined
@@ -24,6 +25,15 @@ from megamoe.kernels.parts.records import RopeTable
 from megamoe.kernels.store import kernel
 
 WIDTHS = (128, 512)
+MANY_TOKENS = 512
+"""From so many tokens on a block goes through several: the bits are the same."""
+
+
+def tokens_of_block(ratio: int, many: bool) -> int:
+    """Return how many tokens a block goes through."""
+    if not many:
+        return 1
+    return 4 if ratio <= 4 else 8
 
 
 def compress(
@@ -58,7 +68,9 @@ def compress(
         return
     names = (DTYPE_NAMES[ape.dtype], DTYPE_NAMES[norm_weight.dtype])
     is_rounded = out_dtype == torch.bfloat16
-    config = Config(width, ratio, overlap, table.rope_dim, *names, is_rounded, ROW_NAMES[entries.row_format], rotate)
+    row_format = ROW_NAMES[entries.row_format]
+    tokens = tokens_of_block(ratio, raw.shape[0] >= MANY_TOKENS)
+    config = Config(width, ratio, overlap, table.rope_dim, *names, is_rounded, row_format, rotate, tokens)
     into = state if step is None else step
     kernel(config, raw.device)(
         as_rows(raw),

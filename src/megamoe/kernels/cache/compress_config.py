@@ -24,6 +24,8 @@ class Config:
         rounded: the entry is rounded to bf16 before the row format.
         row_format: of the entries.
         rotate: by a Hadamard matrix before the row format.
+        tokens: that a block goes through, 1 or an even number: few leave the other multiprocessors to the others, many
+            keep more rows on their way.
     """
 
     width: int
@@ -35,6 +37,7 @@ class Config:
     rounded: bool
     row_format: str
     rotate: bool
+    tokens: int
 
     @property
     def lanes(self) -> int:
@@ -60,3 +63,9 @@ class Config:
     def parts(self) -> int:
         """Groups of threads that share the rows of an entry: as many as 256 threads allow."""
         return min(self.num_rows // self.rows_at_once, max(1, MAX_THREADS // self.lanes))
+
+    @property
+    def rows_stored_at_once(self) -> int:
+        """Raw rows whose loads are on their way together where a block has many tokens: 4 to 8 loads a thread."""
+        loads = -(-self.half // 2 // (self.lanes * self.parts))
+        return min(self.tokens, max(2, 4 // loads))

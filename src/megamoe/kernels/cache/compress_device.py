@@ -8,7 +8,8 @@ sum of the weights, and the weighted sum; parts are joined through shared memory
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, Uint32
+from cutlass.cute.arch import inline_ptx
 from cutlass.cute.runtime import make_fake_tensor
 
 from megamoe.kernels.cache.compress_config import Config
@@ -23,7 +24,16 @@ from megamoe.kernels.parts.pool_device import (
     store_row,
     symbolic_pool,
 )
-from megamoe.kernels.parts.ptx_device import add, bits_of, divide, from_bits
+from megamoe.kernels.parts.ptx_device import (
+    add,
+    bits_of,
+    divide,
+    fma,
+    from_bits,
+    max_keeping_nan,
+    multiply,
+    subtract,
+)
 from megamoe.kernels.parts.rope_device import Rotation
 from megamoe.kernels.parts.rows import VECTOR, WARP, RowTile
 from megamoe.kernels.parts.rows_device import (
@@ -37,7 +47,6 @@ from megamoe.kernels.parts.rows_device import (
 
 LOWEST = -1e30
 """Where the largest score starts: below every score, and finite, so that differences are."""
-MISSING = -float("inf")
 
 
 def program(config: Config):
@@ -63,6 +72,30 @@ def program(config: Config):
         current_stream(),
     )
     return Compress(config), arguments
+
+
+def exponential(x):
+    """Return e^x of a number that is not positive: one product and one instruction, 2 units in the last place near 0.
+
+    Far below, the product's rounding counts |x| times; so small a weight does not.
+    """
+    return inline_ptx(
+        "{ .reg .f32 turns; mul.rn.f32 turns, {$r0}, 0f3FB8AA3B; ex2.approx.ftz.f32 {$w0}, turns; }",
+        write_only_types=[Float32],
+        read_only_args=[x],
+    )
+
+
+def load_scores_if(wanted, address):
+    """Return 4 words of global memory, or minus infinities if `wanted` is 0."""
+    fill = " ".join(f"mov.b32 {{$w{index}}}, 0xFF800000;" for index in range(4))
+    return inline_ptx(
+        "{ .reg .pred p; .reg .b32 flag; mov.b32 flag, {$r0}; setp.ne.b32 p, flag, 0; "
+        + fill
+        + " @p ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r1}]; }",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[wanted, address],
+    )
 
 
 class EntryThread(RowThread):
@@ -106,7 +139,12 @@ class Compress:
         pools, numbers = (state, into, entries), (state_rows, into_rows, entry_rows, in_step)
         tokens = (positions, requests, first_idx, tables, state_slots, entry_slots)
         self.kernel(raw, ape, weight, pools, tokens, inv_freq, numbers, eps).launch(
-            grid=(raw.shape[0], 1, 1), block=(self.threads, 1, 1), stream=stream, use_pdl=True
+            grid=((raw.shape[0] + self.config.tokens - 1) // self.config.tokens, 1, 1),
+            block=(self.threads, 1, 1),
+            stream=stream,
+            use_pdl=True,
+            min_blocks_per_mp=640 // self.threads,
+            preferred_smem_carveout=50,
         )
 
     @cute.kernel
@@ -120,67 +158,123 @@ class Compress:
         ape_rows = shared.allocate_tensor(Int32, cute.make_layout(config.num_rows))
         sums = shared.allocate_tensor(Float32, cute.make_layout(max(self.threads // WARP, 1)))
         joined = shared.allocate_tensor(Float32, cute.make_layout((config.lanes, 3 * VECTOR, config.parts)))
-        token, _, _ = cute.arch.block_idx()
+        block, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         overlap_launches()
-        position, slot, entry = Int32(positions[token]), Int32(state_slots[token]), Int32(entry_slots[token])
+        if cutlass.const_expr(config.tokens == 1):
+            token = block
+            position, slot, entry = Int32(positions[token]), Int32(state_slots[token]), Int32(entry_slots[token])
+            loaded = self.load_raw(raw, ape, token, position, slot, thread)
+            if entry >= 0:  # the same for the whole block
+                self.find_rows(raw, state, tokens, numbers, token, position, sources, ape_rows, thread)
+            self.store_raw(into, into_rows, slot, loaded)
+            if entry >= 0:
+                cute.arch.sync_threads()
+                self.write_entry(
+                    ape,
+                    weight,
+                    entries,
+                    position,
+                    entry,
+                    inv_freq,
+                    entry_rows,
+                    eps,
+                    thread,
+                    sources,
+                    ape_rows,
+                    sums,
+                    joined,
+                )
+        else:
+            first, num_tokens, completing = block * config.tokens, raw.shape[0], Int32(0)
+            for index in cutlass.range_constexpr(config.tokens):
+                token = cutlass.min(first + index, num_tokens - 1)
+                completes = Int32(first + index < num_tokens) & Int32(entry_slots[token] >= Int64(0))
+                completing = completing | (completes << index)
+            for start in cutlass.range(0, config.tokens, config.rows_stored_at_once, unroll=1):
+                rows = []
+                for index in cutlass.range_constexpr(config.rows_stored_at_once):
+                    token = first + start + index
+                    place = cutlass.min(token, num_tokens - 1)
+                    position, slot = Int32(positions[place]), Int32(state_slots[place])
+                    if token >= num_tokens:
+                        slot = Int32(-1)
+                    rows.append((slot, self.load_raw(raw, ape, place, position, slot, thread)))
+                for slot, loaded in rows:
+                    self.store_raw(into, into_rows, slot, loaded)
+            for index in cutlass.range(config.tokens, unroll=1):
+                if (completing >> index) & 1 == 1:  # the same for the whole block
+                    token = first + index
+                    position, entry = Int32(positions[token]), Int32(entry_slots[token])
+                    self.find_rows(raw, state, tokens, numbers, token, position, sources, ape_rows, thread)
+                    cute.arch.sync_threads()
+                    self.write_entry(
+                        ape,
+                        weight,
+                        entries,
+                        position,
+                        entry,
+                        inv_freq,
+                        entry_rows,
+                        eps,
+                        thread,
+                        sources,
+                        ape_rows,
+                        sums,
+                        joined,
+                    )
+                    cute.arch.sync_threads()
+
+    @cute.jit
+    def find_rows(self, raw, state, tokens, numbers, token: Int32, position: Int32, sources, ape_rows, thread: Int32):
+        """Look up where the rows of a token's entry are, a row a thread."""
+        config = self.config
+        _, requests, first_idx, tables, state_slots, _ = tokens
+        state_rows, _, _, in_step = numbers
         request, first_of_request = requests[token], Int32(0)
         if in_step != 0:
             first_of_request = first_idx[token]
-        if slot >= 0:
-            self.store_raw(raw, ape, into, token, position, slot, into_rows, thread)
-        if entry >= 0:  # the same for the whole block
-            for first in cutlass.range_constexpr(0, config.num_rows, self.threads):
-                self.find_row(
-                    first + thread,
-                    raw,
-                    state,
-                    tables,
-                    state_slots,
-                    token,
-                    position,
-                    request,
-                    first_of_request,
-                    state_rows,
-                    in_step,
-                    sources,
-                    ape_rows,
-                )
-            cute.arch.sync_threads()
-            self.write_entry(
-                ape,
-                weight,
-                entries,
+        for first in cutlass.range_constexpr(0, config.num_rows, self.threads):
+            self.find_row(
+                first + thread,
+                raw,
+                state,
+                tables,
+                state_slots,
+                token,
                 position,
-                entry,
-                inv_freq,
-                entry_rows,
-                eps,
-                thread,
+                request,
+                first_of_request,
+                state_rows,
+                in_step,
                 sources,
                 ape_rows,
-                sums,
-                joined,
             )
 
     @cute.jit
-    def store_raw(self, raw, ape, into, token: Int32, position: Int32, slot: Int32, into_rows: Int32, thread: Int32):
+    def store_raw(self, into, into_rows: Int32, slot: Int32, loaded):
         """Store a token's values, and its scores with `ape` added."""
         config = self.config
-        half = config.half
-        num_vectors = 2 * half // 4
+        if slot >= 0:
+            data, _ = row_addresses(into, slot, into_rows, *row_bytes("fp32", 2 * config.half))
+            for vector, values, bias, column in loaded:
+                address = data + Int64(vector) * 16
+                self.store_vector(vector < 2 * config.half // 4, address, values, bias, column >= 0)
+
+    def load_raw(self, raw, ape, token, position, slot, thread):
+        """Return this thread's vectors of a token's row, with what is to be added to those that are scores."""
+        config = self.config
+        num_vectors = 2 * config.half // 4
         source = raw[(token, None)].iterator.toint()
-        data, _ = row_addresses(into, slot, into_rows, *row_bytes("fp32", 2 * half))
-        ape_row = ape[(position % config.ratio, None)].iterator.toint()
-        loaded = []
-        for first in cutlass.range_constexpr(0, num_vectors, self.threads):
+        ape_row = ape[(cutlass.max(position, 0) % config.ratio, None)].iterator.toint()
+        wanted, loaded = Int32(slot >= 0), []
+        for first in range(0, num_vectors, self.threads):
             vector = first + thread
-            here, column = Int32(vector < num_vectors), vector * 4 - half
+            here, column = wanted & Int32(vector < num_vectors), vector * 4 - config.half
             values = [from_bits(word) for word in load_global_vector_if(here, source + Int64(vector) * 16, 4)]
             bias = self.load_ape(here & Int32(column >= 0), ape_row, column, 4)
             loaded.append((vector, values, bias, column))
-        for vector, values, bias, column in loaded:
-            self.store_vector(vector < num_vectors, data + Int64(vector) * 16, values, bias, column >= 0)
+        return loaded
 
     @cute.jit
     def store_vector(self, wanted, address: Int64, values, bias, is_score):
@@ -263,21 +357,21 @@ class Compress:
                 here, address = Int32(source != Int64(0)), source + Int64(column) * 4
                 words = [word for at in (0, 16) for word in load_global_vector_if(here, address + at, 4)]
                 address = address + config.half * 4
-                scores = [word for at in (0, 16) for word in load_global_vector_if(here, address + at, 4)]
+                scores = [word for at in (0, 16) for word in load_scores_if(here, address + at)]
                 ape_address = ape[(cutlass.max(ape_row, 0), None)].iterator.toint()
                 bias = self.load_ape(Int32(ape_row >= 0), ape_address, column, VECTOR)
-                rows.append((source != Int64(0), words, scores, bias))
+                rows.append((words, scores, bias))
             for element in cutlass.range_constexpr(VECTOR):
-                scores = [self.score(here, from_bits(score[element]), bias[element]) for here, _, score, bias in rows]
+                scores = [add(from_bits(score[element]), bias[element]) for _, score, bias in rows]
                 highest = top[element]
                 for score in scores:
-                    highest = cutlass.max(highest, score)
-                before = cute.math.exp(top[element] - highest)
-                weight_sum, value_sum = total[element] * before, pooled[element] * before
-                for score, (_, words, _, _) in zip(scores, rows, strict=True):
-                    weight = cute.math.exp(score - highest)
-                    weight_sum = weight_sum + weight
-                    value_sum = value_sum + weight * from_bits(words[element])
+                    highest = max_keeping_nan(highest, score)
+                before = exponential(subtract(top[element], highest))
+                weight_sum, value_sum = multiply(total[element], before), multiply(pooled[element], before)
+                for score, (words, _, _) in zip(scores, rows, strict=True):
+                    weight = exponential(subtract(score, highest))
+                    weight_sum = add(weight_sum, weight)
+                    value_sum = fma(weight, from_bits(words[element]), value_sum)
                 top[element], total[element], pooled[element] = highest, weight_sum, value_sum
         if cutlass.const_expr(config.parts > 1):
             self.join(joined, lane, part, top, total, pooled)
@@ -288,14 +382,6 @@ class Compress:
                 divisor = Float32(1.0)
             means[element] = divide(pooled[element], divisor)
         return means
-
-    @cute.jit
-    def score(self, here, score: Float32, bias: Float32) -> Float32:
-        """Return the score of a row with its bias, or minus infinity where there is no row."""
-        result = Float32(MISSING)
-        if here:
-            result = add(score, bias)
-        return result
 
     @cute.jit
     def write_entry(
@@ -366,7 +452,7 @@ class Compress:
                 highest = cutlass.max(highest, joined[lane, element, other])
             weights, values = Float32(0.0), Float32(0.0)
             for other in cutlass.range_constexpr(config.parts):
-                share = cute.math.exp(joined[lane, element, other] - highest)
+                share = exponential(subtract(joined[lane, element, other], highest))
                 weights = weights + joined[lane, VECTOR + element, other] * share
                 values = values + joined[lane, 2 * VECTOR + element, other] * share
             total[element] = weights

@@ -11,14 +11,17 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.formats.cache_rows import CachePool
-from megamoe.kernels.cache.compress import compress
+from megamoe.kernels.cache.compress import compress, tokens_of_block
 from megamoe.kernels.cache.compress_config import Config
 from megamoe.kernels.parts.records import RopeTable
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield Config(dims["D"], dims["ratio"], dims["coff"] == 2, 64, "f32", "bf16", True, "fp8_rope_bf16", False)
+    ratio, overlap = dims["ratio"], dims["coff"] == 2
+    for many in (False, True):
+        tokens = tokens_of_block(ratio, many)
+        yield Config(dims["D"], ratio, overlap, 64, "f32", "bf16", True, "fp8_rope_bf16", False, tokens)
 
 
 def run(

@@ -11,14 +11,16 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.formats.cache_rows import CachePool
-from megamoe.kernels.cache.compress import compress
+from megamoe.kernels.cache.compress import compress, tokens_of_block
 from megamoe.kernels.cache.compress_config import Config
 from megamoe.kernels.parts.records import RopeTable
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield Config(dims["D"], dims["ratio"], True, 64, "f32", "bf16", True, "index_fp4", True)
+    for many in (False, True):
+        tokens = tokens_of_block(dims["ratio"], many)
+        yield Config(dims["D"], dims["ratio"], True, 64, "f32", "bf16", True, "index_fp4", True, tokens)
 
 
 def run(

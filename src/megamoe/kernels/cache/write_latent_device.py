@@ -137,11 +137,11 @@ class WriteLatent:
         """Norm the query latents of a block."""
         thread = BlockRowThread(self.query_tile, query.shape[0], block)
         registers = thread.load(query)
-        weights = [thread.load_shared(weight, index) for index in range(self.query_tile.vectors)]
+        weights = thread.load_row(weight)
         factor = row_rms_factor(thread, registers, eps, None)
         target = y[(thread.row, None)].iterator.toint()
         for index in cutlass.range_constexpr(self.query_tile.vectors):
-            result = registers[None, index].load().to(Float32) * factor * weights[index]
+            result = registers[None, index].load().to(Float32) * factor * weights[None, index].load().to(Float32)
             rounded = cute.make_rmem_tensor(cute.make_layout(VECTOR), y.element_type)
             rounded.store(result.to(y.element_type))
             words = cute.recast_tensor(rounded, Uint32)
@@ -168,13 +168,13 @@ class WriteLatent:
         thread = BlockRowThread(tile, kv.shape[0], block)
         slot, position = Int32(slots[thread.row]), Float32(Int32(pos[thread.row]))
         registers = thread.load(kv)
-        weights = [thread.load_shared(weight, index) for index in range(tile.vectors)]
+        weights = thread.load_row(weight)
         rotation = Rotation(thread, inv_freq, position, config.rope)
         factor = row_rms_factor(thread, registers, eps, None)
         values = []
         for index in cutlass.range_constexpr(tile.vectors):
             one = cute.make_rmem_tensor(cute.make_layout(VECTOR), Float32)
-            one.store(registers[None, index].load().to(Float32) * factor * weights[index])
+            one.store(registers[None, index].load().to(Float32) * factor * weights[None, index].load().to(Float32))
             if cutlass.const_expr(config.kv == "bf16"):
                 round_vector(one)
             if cutlass.const_expr(index in rotation.factors):

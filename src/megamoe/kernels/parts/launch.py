@@ -94,6 +94,11 @@ def require_fragments(op: str, *weights: NvFp4Tensor) -> None:
             )
 
 
+def is_of(arch: str, device: torch.device) -> bool:
+    """Return whether a device is of an architecture."""
+    return architecture_of(device) == arch
+
+
 def takes_more(op: str, device: torch.device) -> bool:
     """Return whether an operation has its path for more than few tokens on the architecture of a device."""
     return architecture_of(device) in BORDERS[op].more
