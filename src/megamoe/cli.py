@@ -424,6 +424,7 @@ def convert(
 @click.option("--prompt-tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Of each prompt.")
 @click.option("--decode-tokens", type=click.IntRange(min=0), help="Decoded after it.  [default: layers 16, text 128]")
 @click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Text: so many.")
+@_dummy
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def verify(
     ops: tuple[str, ...],
@@ -441,6 +442,8 @@ def verify(
     prompt_tokens: int,
     decode_tokens: int | None,
     prompts: int,
+    load_format: str,
+    num_layers: int | None,
     as_json: bool,
 ) -> int:
     """Compare kernels with references on a GPU (OP..., or all), layers with references, or components with bf16.
@@ -463,11 +466,12 @@ def verify(
         from megamoe.verify import text as verify_text
 
         words = "tiny" if model is None else model
-        loaded = load(words, recipe=recipe, device=device, pack=pack)
+        source: dict[str, Any] = {"recipe": recipe, "load_format": load_format, "num_layers": num_layers}
+        loaded = load(words, device=device, pack=pack, **source)
         if text:
             new_tokens = 128 if decode_tokens is None else decode_tokens
             counts = {"prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-            return verify_text.run(loaded, load(words, recipe=recipe), **counts, as_json=as_json)
+            return verify_text.run(loaded, load(words, **source), **counts, as_json=as_json)
         decoded = 16 if decode_tokens is None else decode_tokens
         return verify_layers.run(
             loaded, against=against, prompt_tokens=prompt_tokens, decode_tokens=decoded, as_json=as_json

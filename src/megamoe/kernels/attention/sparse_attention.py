@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """sparse_attention: rows gathered into fp16 tiles, scores and values on the matrix unit.
 
-Meaning    ops/sparse_attention.py; this file only makes it fast
+Meaning    ops/sparse_attention.py; this file only makes it fast. docs/kernels-attention.md draws it
 Few tokens the tiles of 64 items of a token are cut into up to 6 ranges, more than 32 tiles into up to 16; fp32 sums of
            the ranges are added in the order of items by a second launch (attention_combine_device.py)
 Many       one launch: a thread block goes over all items of up to 64 heads and writes the result

@@ -18,7 +18,7 @@ from megamoe.kernels.store import kernel
 
 CLUSTERS = (8, 1)
 MAX_TOP_K = 1024
-FEW_TOKENS = 16
+FEW_TOKENS = 15
 """Tokens up to which a cluster selects for each: 15 clusters are resident at once."""
 
 
