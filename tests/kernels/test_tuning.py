@@ -26,6 +26,7 @@ KNOWN = {  # definitions that hold tuning numbers, by the file they are in: the 
     "expert_stream": {"STREAMED_PAIRS", "FEW_TOKENS", "SHARED_TOKENS", "POOL_PERCENT", "POOL_CHUNK", "tiles_for"},
     "expert_tiles_sm90": {"PASS_TOKENS", "pass_tokens_for"},
     "fp8_linear": {"stream_limit"},
+    "fp8_grouped_linear": {"STREAM_LIMIT"},
     "fp8_stream": {"TILE_COUNTS", "MAX_BLOCKS", "EARLY_CHUNKS"},
     "fp8_tiles_sm90": {"TILE_TIMES"},
     "route_tiles": {"MANY_TOKENS"},

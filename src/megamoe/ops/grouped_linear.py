@@ -6,7 +6,7 @@ Numerics   as the linear of the same formats: products and sum in fp32, one roun
            the four is an operation of its own; the format of x and w decides which. Row-invariant.
 Tolerance  verify/tolerance.py, under the names of the four
 Kernels    sm90: NVFP4 weights stream past up to 16 tokens, more go through wgmma; the two paths add in different
-           orders. bf16 weights always go through wgmma, in one order. FP8 weights: as fp8_linear, the border at 32.
+           orders. bf16 weights always go through wgmma, in one order. FP8 weights: as fp8_linear, the border at 128.
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code (`wo_a`)
 """
 

@@ -19,8 +19,8 @@ from megamoe.formats.fp8 import Fp8BlockTensor
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.formats.scale_layout import ScaleLayout
 from megamoe.kernels.experts import expert_stream
+from megamoe.kernels.fp8 import fp8_grouped_linear as fp8_grouped_linear_kernel
 from megamoe.kernels.fp8 import fp8_linear as fp8_linear_kernel
-from megamoe.kernels.fp8 import fp8_stream
 from megamoe.kernels.linear.grouped_stream import STREAM_LIMIT
 from megamoe.kernels.linear.linear_stream import stream_limit
 from megamoe.kernels.router.route_tiles import MANY_TOKENS
@@ -319,7 +319,7 @@ def _fp8_streamed(dims: Mapping[str, int]) -> int:
 
 
 def _fp8_grouped_streamed(dims: Mapping[str, int]) -> int:
-    return fp8_stream.PASS_TOKENS
+    return fp8_grouped_linear_kernel.STREAM_LIMIT
 
 
 def _linear(dims: Mapping[str, int], num_tokens: int, generator: torch.Generator) -> Arguments:
