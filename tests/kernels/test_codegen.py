@@ -94,7 +94,6 @@ PTX_WANTED = {
     "fp8.fp8_expand": ["cvt.rn.f16x2.e4m3x2"],
     "cache.plan_slots": ["griddepcontrol.wait", "griddepcontrol.launch_dependents"],
     "cache.write_latent": [
-        "div.rn.f32",
         "cvt.rn.satfinite.e4m3x2.f32",
         "max.NaN.f32",
         "rsqrt.approx.f32",
