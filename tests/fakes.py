@@ -198,6 +198,7 @@ class FakeModel:
         self.name = "fake"
         self.notes: tuple[str, ...] = ()
         self.conversions: tuple[str, ...] = ()
+        self.load_seconds: dict[str, float] = {}
         self.steps: list[int] = []  # number of tokens of every call of run or step
         self.fed: list[list[int]] = []  # and the tokens
 

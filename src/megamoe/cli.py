@@ -42,6 +42,33 @@ _accept = click.option(
 )
 
 
+def _dummy(command: Any) -> Any:
+    """Add the options of dummy weights."""
+    for option in (
+        click.option(
+            "--num-layers",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Of dummy weights: the first N layers.  [default: all]",
+        ),
+        click.option(
+            "--load-format",
+            type=click.Choice(["safetensors", "dummy"]),
+            default="safetensors",
+            show_default=True,
+            help="dummy: random weights, made on the device from config.json alone; flash and pro need not even that.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _print_phases(seconds: Mapping[str, float]) -> None:
+    """Say on standard error how long getting ready took, by phase."""
+    phases = ", ".join(f"{phase} {one:.1f}" for phase, one in seconds.items())
+    print(f"megamoe: ready in {sum(seconds.values()):.1f} s: {phases}", file=sys.stderr)
+
+
 @cli.command()
 @click.option("--prompt", required=True, metavar="TEXT", help="Text to continue; - reads standard input as it is.")
 @click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR", help="Bundled model or checkpoint.")
@@ -53,6 +80,7 @@ _accept = click.option(
 @click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu or cuda[:N].")
 @click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernel pack, on a GPU.")
 @_accept
+@_dummy
 @click.option("--explain", is_flag=True, help="First print which kernels were loaded, on standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def generate(
@@ -66,15 +94,30 @@ def generate(
     device: str,
     pack: pathlib.Path | None,
     accept: tuple[str, ...],
+    load_format: str,
+    num_layers: int | None,
     explain: bool,
     as_json: bool,
 ) -> int:
     """Continue a text; then print tokens, tokens/s, recipe and device."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = _read_standard_input() if prompt == "-" else prompt
+    from megamoe.engine.model import model_directory
     from megamoe.text.llm import LLM
+    from megamoe.text.tokenizer import check_tokenizer
 
-    llm = LLM(model, recipe=recipe, device=device, pack=pack, accept=accept)
+    check_tokenizer(model_directory(model, load_format))  # a prompt is text
+    llm = LLM(
+        model,
+        recipe=recipe,
+        device=device,
+        pack=pack,
+        accept=accept,
+        load_format=load_format,
+        num_layers=num_layers,
+    )
+    if explain or llm.model.device.type != "cpu":
+        _print_phases(llm.ready_seconds)
     if explain:
         print(llm.explain(), file=sys.stderr)
     for note in llm.model.notes:
@@ -132,6 +175,7 @@ class Bytes(click.ParamType[int]):
 @click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu or cuda[:N].")
 @click.option("--pack", type=click.Path(path_type=pathlib.Path), metavar="PACK", help="Kernel pack, on a GPU.")
 @_accept
+@_dummy
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option(
@@ -197,7 +241,8 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         prefix_cache=not options["no_prefix_cache"],
         speculative_tokens=options["speculative_tokens"],
     )
-    check_tokenizer(model_directory(model))  # before the weights, which take minutes
+    directory = model_directory(model, options["load_format"])
+    check_tokenizer(directory)  # before the weights, which take minutes
     loaded = load_model(
         model,
         recipe=recipe,
@@ -206,13 +251,20 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         pack=options["pack"],
         accept=options["accept"],
         memory=None if budget is None else (budget, config),
+        load_format=options["load_format"],
+        num_layers=options["num_layers"],
     )
+    seconds = dict(loaded.load_seconds)
+    start = time.perf_counter()
     plan = None
     if budget is not None:
         config, plan = memory_plans.plan_memory(loaded, config, budget)
         memory_plans.keep(plan, loaded.device)
+        now = time.perf_counter()
+        seconds["memory plan"], start = now - start, now
     engine = Engine(loaded, config)
     warm_up(engine)
+    seconds["warm-up"] = time.perf_counter() - start
     if plan is not None:
         plan = plan.with_caches(engine.plan.capacity)
     settings = ServerSettings(
@@ -236,6 +288,7 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         return 0
     for note in loaded.notes:
         print(f"megamoe: note: {note}", file=sys.stderr)
+    _print_phases(seconds)
     if plan is not None:
         print(f"megamoe: device memory\n{plan}", file=sys.stderr)
     return run.run(state, run.Listen(host, port), version=megamoe.__version__, device=str(loaded.device))
@@ -371,6 +424,7 @@ def convert(
 @click.option("--prompt-tokens", type=click.IntRange(min=2), default=256, show_default=True, help="Of each prompt.")
 @click.option("--decode-tokens", type=click.IntRange(min=0), help="Decoded after it.  [default: layers 16, text 128]")
 @click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True, help="Text: so many.")
+@_dummy
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def verify(
     ops: tuple[str, ...],
@@ -388,6 +442,8 @@ def verify(
     prompt_tokens: int,
     decode_tokens: int | None,
     prompts: int,
+    load_format: str,
+    num_layers: int | None,
     as_json: bool,
 ) -> int:
     """Compare kernels with references on a GPU (OP..., or all), layers with references, or components with bf16.
@@ -410,11 +466,12 @@ def verify(
         from megamoe.verify import text as verify_text
 
         words = "tiny" if model is None else model
-        loaded = load(words, recipe=recipe, device=device, pack=pack)
+        source: dict[str, Any] = {"recipe": recipe, "load_format": load_format, "num_layers": num_layers}
+        loaded = load(words, device=device, pack=pack, **source)
         if text:
             new_tokens = 128 if decode_tokens is None else decode_tokens
             counts = {"prompts": prompts, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-            return verify_text.run(loaded, load(words, recipe=recipe), **counts, as_json=as_json)
+            return verify_text.run(loaded, load(words, **source), **counts, as_json=as_json)
         decoded = 16 if decode_tokens is None else decode_tokens
         return verify_layers.run(
             loaded, against=against, prompt_tokens=prompt_tokens, decode_tokens=decoded, as_json=as_json
@@ -438,6 +495,17 @@ def verify(
 @click.option("--csv", "csv_path", type=click.Path(path_type=pathlib.Path), metavar="FILE", help="Also write the rows.")
 @click.option("--seconds", default=math.inf, metavar="S", help="Start no further case after so many.")
 @click.option("--commit", metavar="ID", help="Recorded with the numbers; by default git is asked.")
+@click.option("--model", default="tiny", show_default=True, metavar="tiny|DIR", help="Step, engine: of this model.")
+@click.option("--recipe", default="w4a16", show_default=True, metavar="R", help="Step, engine: exact, w4a16 or w4a4.")
+@click.option("--device", default="cuda", show_default=True, metavar="D", help="Step, engine: cpu or cuda[:N].")
+@_dummy
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), metavar="B", help="Repeat for several.")
+@click.option("--context", "contexts", multiple=True, type=click.IntRange(min=1), metavar="N", help="Step: of each.")
+@click.option("--explain", is_flag=True, help="Step: every kernel's time, bytes, floor and gap.")
+@click.option("--png", "png_path", type=click.Path(path_type=pathlib.Path), metavar="FILE", help="Step: a picture.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Engine: of each.")
+@click.option("--prefill-chunk", type=click.IntRange(min=1), default=256, show_default=True, help="Engine: of a step.")
+@click.option("--new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Engine: of each.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON document alone on standard output.")
 def bench(
     ops: tuple[str, ...],
@@ -448,8 +516,17 @@ def bench(
     seconds: float,
     commit: str | None,
     as_json: bool,
+    **options: Any,
 ) -> int:
-    """Time kernels against their ceilings on a GPU; a wrong one is not timed. The last line is JSON."""
+    """Time kernels against their ceilings on a GPU; a wrong one is not timed. The last line is JSON.
+
+    With "step" alone a decode step of a model is timed, at every --batch and --context; with "engine" alone requests
+    run through an engine, at every --batch.
+    """
+    if ops in (("step",), ("engine",)):
+        if tokens or arch is not None or seconds != math.inf:
+            raise click.UsageError(f"bench {ops[0]}: leave --tokens, --arch and --seconds out; they belong to kernels.")
+        return _bench_model(ops[0], pack=pack, csv_path=csv_path, commit=commit, as_json=as_json, **options)
     from megamoe.bench import ops as bench_ops
 
     return bench_ops.run(
@@ -461,6 +538,74 @@ def bench(
         csv_path=csv_path,
         commit=commit,
         seconds=seconds,
+    )
+
+
+def _bench_model(
+    what: str,
+    *,
+    pack: pathlib.Path | None,
+    csv_path: pathlib.Path | None,
+    commit: str | None,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Time a decode step of a model, or requests through an engine."""
+    from megamoe.bench import engine as bench_engine
+    from megamoe.bench import report
+    from megamoe.bench import step as bench_step
+    from megamoe.engine.engine import Engine
+    from megamoe.engine.warm_up import warm_up
+    from megamoe.models.load import load
+
+    if options["png_path"] is not None:
+        if what != "step" or not options["explain"]:
+            raise click.UsageError("bench: --png draws what `bench step --explain` finds.")
+        bench_step.require_matplotlib()
+    loaded = load(
+        options["model"],
+        recipe=options["recipe"],
+        device=options["device"],
+        pack=pack,
+        load_format=options["load_format"],
+        num_layers=options["num_layers"],
+    )
+    for note in loaded.notes:
+        print(f"megamoe: note: {note}", file=sys.stderr)
+    about = {
+        "machine": report.machine(commit) if loaded.device.type == "cuda" else {},
+        "model": loaded.name,
+        "layers": loaded.config.num_hidden_layers,
+        "recipe": loaded.recipe.name,
+        "device": str(loaded.device),
+    }
+    seconds = dict(loaded.load_seconds)
+    if what == "step":
+        _print_phases(seconds)
+        return bench_step.run(
+            loaded,
+            batches=options["batches"] or (1, 8, 64),
+            contexts=options["contexts"] or (4096,),
+            explained=options["explain"],
+            csv_path=csv_path,
+            png_path=options["png_path"],
+            about={**about, "seconds": seconds},
+            as_json=as_json,
+        )
+    batches = options["batches"] or (1, 2, 4, 8, 16, 32, 64, 128)
+    prompt_tokens, new_tokens = options["prompt_tokens"], options["new_tokens"]
+    config = bench_engine.engine_config(loaded, max(batches), prompt_tokens + new_tokens, options["prefill_chunk"])
+    engine = Engine(loaded, config)
+    seconds["warm-up"] = warm_up(engine)
+    _print_phases(seconds)
+    return bench_engine.run(
+        engine,
+        batches=batches,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        csv_path=csv_path,
+        about={**about, "seconds": seconds},
+        as_json=as_json,
     )
 
 

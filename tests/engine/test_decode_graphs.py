@@ -20,6 +20,7 @@ from megamoe.models.deepseek_v4.moe import Moe
 from megamoe.ops import dispatch
 
 from ..fakes import FakeModel
+from ..host_reads import count_host_reads
 from ..replayed_calls import ReplayedCalls
 
 CONFIG = EngineConfig(max_sequences=5, max_step_tokens=200, prefill_chunk=120, num_pages=12, tokens_per_page=128)
@@ -92,6 +93,18 @@ def test_a_step_that_takes_another_way_is_noticed(monkeypatch: pytest.MonkeyPatc
     replays = ReplayedCalls()
     traffic(Engine(megamoe.load("tiny"), CONFIG, runner=replays), max_tokens=4)
     assert any("other ones" in line and "sparse_attention" in line for line in replays.wrong)
+
+
+def test_a_greedy_step_reads_its_tokens_and_nothing_else() -> None:
+    engine = Engine(megamoe.load("tiny"), CONFIG)
+    for index in range(3):
+        engine.add(str(index), [0, *range(5, 9 + index)], SamplingParams(max_tokens=6, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    with count_host_reads() as reads:
+        outputs = engine.step()
+    assert [len(output.token_ids) for output in outputs] == [1, 1, 1]
+    assert len(reads.places) == 1 and "engine/sampler.py" in reads.places[0], reads.places
 
 
 class Counts(Calls):

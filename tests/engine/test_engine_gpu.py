@@ -175,7 +175,8 @@ def test_logprobs_are_the_cpus_within_the_error(model: Model, text: list[int]) -
     got = [one for output in found for one in output.logprobs or ()]
     errors = [abs(one.logprob - float(want[at, ids[200 + at]])) for at, one in enumerate(got)]
     print(f"{model.recipe.name}: log-probabilities beside the CPU's: largest error {max(errors):.4f}")
-    assert len(got) == 24 and sorted(errors)[12] < 0.05 and max(errors) < 0.5
+    error = {"w4a16": 0.1, "w4a4": 0.5}[model.recipe.name]
+    assert len(got) == 24 and sorted(errors)[12] < error and max(errors) < 5 * error
 
 
 def test_drafts_run_beside_graphs(model: Model, text: list[int], captures: None) -> None:

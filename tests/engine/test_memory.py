@@ -121,7 +121,24 @@ def test_a_gpus_plan_is_kept(num_drafts: int, capsys: pytest.CaptureFixture[str]
         assert isinstance(engine.runner, Graphs) and engine.runner.num_bytes <= plan.graphs
         assert used <= budget and plan.spare >= 0
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_serve_plans_before_it_loads_and_explains_the_plan(
+    measured: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU is pretended where the command asks for its memory; the model runs on the CPU."""
+    kept: list[MemoryPlan] = []
+    monkeypatch.setattr(memory, "budget_of", lambda device, given: given)
+    monkeypatch.setattr(memory, "keep", lambda plan, device: kept.append(plan))
+    assert megamoe.cli.main(["serve", "--explain", "--memory", "400MiB", "--max-sequences", "4"]) == 0
+    explained = json.loads(capsys.readouterr().out)
+    plan = explained["memory"]
+    assert len(kept) == 1 and plan["budget"] == 400 * MIB and plan["weights"] == 30 * MIB and plan["spare"] >= 0
+    assert plan["pages"] == explained["plan"]["num_pages"] * explained["plan"]["bytes_per_page"] > 0
+    assert explained["engine"]["memory_bytes"] < 340 * MIB
+    assert megamoe.cli.main(["serve", "--explain", "--memory", "5MiB"]) == 2  # before a weight is read
+    assert "a budget of 5,242,880 is given" in capsys.readouterr().err
 
 
 def test_serve_explains_no_memory_of_a_device_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a GPU: a model is refused by the names of what has no kernel; with those operations lent, it gets ready and runs.
+"""On a GPU: a model whose linears are all NVFP4 gets ready, is sealed, and runs.
 
-No whole model has all its kernels yet. Here the missing operations are lent their references, run by torch on the GPU,
-so that everything else is what it will be: kernels from the pack or the compiler, weights in the kernels' order, every
-bucket, the seal, and steps of an engine after it. What was lent is printed.
+An operation that has no kernel for the GPU yet is lent its reference (tests/lent.py), run by torch there, so that
+everything else is what it will be: kernels from the pack or the compiler, weights in the kernels' order, every bucket,
+the seal, and steps of an engine after it. Decode steps are captured unless an operation inside of them is lent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from megamoe.engine.warm_up import explain, warm_up
 from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.kernels import KERNELS
 from megamoe.kernels.compile import Request
-from megamoe.kernels.plan import module_for
 from megamoe.kernels.rows import rms_norm
 from megamoe.kernels.store import SealedError, store_for, target_of
 from megamoe.models.deepseek_v4.config import parse_config
@@ -37,7 +36,7 @@ from megamoe.ops import dispatch
 from megamoe.verify.inputs import INPUTS, kernel_inputs
 from megamoe.verify.values import copied, parts
 
-from ..lent import OUTSIDE_OF_GRAPHS, REFERENCES
+from ..lent import OUTSIDE_OF_GRAPHS
 from ..models.deepseek_v4.checkpoints import CONFIG, encode
 
 pytestmark = pytest.mark.gpu
@@ -83,20 +82,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     write_safetensors(directory / "model.safetensors", tensors)
     (directory / "config.json").write_text(json.dumps(SMALL))
     return directory
-
-
-def test_a_model_without_all_its_kernels_is_refused_in_seconds(checkpoint: pathlib.Path) -> None:
-    target = target_of(torch.device("cuda"))
-    missing = [op for op in REFERENCES if module_for(op, target) is None and not op.startswith("nvfp4_exp")]
-    if "sparse_attention" not in missing:
-        pytest.skip("every operation of a whole model has a kernel here")
-    start = time.perf_counter()
-    before = torch.cuda.memory_allocated()
-    with pytest.raises(NotImplementedError, match="operations it calls have no kernel") as error:
-        load(checkpoint, device="cuda", pack=PACK)
-    print(f"refused in {time.perf_counter() - start:.2f} s: {error.value}")
-    assert "sparse_attention" in str(error.value) and "device='cpu'" in str(error.value)
-    assert torch.cuda.memory_allocated() == before
 
 
 def generate(engine: Engine) -> dict[str, list[int]]:
@@ -178,7 +163,9 @@ def test_sealed_operations_are_captured_and_replayed(sealed_no_longer: None) -> 
                 part.copy_(before)
         graph.replay()
         torch.cuda.synchronize()
-        for name, part in parts(wanted).items():
+        for name, part in parts(wanted).items() if wanted is not None else ():
+            if part is None:
+                continue
             assert torch.equal(_bytes(part), _bytes(parts(got)[name])), f"{op}: {name} of a replay differs from a call"
     assert len(store_for(target_of(device)).ledger) == kernels
     print(f"{len(made)} ways of calling {len(first_of_op)} operations captured after the seal and replayed")

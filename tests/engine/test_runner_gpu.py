@@ -31,7 +31,7 @@ def work(x: torch.Tensor) -> Iterator[Callable[[int], Callable[[], tuple[torch.T
     def of(bucket: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         def run() -> tuple[torch.Tensor, torch.Tensor]:
             once = rms_norm(x[:bucket], weight, eps=1e-6)
-            return once, rms_norm(once, weight, eps=1e-6, out_dtype=torch.float32)
+            return once, rms_norm(once, weight, eps=1e-6)
 
         return run
 

@@ -92,6 +92,23 @@ PTX_WANTED = {
     ],
     "fp8.fp8_tiles_sm90": ["wgmma.mma_async.sync.aligned.m64n", "setmaxnreg.inc"],
     "fp8.fp8_expand": ["cvt.rn.f16x2.e4m3x2"],
+    "attention.attention_tiles": [
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
+        "cvt.rn.f16x2.e4m3x2",
+        "ex2.approx.ftz.f32",
+        "setmaxnreg.inc",
+        "griddepcontrol.wait",
+    ],
+    "attention.attention_tiles_sm90": [
+        "wgmma.mma_async.sync.aligned.m64n32k16",
+        "wgmma.mma_async.sync.aligned.m64n128k16",
+        "cvt.rn.f16x2.e4m3x2",
+        "fence.proxy.async.shared::cta",
+        "setmaxnreg.inc",
+        "griddepcontrol.wait",
+    ],
+    "attention.attention_combine": ["griddepcontrol.wait", "griddepcontrol.launch_dependents"],
     "cache.plan_slots": ["griddepcontrol.wait", "griddepcontrol.launch_dependents"],
     "cache.write_latent": [
         "cvt.rn.satfinite.e4m3x2.f32",
@@ -111,11 +128,35 @@ PTX_WANTED = {
     "rows.round_index_query": [
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         "cvt.rni.s32.f32",
-        "div.rn.f32",
         "fma.rn.bf16x2",
         "max.NaN.bf16x2",
     ],
     "hyper_connection.hyper_connection_post": ["mul.rn.f32", "add.rn.f32"],
+    "indexer.index_scores": [
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+        "mul.rn.bf16x2",
+        "cp.async.cg.shared.global",
+        "griddepcontrol.wait",
+    ],
+    "indexer.index_scores_sm90": [
+        "wgmma.mma_async.sync.aligned.m64n",
+        "mul.rn.bf16x2",
+        "cp.async.cg.shared.global",
+        "fence.proxy.async.shared::cta",
+        "griddepcontrol.wait",
+    ],
+    "indexer.index_select": ["red.shared.add.u32", "vote.sync.ballot.b32", "griddepcontrol.wait"],
+    "sampling.sample": [
+        "barrier.cluster.arrive",
+        "mul.rn.f32",
+        "add.rn.f32",
+        "cvt.rzi.s64.f32",
+        "mul.rn.f64",
+        "red.shared.add.u32",
+        "griddepcontrol.wait",
+    ],
+    "sampling.token_logprobs": ["barrier.cluster.arrive", "redux.sync.max.s32", "griddepcontrol.wait"],
+    "sampling.penalize": ["div.rn.f32", "mul.rn.f32", "sub.rn.f32", "griddepcontrol.wait"],
 }
 """Module → instructions that its PTX must hold."""
 
@@ -129,6 +170,8 @@ PTX_FORBIDDEN = {
     "hyper_connection.hyper_connection_post": ["fma.rn.f32"],
     "cache.write_latent": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
     "cache.compress": ["div.full.f32", "div.approx", "rcp.approx", "sin.approx", "cos.approx"],
+    "sampling.sample": ["div.full.f32", "div.approx", "fma.rn.f32", "ex2.approx"],
+    "sampling.penalize": ["div.full.f32", "div.approx", "fma.rn.f32"],
 }
 """Module → instructions whose rounding is not the operation's."""
 
@@ -153,6 +196,9 @@ SASS_WANTED = {
     "fp8.fp8_stream": ["LDGSTS.E.BYPASS.LTC128B.128", "LDS.128", "F2FP.F16.E4M3.UNPACK_B", "HMMA.16816.F32"],
     "fp8.fp8_tiles_sm90": ["UTMALDG.2D", "HGMMA.64x", "STSM.16.MT88.4", "STG.E.128"],
     "fp8.fp8_expand": ["STG.E.128"],
+    "attention.attention_tiles": ["LDG.E.128", "STS.128", "STG.E.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "HMMA.16816"],
+    "attention.attention_tiles_sm90": ["LDG.E.128", "STS.128", "STG.E.128", "HGMMA.64x32x16", "HGMMA.64x128x16"],
+    "attention.attention_combine": ["LDG.E.128", "STG.E.128"],
     "cache.copy_rows": ["LDG.E.128", "STG.E.128"],
     "rows.embed_streams": ["LDG.E.128", "STG.E.128"],
     "rows.mean_of_streams": ["LDG.E.128", "STG.E.128"],
@@ -161,19 +207,28 @@ SASS_WANTED = {
     "rows.round_index_query": ["LDG.E.128", "STG.E.128", "HMMA.16816.F32.BF16", "HFMA2.BF16_V2"],
     "cache.write_latent": ["LDG.E.128", "STG.E.128", "STG.E.64", "STG.E.U8"],
     "cache.compress": ["LDG.E.128", "STG.E.128", "STG.E.U8"],
+    "indexer.index_scores": ["LDGSTS.E.BYPASS", "LDS.128", "HMUL2.BF16_V2", "HMMA.16816.F32.BF16"],
+    "indexer.index_scores_sm90": ["LDGSTS.E.BYPASS", "LDS.128", "HMUL2.BF16_V2", "HGMMA.64x"],
+    "indexer.index_select": ["ATOMS.POPC.INC.32", "VOTE.ANY"],
+    "sampling.sample": ["LDGSTS.E.BYPASS", "ATOMS.ADD"],
+    "sampling.token_logprobs": ["LDGSTS.E.BYPASS"],
 }
 """Module → prefixes of instructions that its SASS must hold."""
 
 SPILLS_ALLOWED = {
-    "cache.compress": 20,  # arguments of the launch, once a token where a block has several
     "experts.expert_stream": 4,
     "fp8.fp8_stream": 10,
     "hyper_connection.hyper_connection_pre": 36,
+    "attention.attention_tiles": 220,
+    "attention.attention_tiles_sm90": 34,
+    "cache.compress": 20,  # arguments of the launch, once a token where a block has several
 }
 """Module → stack accesses in its SASS. 512 threads leave 128 registers; one or two that are needed once a launch, a
 pass or a unit do not fit in some configurations, most of them with a second token tile. In hyper_connection_pre it is a
 few addresses, once a tile of 16 tokens. In fp8_stream it is the second half of K = 12288 and 16384, whose 1,024 threads
-have 64 registers each."""
+have 64 registers each. In attention_tiles it is addresses of fetching threads, once a tile, and on sm_100a of
+multiplying threads, whose sums take 128 of 184 registers; in attention_tiles_sm90 nearly all of it lies before the
+first tile."""
 
 
 def planned(target: str) -> list[Request]:
@@ -308,6 +363,8 @@ def test_products_are_issued_without_waits_between_them(built: tuple[str, list[C
 def test_wgmma_instructions_overlap(built: tuple[str, list[Code]]) -> None:
     """Where the compiler cannot see that sums stay in place between instructions, it waits after every single one."""
     for one in built[1]:
+        if one.request.module == "indexer.index_scores_sm90":
+            assert one.count("HGMMA") == 8 * one.count("WARPGROUP.ARRIVE"), str(one.request)
         if one.request.module == "linear.weight_tiles_sm90":
             assert one.count("HGMMA") >= 4 * one.count("WARPGROUP.ARRIVE"), str(one.request)
 

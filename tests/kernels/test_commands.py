@@ -54,7 +54,7 @@ def test_compile_says_what_takes_few_tokens_only(
         assert "few tokens" not in printed and "linear.weight_tiles_sm90" in {one.module for one in compiler.compiled}
     else:
         few = printed.partition(f"for few tokens only on {arch}: ")[2].splitlines()[0]
-        assert few.startswith("fp8_linear (64 (N ≤ 4,095), 32), nvfp4_experts (4 E / A, at least 12), ")
+        assert few.startswith("fp8_grouped_linear (32), fp8_linear (64 (N ≤ 4,095), 32), nvfp4_experts (4 E / A, ")
         assert "route_experts" not in few and "linear" in printed.partition("without a kernel for")[2].splitlines()[0]
         assert {one.module for one in compiler.compiled} >= {"linear.linear_stream", "experts.expert_stream"}
         assert not any(one.module.endswith("_sm90") for one in compiler.compiled)
@@ -108,7 +108,7 @@ def test_compile_with_config_alone_builds_for_every_format(
     more = [
         one
         for one in op_calls("pro")
-        if one.where.startswith("mtp.") or one.op in inner or (one.op, one.where) in INNER_PLACES
+        if one.where.startswith("mtp") or one.op in inner or (one.op, one.where) in INNER_PLACES
     ]
     assert found < named and named - found <= set(requests_for(pairs(more), "sm90a"))
     assert "without a kernel for sm90a: " in capsys.readouterr().out

@@ -21,7 +21,7 @@ from megamoe.kernels.indexer import index_scores, index_topk
 from megamoe.kernels.indexer.index_scores_config import STAGE_BYTES, TILE, WARP_KEYS, WARPS
 from megamoe.kernels.indexer.index_scores_sm90_config import TILE as TILE_SM90
 from megamoe.ops.index_topk import index_topk as door
-from megamoe.ops.read_cache import read_cache
+from megamoe.ops.read_cache import reference as read_cache
 from megamoe.verify.selection import compare_selections, score_bounds
 
 DEVICE = pathlib.Path(index_topk.__file__).with_name("indexer_device.py")

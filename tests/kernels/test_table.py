@@ -93,7 +93,7 @@ def test_the_order_of_weights_that_kernels_take_is_in_one_table(op: str) -> None
 
 @pytest.mark.parametrize("op", sorted(KERNELS))
 def test_the_table_says_up_to_how_many_tokens_are_few(op: str) -> None:
-    """The border in words is what the host half computes, at every N, or for some experts."""
+    """The border in words is what the host half computes, at every N or H, or for some experts."""
     border = INPUTS[op][0].order_until
     assert (op in BORDERS) == (border is not None)
     if border is None:
@@ -103,11 +103,12 @@ def test_the_table_says_up_to_how_many_tokens_are_few(op: str) -> None:
         for experts, slots in ((8, 2), (8, 6), (64, 6), (256, 6), (384, 6)):
             assert border({"E": experts, "A": slots}) == max(12, 4 * min(MAX_EXPERTS, experts) // slots)
         return
-    steps: list[tuple[int, int]] = []  # up to which N, how many tokens
-    for num_rows in range(1, 20000):
-        number = border({"N": num_rows})
+    size, sizes = ("H", range(1, 129)) if op == "sparse_attention" else ("N", range(1, 20000))
+    steps: list[tuple[int, int]] = []  # up to which size, how many tokens
+    for num_rows in sizes:
+        number = border({size: num_rows})
         steps = [*steps[:-1], (num_rows, number)] if steps and steps[-1][1] == number else [*steps, (num_rows, number)]
-    words = [f"{number} (N ≤ {num_rows:,})" for num_rows, number in steps[:-1]]
+    words = [f"{number} ({size} ≤ {num_rows:,})" for num_rows, number in steps[:-1]]
     assert BORDERS[op].few == ", ".join([*words, f"{steps[-1][1]:,}"])
 
 
@@ -125,7 +126,13 @@ def test_objects_are_built_for_the_architecture_they_are_bound_to() -> None:
     calls = [(call.op, call.dims) for model in MODELS for call in op_calls(model)]
     modules = {target: {one.module for one in requests_for(calls, target)} for target in TARGETS}
     only = {one for one in modules["sm90a"] if bound_to(one)}
-    assert only == {"linear.weight_tiles_sm90", "experts.expert_tiles_sm90", "fp8.fp8_tiles_sm90"}
+    assert only == {
+        "attention.attention_tiles_sm90",
+        "linear.weight_tiles_sm90",
+        "experts.expert_tiles_sm90",
+        "fp8.fp8_tiles_sm90",
+        "indexer.index_scores_sm90",
+    }
     assert modules["sm100a"] == modules["sm103a"] == modules["sm90a"] - only
     assert bound_to("linear.weight_tiles_sm90") == "sm90" and bound_to("a.b_sm100") == "sm100"
     assert bound_to("a.sm90_b") is None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -62,6 +63,16 @@ def test_a_model_that_is_wrong_is_noticed(on_cpu: Model, monkeypatch: pytest.Mon
     assert "not the same text" in text_of(seen) and "cpu: " in text_of(seen)
 
 
+def test_doubt_at_too_many_positions_fails_and_the_aim_is_told(on_cpu: Model) -> None:
+    seen = report(on_cpu, on_cpu, prompts=1, prompt_tokens=10, new_tokens=2)
+    assert "in doubt 0.0%: the aim of 1% is met" in text_of(seen)
+    some = dataclasses.replace(seen, positions=100, in_doubt=8)
+    assert some.passed and "in doubt 8.0%: the aim of 1% is missed" in text_of(some)
+    many = dataclasses.replace(some, in_doubt=9)
+    assert not many.passed and "DOUBT at more than 8% of the positions" in text_of(many)
+    assert dataclasses.replace(many, recipe="w4a4").passed
+
+
 def test_being_led_reads_the_tokens_it_is_given(on_cpu: Model) -> None:
     prompt, ids = torch.arange(3, 20), torch.tensor([9, 8, 7])
     want = on_cpu.logits(torch.cat((prompt, ids[:2])))[-3:]
@@ -93,4 +104,4 @@ def test_a_gpu_writes_the_text_of_the_cpu(recipe: str, on_cpu: Model) -> None:
     beside = on_cpu if recipe == "w4a16" else load("tiny", recipe=recipe)
     seen = report(model, beside, prompts=8, prompt_tokens=256, new_tokens=64)
     print(text_of(seen))
-    assert seen.passed
+    assert seen.passed and seen.error < {"w4a16": 0.12, "w4a4": 1.6}[recipe]

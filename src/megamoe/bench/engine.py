@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from megamoe.bench.step import write_csv
+from megamoe.engine.config import EngineConfig
 from megamoe.engine.engine import Engine
+from megamoe.engine.model import BatchModel
 from megamoe.engine.request import NewRequest
 from megamoe.engine.sampling_params import SamplingParams
 
@@ -57,6 +59,24 @@ class EngineRow:
             f"| {self.token_ms:.3f}, {self.worst_token_ms:.3f} | {self.tokens_per_second:,.1f} "
             f"| {self.decode_tokens_per_second:,.1f} |"
         )
+
+
+def engine_config(
+    model: BatchModel, num_sequences: int, num_tokens: int, chunk: int = EngineConfig.prefill_chunk
+) -> EngineConfig:
+    """Return a configuration in which so many sequences of so many tokens run at once, without a prefix cache.
+
+    `chunk` is the most tokens of one prompt in a step.
+    """
+    return EngineConfig(
+        max_sequences=num_sequences,
+        max_waiting=num_sequences,
+        max_step_tokens=max(EngineConfig.max_step_tokens, num_sequences + chunk),
+        prefill_chunk=chunk,
+        num_pages=num_sequences * -(-num_tokens // model.tokens_per_page),
+        max_sequence_tokens=min(num_tokens, model.config.max_position_embeddings),
+        prefix_cache=False,
+    )
 
 
 def measure(engine: Engine, batch: int, prompt_tokens: int, new_tokens: int) -> EngineRow:

@@ -198,7 +198,7 @@ class DecodeStep:
         self._runner(plan.bucket, lambda: self.model.decode(plan, self._cache))
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) * 1000.0
+        return float(begin.elapsed_time(end)) * 1000.0
 
 
 class _Located:
@@ -330,22 +330,12 @@ def _device_kernels(step: DecodeStep, num_calls: int) -> list[tuple[int, Kernel]
     step.call()
     eager = _trace(called)
     assert len(marked.calls) == num_calls, "two steps are different"
-    launches = {one["args"]["correlation"]: one for one in eager if one.get("cat") in ("cuda_runtime", "cuda_driver")}
-    marks = sorted(
-        (one["ts"], one["ts"] + one["dur"], int(one["name"].removeprefix(_MARK)))
-        for one in eager
-        if one.get("cat") == "user_annotation" and one["name"].startswith(_MARK)
-    )
-    owners = []
-    for kernel in _kernels(eager):
-        launch = launches.get(kernel["args"]["correlation"])
-        at = launch["ts"] if launch is not None else -1.0
-        owners.append((kernel["name"], next((number for start, end, number in marks if start <= at <= end), -1)))
+    owned = owners(eager)
     replayed = _kernels(_trace(step.run))
     if not replayed:
         raise ValueError("bench step: torch's profiler saw no kernel of the graph. Is another profiler running?")
     names = [kernel["name"] for kernel in replayed]
-    wanted = [name for name, _ in owners]
+    wanted = [name for name, _ in owned]
     skip = len(names) - len(wanted)  # what takes the plan to the device is no part of the graph in either
     if names != wanted:
         first = next(
@@ -357,20 +347,43 @@ def _device_kernels(step: DecodeStep, num_calls: int) -> list[tuple[int, Kernel]
             f"bench step: a replay has {skip:+} kernels against a call; the first difference is kernel {first}, "
             f"{got!r} for {want!r}."
         )
-    rows, before = [], replayed[0]["ts"]
-    for (_, number), kernel in zip(owners, replayed, strict=True):
+    return [(number, kernel) for (_, number), kernel in zip(owned, ordered(replayed), strict=True)]
+
+
+def owners(events: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
+    """Return (kernel, number of the call that launched it, or -1) in the order in which kernels ran."""
+    launches = {one["args"]["correlation"]: one for one in events if one.get("cat") in ("cuda_runtime", "cuda_driver")}
+    marks = [
+        (one["ts"], one["ts"] + one["dur"], int(one["name"].removeprefix(_MARK)))
+        for one in events
+        if one.get("cat") == "user_annotation" and one["name"].startswith(_MARK)
+    ]
+    found = []
+    for kernel in _kernels(events):
+        launch = launches.get(kernel["args"]["correlation"])
+        at = launch["ts"] if launch is not None else -1.0
+        found.append((kernel["name"], next((number for start, end, number in marks if start <= at <= end), -1)))
+    return found
+
+
+def ordered(events: Sequence[dict[str, Any]]) -> list[Kernel]:
+    """Return the kernels of a trace in order, time and gap as this file's heading says."""
+    found: list[Kernel] = []
+    kernels = _kernels(events)
+    first = before = kernels[0]["ts"] if kernels else 0.0
+    for kernel in kernels:
         start, end = kernel["ts"], kernel["ts"] + kernel["dur"]
         busy, gap = max(0.0, end - max(start, before)), max(0.0, start - before)
-        rows.append((number, Kernel(kernel["name"], start - replayed[0]["ts"], busy, gap)))
+        found.append(Kernel(kernel["name"], start - first, busy, gap))
         before = max(before, end)
-    return rows
+    return found
 
 
 def _trace(work: Callable[[], Any]) -> list[dict[str, Any]]:
     """Return the events of torch's profiler for some work."""
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         work()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
@@ -488,6 +501,7 @@ def draw(path: pathlib.Path, seen: StepTime) -> None:
     """Draw a step as PNG: a row per layer, a bar per operation, its floor within it."""
     require_matplotlib()
     import matplotlib.pyplot as plt  # type: ignore[import-not-found, unused-ignore]
+    from matplotlib.patches import Patch  # type: ignore[import-not-found, unused-ignore]
 
     timed = [call for call in seen.calls if call.kernels]
     layers = sorted({call.layer for call in timed})
@@ -507,7 +521,7 @@ def draw(path: pathlib.Path, seen: StepTime) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("us from the start of the layer; black: the floor")
     axes.set_title(f"decode step, batch {seen.batch}, context {seen.context:,}: {seen.step.median_us:,.0f} us")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[op]) for op in ops]
+    handles = [Patch(color=colors[op]) for op in ops]
     axes.legend(handles, [op or "between" for op in ops], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

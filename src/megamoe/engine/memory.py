@@ -146,4 +146,5 @@ def measure(model: BatchModel, config: EngineConfig, budget: int) -> MemoryPlan:
 def keep(plan: MemoryPlan, device: torch.device) -> None:
     """From now on, let the allocator refuse what is beyond the budget."""
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, plan.budget / total), device)
+    number = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(min(1.0, plan.budget / total), number)

@@ -83,6 +83,11 @@ class LanguageModel(Protocol):
         ...
 
     @property
+    def load_seconds(self) -> Mapping[str, float]:
+        """Phase of loading → how long it took."""
+        ...
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What its checkpoint holds and it does not use, one line each."""
         ...
@@ -197,11 +202,14 @@ class BatchModel(LanguageModel, Protocol):
         ...
 
 
-def model_directory(model: str | os.PathLike[str]) -> pathlib.Path:
+def model_directory(model: str | os.PathLike[str], load_format: str = "safetensors") -> pathlib.Path:
     """Return where a model's files lie, before it is loaded; errors are those of `megamoe.load`."""
     from megamoe.models import find_checkpoint  # imported late: importing the engine loads no architecture
+    from megamoe.models.deepseek_v4.dummy import dummy_directory
     from megamoe.models.deepseek_v4.examine import refuse_stopped
 
+    if load_format == "dummy":
+        return dummy_directory(os.fspath(model))
     directory = find_checkpoint(model, "load")
     refuse_stopped(directory)
     return directory
@@ -216,6 +224,8 @@ def load_model(
     pack: str | os.PathLike[str] | None = None,
     accept: Iterable[str] = (),
     memory: tuple[int, EngineConfig] | None = None,
+    load_format: str = "safetensors",
+    num_layers: int | None = None,
 ) -> BatchModel:
     """Load a model; arguments and errors are those of `megamoe.load`.
 
@@ -229,4 +239,14 @@ def load_model(
         num_bytes, config = memory
         each, per_page = 1 + config.speculative_tokens, config.tokens_per_page
         budget = Budget(num_bytes, config.max_sequences, each, config.step_tokens, per_page)
-    return load(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept, budget=budget)
+    return load(
+        model,
+        recipe=recipe,
+        device=device,
+        dtype=dtype,
+        pack=pack,
+        accept=accept,
+        budget=budget,
+        load_format=load_format,
+        num_layers=num_layers,
+    )

@@ -167,7 +167,7 @@ BORDERS: dict[str, Border] = {
     "nvfp4_weight_only_experts": Border("4 E / A, at least 12", ("sm90",)),
     "fp8_linear": Border("64 (N ≤ 4,095), 32", ("sm90",)),
     "fp8_grouped_linear": Border("32", ("sm90",)),
-    "sparse_attention": Border("32", ("sm90", "sm100", "sm103")),
+    "sparse_attention": Border("22 (H ≤ 64), 11", ("sm90", "sm100", "sm103")),
 }
 """Operations with two paths. Others take any number of tokens wherever they have a kernel."""
 

@@ -4,8 +4,8 @@
 Math       row target_slots[i] of `target` = row source_slots[i] of `source`      nothing where either slot is -1
 Numerics   none: bytes move, nothing is decoded, so a copied row reads as the original in every format
 Tolerance  none: bit-exact
-Kernels    eight threads copy 1 KiB of a row; pages at multiples of 16 bytes, rows of a multiple of 16 bytes with a
-           multiple of 4 bytes of scales
+Kernels    one pass; pages at multiples of 16 bytes and below 2 GiB, rows of a multiple of 16 bytes with a multiple of
+           4 bytes of scales; slots below 2^31
 Source     docs/engine.md, section "Prefix reuse"
 """
 

@@ -20,8 +20,8 @@ Numerics   everything fp32; u, x' and h are rounded once to the dtype of x; post
 Tolerance  verify/tolerance.py, "hyper_connection_pre", "..._pre_norm", "..._post", "..._post_pre_norm", "..._head",
            "..._head_norm"
 Kernels    pre, pre_norm and head as one kernel that reads the streams once and takes fn to 17 significant
-           bits, post_pre_norm too; post in one pass, bit for bit. head_norm: rows gathered by the
-           kernel of embed_streams, head, rms_norm
+           bits; post in one pass, bit for bit. post_pre_norm: post, then pre_norm. head_norm: rows gathered by
+           the kernel of embed_streams, head, rms_norm
 Source     docs/numerics.md, section "Operations"; DeepSeek-V4 reference code
 """
 

@@ -14,8 +14,8 @@ Numerics   q and keys are the values of their formats (FP4, FP8 or plain), exact
 Memory     keys are decoded 4096 at a time; at most 16 MiB of logits and of scores at a time (always at least one
            token). Scores are as many as a request's entries, which the pool bounds, not as the longest context has
 Tolerance  verify/tolerance.py, "index_scores"; selections may differ only where scores differ by less than that
-Kernels    kernels/indexer/index_topk.py: scores of 16 keys by 8 heads on the warp's matrix unit, then a radix select.
-           It takes FP4 queries and keys; index_scores has none, the CPU reference runs
+Kernels    kernels/indexer/index_topk.py for FP4 queries and keys: scores (on Hopper by wgmma), then a radix select;
+           index_scores has none, the CPU reference runs
 Source     DeepSeek-V4 technical report (arXiv 2606.19348), lightning indexer; docs/numerics.md, section "Operations"
 """
 

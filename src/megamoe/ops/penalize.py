@@ -6,7 +6,7 @@ Math       for each pair (row r, token v), all different; a pair with a -1 is no
            where counts > 0:  z = z - frequency[r] * count - presence[r]
 Numerics   fp32, in this order. Row-invariant.
 Tolerance  verify/tolerance.py, "penalize": exact
-Kernels    none yet
+Kernels    a thread a pair; a pair outside the logits changes nothing there
 Source     docs/engine.md, section "Sampling"; Keskar et al., 2019 (CTRL) for the repetition penalty
 """
 

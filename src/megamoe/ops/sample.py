@@ -16,7 +16,7 @@ Numerics   weights are integers, in units of 2^-40 of the best, so that sums are
            to an integer, and so is top_p * kept mass; uniform * kept mass is rounded down; these three products are
            fp64, one a row. top_p 1 keeps all. Row-invariant.
 Tolerance  verify/tolerance.py, "sample": exact
-Kernels    none yet
+Kernels    a cluster a row, histograms of masses instead of a sort; up to 131,072 columns
 Source     docs/numerics.md, section "Operations"; docs/decisions/0013-integer-masses.md
 """
 

@@ -27,7 +27,7 @@ Memory     tokens are taken in groups whose gathered rows, products and logits t
            rows of a group are decoded once (at most as large again); always at least one token
 Tolerance  verify/tolerance.py, "sparse_attention": sums of up to J terms in another order; with fp16, weights beside a
            rounding step
-Kernels    none yet; the CPU reference runs
+Kernels    tiles of 64 items, gathered into fp16, on wgmma or mma.sync; few tokens in ranges. docs/kernels-attention.md
 Source     DeepSeek-V4 technical report (arXiv 2606.19348), attention sink and compressed attention; docs/numerics.md,
            section "Operations", and docs/decisions/0012-attention-contract.md
 """

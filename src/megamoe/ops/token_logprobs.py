@@ -6,7 +6,7 @@ Numerics   fp32. Terms are added by halves, so that a row's bits do not depend o
            The most probable tokens come in order of logits, equal ones by id.
 Nobody     where token_ids[t] is -1: every log-probability is 0 and every id -1
 Tolerance  verify/tolerance.py, "token_logprobs"
-Kernels    none yet
+Kernels    a cluster a row; up to 131,072 columns
 Source     docs/engine.md, section "Sampling"
 """
 
@@ -56,7 +56,7 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, num_top: in
             f"token_logprobs: needs a column of logits and num_top >= 0; got {list(logits.shape)} and {num_top}."
         )
     run = pick("token_logprobs", logits.device, reference)
-    return run(logits, token_ids, num_top)  # type: ignore[no-any-return]
+    return Logprobs(*run(logits, token_ids, num_top))
 
 
 def reference(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:

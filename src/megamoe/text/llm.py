@@ -24,7 +24,7 @@ from megamoe.engine.outputs import FinishReason, TokenLogprobs
 from megamoe.engine.sampling_params import SamplingParams
 from megamoe.engine.warm_up import explain, warm_up_model
 from megamoe.text.detokenizer import Detokenizer
-from megamoe.text.tokenizer import Tokenizer, check_tokenizer
+from megamoe.text.tokenizer import FILE_NAME, Tokenizer, check_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LLM:
 
     Attributes:
         model: the loaded model.
-        tokenizer: its tokenizer.
+        ready_seconds: phase of loading and getting ready → how long it took.
     """
 
     def __init__(
@@ -80,31 +80,62 @@ class LLM:
         dtype: torch.dtype | None = None,
         pack: str | os.PathLike[str] | None = None,
         accept: Iterable[str] = (),
+        load_format: str = "safetensors",
+        num_layers: int | None = None,
     ) -> None:
         """Load a model and get it ready; arguments and errors are those of `megamoe.load` and of `Tokenizer`.
+
+        A model of dummy weights needs no tokenizer.json: without one, prompts are token ids, and completions have no
+        text.
 
         On a CUDA device all kernels are loaded, run once at every batch size and sealed before this returns
         (engine/warm_up.py); one that is asked for later raises.
         """
-        check_tokenizer(model_directory(model))  # before the weights, which take minutes
-        self._set(load_model(model, recipe=recipe, device=device, dtype=dtype, pack=pack, accept=accept))
+        directory = model_directory(model, load_format)
+        if load_format != "dummy":
+            check_tokenizer(directory)  # before the weights, which take minutes
+        loaded = load_model(
+            model,
+            recipe=recipe,
+            device=device,
+            dtype=dtype,
+            pack=pack,
+            accept=accept,
+            load_format=load_format,
+            num_layers=num_layers,
+        )
+        self._set(loaded, has_tokenizer=load_format != "dummy" or (directory / FILE_NAME).is_file())
 
     @classmethod
     def from_model(cls, model: BatchModel) -> Self:
         """Return an LLM around a model that is loaded already; the tokenizer is read from `model.directory`."""
         llm = cls.__new__(cls)
-        llm._set(model)
+        llm._set(model, has_tokenizer=True)
         return llm
 
-    def _set(self, model: BatchModel) -> None:
+    def _set(self, model: BatchModel, *, has_tokenizer: bool) -> None:
         self.model = model
-        self.tokenizer = Tokenizer(model.directory)
-        if self.tokenizer.num_tokens > model.config.vocab_size:
+        self._tokenizer = Tokenizer(model.directory) if has_tokenizer else None
+        if self._tokenizer is not None and self._tokenizer.num_tokens > model.config.vocab_size:
             raise ValueError(
-                f"tokenizer: {self.tokenizer.path} has ids up to {self.tokenizer.num_tokens - 1}, but model "
+                f"tokenizer: {self._tokenizer.path} has ids up to {self._tokenizer.num_tokens - 1}, but model "
                 f"{model.name!r} has {model.config.vocab_size} ids. Use the tokenizer.json that belongs to the weights."
             )
-        warm_up_model(model)
+        self.ready_seconds = {**model.load_seconds, "warm-up": warm_up_model(model)}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            ValueError: it has none, which a model of dummy weights may.
+        """
+        if self._tokenizer is None:
+            raise ValueError(
+                f"tokenizer: model {self.model.name!r} was made without {FILE_NAME}, so there is no text. Pass token "
+                f"ids, or put a {FILE_NAME} beside its config.json."
+            )
+        return self._tokenizer
 
     def explain(self) -> str:
         """Return the ledger: every kernel that was loaded, its key, the seconds and where it came from."""
@@ -132,10 +163,10 @@ class LLM:
         return self._pieces(generate_tokens(self.model, prompt_ids, params))
 
     def _pieces(self, tokens: Iterator[GeneratedToken]) -> Iterator[TextPiece]:
-        detokenizer = Detokenizer(self.tokenizer)
+        detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer)
         for token in tokens:
-            text = detokenizer.add(token.token_id)
-            if token.finish_reason is not None:
+            text = "" if detokenizer is None else detokenizer.add(token.token_id)
+            if detokenizer is not None and token.finish_reason is not None:
                 text += detokenizer.finish()
             yield TextPiece(text, token.token_id, token.finish_reason, token.logprobs)
 

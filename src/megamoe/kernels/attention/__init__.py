@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over window rows and compressed entries."""
+"""Attention: queries against window rows and compressed entries, gathered from pools by number."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""copy_cache: rows of pools copied, eight threads for 1 KiB of a row.
+"""copy_cache: rows of pools copied, a few threads for a narrow row and a warp for 4 KiB of a wide one.
 
 Meaning    ops/copy_cache.py; this file only makes it fast
 Grid       128 threads a block; rows of any size and format are one object
@@ -20,10 +20,15 @@ from megamoe.kernels.cache.copy_rows_config import Config
 from megamoe.kernels.parts.pool import as_pool
 from megamoe.kernels.store import kernel
 
+TILES = ((8, 5), (32, 8))
+"""Lanes, and vectors of each of them, of narrow rows and of wide ones."""
+NARROW = 40
+"""Most vectors of a narrow row, which eight threads copy at once: a latent has 36."""
+
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield Config("copy")
+    yield from (Config("copy", *tile) for tile in TILES)
 
 
 def row_pieces(op: str, pool: CachePool) -> tuple[int, int]:
@@ -42,11 +47,16 @@ def row_pieces(op: str, pool: CachePool) -> tuple[int, int]:
     return data_bytes // 16, scale_bytes // 4
 
 
+def tile_of(vectors: int) -> tuple[int, int]:
+    """Return how a row of so many vectors is shared out."""
+    return TILES[vectors > NARROW]
+
+
 def run(source: CachePool, source_slots: torch.Tensor, target: CachePool, target_slots: torch.Tensor) -> None:
     """Compute copy_cache."""
     if source_slots.shape[0]:
         pieces = row_pieces("copy_cache", source)
-        kernel(Config("copy"), source.device)(
+        kernel(Config("copy", *tile_of(pieces[0])), source.device)(
             as_pool("copy_cache", "source", source),
             source_slots,
             as_pool("copy_cache", "target", target),

@@ -6,11 +6,6 @@ from __future__ import annotations
 import dataclasses
 
 THREADS = 128
-LANES = 8
-VECTORS = 8
-WORDS = 2
-"""LANES threads copy a chunk of a row: each up to VECTORS of 16 bytes of its data and WORDS of 4 bytes of its scales,
-which are all on their way at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +14,20 @@ class Config:
 
     Attributes:
         op: "copy" rows by slots, or "save" the last rows of sequences.
+        lanes: threads that copy a chunk of a row, a power of two up to THREADS.
+        vectors: 16-byte vectors of a row's data that each of them has on their way at once.
     """
 
     op: str
+    lanes: int
+    vectors: int
+
+    @property
+    def words(self) -> int:
+        """Words of a row's scales that a thread has on their way at once: no format has more for so many vectors."""
+        return max(1, self.vectors // 4)
+
+    @property
+    def groups(self) -> int:
+        """Chunks of a block."""
+        return THREADS // self.lanes

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megamoe.kernels.cache.plan_slots_config import KINDS, Config
+from megamoe.kernels.parts.records import EntrySlots, EntryTables, RowTables, StepSlots
 from megamoe.kernels.store import kernel
 
 
@@ -24,8 +25,10 @@ def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     yield Config("slots")
 
 
-def run(tokens: torch.Tensor, window: Any, kinds: tuple[Any, ...], out: Any, in_rings: bool) -> None:
-    """Compute plan_slots; its records (RowTables, EntryTables, StepSlots) are the operation's own."""
+def run(
+    tokens: torch.Tensor, window: RowTables, kinds: tuple[EntryTables, ...], out: StepSlots, in_rings: bool
+) -> None:
+    """Compute plan_slots."""
     if not tokens.shape[1]:
         return
     launch = kernel(Config("slots"), tokens.device)
@@ -56,7 +59,7 @@ def run(tokens: torch.Tensor, window: Any, kinds: tuple[Any, ...], out: Any, in_
         )
 
 
-def _arguments(kind: Any, slots: Any) -> tuple[Any, ...]:
+def _arguments(kind: EntryTables, slots: EntrySlots) -> tuple[Any, ...]:
     """Return the tables of a kind, what is filled, and the numbers that go with them."""
     return (
         (kind.state.block_tables, kind.entries.block_tables),

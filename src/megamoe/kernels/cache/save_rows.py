@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""save_rows: the last rows of sequences copied into snapshots, eight threads for 1 KiB of a row.
+"""save_rows: the last rows of sequences copied into snapshots.
 
 Meaning    ops/save_rows.py; everything else as in cache/copy_cache.py
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from megamoe.formats.cache_rows import CachePool
-from megamoe.kernels.cache.copy_cache import row_pieces
+from megamoe.kernels.cache.copy_cache import TILES, row_pieces, tile_of
 from megamoe.kernels.cache.copy_rows_config import Config
 from megamoe.kernels.parts.pool import as_pool
 from megamoe.kernels.store import kernel
@@ -19,7 +19,7 @@ from megamoe.kernels.store import kernel
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield Config("save")
+    yield from (Config("save", *tile) for tile in TILES)
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
     if saves.shape[0]:
         pieces = row_pieces("save_rows", ring)
         rows = ring if step is None else step
-        kernel(Config("save"), ring.device)(
+        kernel(Config("save", *tile_of(pieces[0])), ring.device)(
             as_pool("save_rows", "ring", ring),
             as_pool("save_rows", "step", rows),
             as_pool("save_rows", "target", target),

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device half of hyper_connection_post."""
 
+import dataclasses
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 
 from megamoe.kernels.hyper_connection.hyper_connection_post_config import Config
 from megamoe.kernels.parts.ptx_device import add, multiply
-from megamoe.kernels.parts.rows import VECTOR, row_tile
+from megamoe.kernels.parts.rows import VECTOR, RowTile, row_tile
 from megamoe.kernels.parts.rows_device import (
     DTYPES,
     RowThread,
@@ -19,6 +21,8 @@ from megamoe.kernels.parts.rows_device import (
     store_if,
     symbolic_rows,
 )
+
+MAX_THREADS = 1024
 
 
 def program(config: Config):
@@ -33,6 +37,14 @@ def program(config: Config):
     return HyperConnectionPost(config), (y, x, post, comb, out, current_stream())
 
 
+def post_tile(width: int) -> RowTile:
+    """Return row_tile's tile with twice the threads for long rows: what one does for four streams is long enough."""
+    tile = row_tile(width)
+    if tile.rows > 1 or tile.vectors % 2 or 2 * tile.lanes > MAX_THREADS:
+        return tile
+    return dataclasses.replace(tile, lanes=2 * tile.lanes, vectors=tile.vectors // 2)
+
+
 class HyperConnectionPost:
     """x'_k = post_k * y + sum_j C_jk * x_j, j ascending; products and sums rounded one by one, as the reference does.
 
@@ -41,7 +53,7 @@ class HyperConnectionPost:
 
     def __init__(self, config: Config):
         self.streams = config.streams
-        self.tile = row_tile(config.width)
+        self.tile = post_tile(config.width)
 
     @cute.jit
     def __call__(self, y: cute.Tensor, x: cute.Tensor, post: cute.Tensor, comb: cute.Tensor, out: cute.Tensor, stream):

@@ -16,36 +16,18 @@ Bound      memory for many tokens (X D + D values a token); latency for few
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from megamoe.kernels.hyper_connection.hyper_connection_pre_config import STREAMS, TOKENS, WARP_CHANNELS, Config
-from megamoe.kernels.parts.launch import aligned, as_rows, as_vector
+from megamoe.kernels.parts.launch import as_rows, as_vector
 from megamoe.kernels.store import kernel
 
 MAX_WARPS = 8  # that share a tile in one block
 SHARED_LIMIT = 227 * 1024
 CLUSTERS = (1, 2, 4, 8, 16)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Mixing:
-    """What is mixed into the streams before they are collapsed: arguments and result of hyper_connection_post.
-
-    Attributes:
-        y: [T, D] bf16, the output of the sublayer before.
-        post: [T, X] fp32.
-        comb: [T, X, X] fp32.
-        streams: [T, X, D] bf16, contiguous, where the mixed streams go.
-    """
-
-    y: torch.Tensor
-    post: torch.Tensor
-    comb: torch.Tensor
-    streams: torch.Tensor
 
 
 def plan(width: int, sinkhorn_iters: int, norm: bool) -> Config:
@@ -95,9 +77,8 @@ def collapse(
     sinkhorn_iters: int,
     post: torch.Tensor | None,
     comb: torch.Tensor | None,
-    mixing: Mixing | None = None,
 ) -> torch.Tensor:
-    """Launch the kernel behind hyper_connection_pre, _pre_norm (a weight), _post_pre_norm (mixing), _head (no post)."""
+    """Launch the kernel behind hyper_connection_pre, _pre_norm (a weight given) and _head (no post and comb)."""
     num_tokens, streams, width = x.shape
     if streams != STREAMS or width % WARP_CHANNELS or x.dtype != torch.bfloat16:
         raise NotImplementedError(
@@ -107,7 +88,7 @@ def collapse(
     u = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
     if u.numel() == 0:
         return u
-    config = dataclasses.replace(plan(width, sinkhorn_iters, weight is not None), mixes=mixing is not None)
+    config = plan(width, sinkhorn_iters, weight is not None)
     if config.warps > MAX_WARPS or config.shared_bytes > SHARED_LIMIT:
         raise NotImplementedError(
             f"{op}: the kernel takes {WARP_CHANNELS} C W channels, W at most {MAX_WARPS}, or 7 where C is 16, C one of "
@@ -115,10 +96,6 @@ def collapse(
         )
     launch = kernel(config, x.device)
     outputs = () if post is None or comb is None else (post, comb.view(num_tokens, STREAMS * STREAMS))
-    if mixing is not None:
-        before = aligned(mixing.post), aligned(mixing.comb).view(num_tokens, STREAMS * STREAMS)
-        streams_after = mixing.streams.view(torch.int32).view(num_tokens * STREAMS, width // 2)
-        outputs = (*outputs, as_rows(mixing.y).view(torch.int32), *before, streams_after)
     launch(
         as_rows(x).view(torch.int32),
         as_rows(fn),

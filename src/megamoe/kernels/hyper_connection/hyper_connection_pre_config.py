@@ -22,14 +22,12 @@ class Config:
         sinkhorn_iters: column steps; 0 for hyper_connection_head, which has none and no post and C.
         cluster: blocks that share a tile of tokens.
         norm: u is normalized with a bf16 weight before it is stored.
-        mixes: the streams are first mixed with the output of the sublayer before, as hyper_connection_post does.
     """
 
     width: int
     sinkhorn_iters: int
     cluster: int
     norm: bool = False
-    mixes: bool = False
 
     @property
     def warps(self) -> int:

@@ -23,7 +23,7 @@ from megamoe.kernels.parts.memory_device import (
     wait_barrier,
 )
 from megamoe.kernels.parts.mma_device import STEP_VALUES, bf16_pair, mma, split_in_two, zeros
-from megamoe.kernels.parts.ptx_device import add, bf16_word, multiply, quick_reciprocal
+from megamoe.kernels.parts.ptx_device import bf16_word, quick_reciprocal
 from megamoe.kernels.parts.rows_device import current_stream, symbolic_rows, symbolic_vector
 
 LOADS = WARP_CHANNELS // STEP_VALUES  # 16-byte loads a lane for the channels of one stream and token
@@ -48,13 +48,7 @@ def program(config: Config):
     comb = symbolic_rows(Float32, num_tokens, STREAMS * STREAMS)
     arguments = (x, fn, base, symbolic_vector(Float32, 3))
     if config.norm:
-        arguments = (*arguments, symbolic_vector(Uint32, config.width // 2), u, post, comb)
-        if config.mixes:
-            y = symbolic_rows(Uint32, num_tokens, config.width // 2)
-            before = [symbolic_rows(Float32, num_tokens, columns) for columns in (STREAMS, STREAMS * STREAMS)]
-            streams = symbolic_rows(Uint32, num_rows, config.width // 2)
-            return program.post_pre_norm, (*arguments, y, *before, streams, *numbers)
-        return program.pre_norm, (*arguments, *numbers)
+        return program.pre_norm, (*arguments, symbolic_vector(Uint32, config.width // 2), u, post, comb, *numbers)
     return program.pre, (*arguments, u, post, comb, *numbers)
 
 
@@ -77,54 +71,12 @@ class HyperConnectionPre:
         self._launch(x, fn, base, scale, weight, u, post, comb, num_clusters, norm_eps, hc_eps, stream)
 
     @cute.jit
-    def post_pre_norm(
-        self,
-        x,
-        fn,
-        base,
-        scale,
-        weight,
-        u,
-        post,
-        comb,
-        y,
-        post_before,
-        comb_before,
-        streams,
-        num_clusters: Int32,
-        norm_eps: Float32,
-        hc_eps: Float32,
-        stream,
-    ):
-        before = y, post_before, comb_before, streams
-        self._launch(x, fn, base, scale, weight, u, post, comb, num_clusters, norm_eps, hc_eps, stream, *before)
-
-    @cute.jit
     def head(self, x, fn, base, scale, u, num_clusters: Int32, norm_eps: Float32, hc_eps: Float32, stream):
         self._launch(x, fn, base, scale, None, u, None, None, num_clusters, norm_eps, hc_eps, stream)
 
-    def _launch(
-        self,
-        x,
-        fn,
-        base,
-        scale,
-        weight,
-        u,
-        post,
-        comb,
-        num_clusters,
-        norm_eps,
-        hc_eps,
-        stream,
-        y=None,
-        post_before=None,
-        comb_before=None,
-        streams=None,
-    ):
+    def _launch(self, x, fn, base, scale, weight, u, post, comb, num_clusters, norm_eps, hc_eps, stream):
         config = self.config
-        before = y, post_before, comb_before, streams
-        self.kernel(x, fn, base, scale, weight, u, post, comb, num_clusters, norm_eps, hc_eps, *before).launch(
+        self.kernel(x, fn, base, scale, weight, u, post, comb, num_clusters, norm_eps, hc_eps).launch(
             grid=(config.cluster, num_clusters, 1),
             block=(self.group_threads * config.groups, 1, 1),
             cluster=(config.cluster, 1, 1),
@@ -146,13 +98,8 @@ class HyperConnectionPre:
         num_clusters: Int32,
         norm_eps: Float32,
         hc_eps: Float32,
-        y,
-        post_before,
-        comb_before,
-        streams,
     ):
         config = self.config
-        self.before = y, post_before, comb_before, streams
         tidx, _, _ = cute.arch.thread_idx()
         self.rank, cluster, _ = cute.arch.block_idx()
         warp, self.lane = cute.arch.warp_idx(), cute.arch.lane_idx()
@@ -222,10 +169,7 @@ class HyperConnectionPre:
         expect_bytes_if(self.thread == 0, barrier, Int32(4 * config.received_floats))
         if config.norm:
             expect_bytes_if(self.thread == 0, norm_barrier, Int32(4 * config.cluster * TOKENS))
-        self._prefetch(x, STREAMS, tile + stride, num_tiles)
-        if config.mixes:
-            self._prefetch(self.before[0], 1, tile + stride, num_tiles)
-            mix_tile(*self.before, held, tile, self.num_tokens, self.channel, self.lane)
+        self._prefetch(x, tile + stride, num_tiles)
         blocks, squares = self._project(weights, held)
         self._share_in_block(blocks, squares)
         self._push(self.scratch, inbox, barrier, self.rank, self.thread)
@@ -255,9 +199,9 @@ class HyperConnectionPre:
         """Wait for the other warps of this group."""
         cute.arch.barrier(barrier_id=self.group + 1, number_of_threads=self.group_threads)
 
-    def _prefetch(self, x, rows_per_token: int, tile, num_tiles):
+    def _prefetch(self, x, tile, num_tiles):
         """Ask for a later tile to be in L2: one thread a row."""
-        num_bytes, rows = 2 * self.config.warps * WARP_CHANNELS, TOKENS * rows_per_token
+        num_bytes, rows = 2 * self.config.warps * WARP_CHANNELS, TOKENS * STREAMS
         for start in range(0, rows, self.group_threads):
             row = tile * rows + start + self.thread
             wanted = (start + self.thread < rows) & (tile < num_tiles) & (row < x.shape[0])
@@ -501,66 +445,6 @@ def load_tile(
                 for load in cutlass.range_constexpr(LOADS):
                     vector = (channel + STEP_VALUES * load) // 8
                     cute.autovec_copy(words[(None,), vector], held[None, load, j, which])
-
-
-@cute.jit
-def mix_tile(
-    y: cute.Tensor,
-    post: cute.Tensor,
-    comb: cute.Tensor,
-    streams: cute.Tensor,
-    held: cute.Tensor,
-    tile: Int32,
-    num_tokens: Int32,
-    channel: Int32,
-    lane: Int32,
-):
-    """Mix a sublayer's output into a lane's share of a tile, in place, and store the streams that come of it.
-
-    x'_k = post_k * y + sum_j C_jk * x_j, j ascending: products and sums rounded one by one, as hyper_connection_post.
-    """
-    for which in cutlass.range_constexpr(2):
-        token = tile * TOKENS + 8 * which + lane // 4
-        last = cutlass.min(token, num_tokens - 1)
-        factors = cute.make_rmem_tensor(cute.make_layout((STREAMS, STREAMS + 1)), Float32)
-        cute.autovec_copy(cute.zipped_divide(post[(last, None)], (STREAMS,))[(None,), 0], factors[None, STREAMS])
-        rows = cute.zipped_divide(comb[(last, None)], (STREAMS,))
-        for j in cutlass.range_constexpr(STREAMS):
-            cute.autovec_copy(rows[(None,), j], factors[None, j])
-        outputs = cute.make_rmem_tensor(cute.make_layout((WORDS, LOADS)), Uint32)
-        for load in cutlass.range_constexpr(LOADS):
-            vector = (channel + STEP_VALUES * load) // 8
-            cute.autovec_copy(cute.zipped_divide(y[(last, None)], (WORDS,))[(None,), vector], outputs[None, load])
-        for load in cutlass.range_constexpr(LOADS):
-            for word in cutlass.range_constexpr(WORDS):
-                output = bf16_pair(outputs[word, load])
-                pairs = [bf16_pair(held[word, load, j, which]) for j in range(STREAMS)]
-                for k in cutlass.range_constexpr(STREAMS):
-                    mixed = [multiply(value, factors[k, STREAMS]) for value in output]
-                    for j in cutlass.range_constexpr(STREAMS):
-                        mixed = [
-                            add(total, multiply(value, factors[k, j]))
-                            for total, value in zip(mixed, pairs[j], strict=True)
-                        ]
-                    held[word, load, k, which] = bf16_word(*mixed)
-        store_streams(held, streams, token, num_tokens, which, channel)
-
-
-@cute.jit
-def store_streams(
-    held: cute.Tensor,
-    streams: cute.Tensor,
-    token: Int32,
-    num_tokens: Int32,
-    which: cutlass.Constexpr,
-    channel: Int32,
-):
-    """Store a lane's channels of the streams of a token, if there is such a token."""
-    if token < num_tokens:
-        for k in cutlass.range_constexpr(STREAMS):
-            target = cute.zipped_divide(streams[(token * STREAMS + k, None)], (WORDS,))
-            for load in cutlass.range_constexpr(LOADS):
-                cute.autovec_copy(held[None, load, k, which], target[(None,), (channel + STEP_VALUES * load) // 8])
 
 
 def fragment_place(index, config):

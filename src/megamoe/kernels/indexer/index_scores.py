@@ -21,8 +21,7 @@ import torch
 from megamoe.formats.cache_rows import CachePool
 from megamoe.formats.mxfp4 import MxFp4Tensor
 from megamoe.kernels.indexer import index_scores_config, index_scores_sm90_config
-from megamoe.kernels.parts import launch
-from megamoe.kernels.parts.launch import as_heads, as_rows, num_multiprocessors
+from megamoe.kernels.parts.launch import as_heads, as_rows, is_of, num_multiprocessors
 from megamoe.kernels.parts.pool import as_pool
 from megamoe.kernels.store import kernel
 
@@ -80,7 +79,7 @@ def run(
         scores,
     )
     heads, rows = q.shape[1], keys.rows_per_block
-    if launch.architecture_of(scores.device) == "sm90":
+    if is_of("sm90", scores.device):
         own = index_scores_sm90_config.Config(heads)
         kernel(own, scores.device)(*tensors, rows, inverse_of(rows), top_k, splits)
     else:

@@ -10,10 +10,11 @@ BINS = 256
 PASSES = 4
 SPAN = 128
 """A block's share of the entries is a multiple of this."""
-HELD, GROUP = 32, 4
-"""Scores that a thread has registers for, and those that it handles at a time."""
-HELD_BY_ONE = 16384
-"""Entries up to which one block selects alone: it needs no barrier of the cluster."""
+HELD, GROUP = 32, 8
+"""Scores that a thread has registers for, and those of which it takes the largest."""
+BOUND_PASSES = 2
+MAX_CANDIDATES = 8192
+"""Scores that may reach the bound: if groups are far apart 8 top_k at most, if they are all different."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@
 Meaning    ops/index_topk.py; this file only makes it fast
 Memory     a workspace of 4 bytes an entry that the block table has room for, of so many tokens at a time that it stays
            within WORKSPACE_BYTES (always at least one token)
-Limits     FP4 queries and keys of 128 channels; 8, 16, … 64 heads
+Limits     FP4 queries and keys of 128 channels; 8, 16, … 64 heads; top_k up to 1,024
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ def run(
         raise NotImplementedError(
             f"index_topk: the kernel takes {HEAD_STEP}, {2 * HEAD_STEP}, ... {MAX_HEADS} heads of {WIDTH} channels; "
             f'got {heads} of {width}. Run the reference: with megamoe.ops.use("reference").'
+        )
+    if top_k > index_select.MAX_TOP_K:
+        raise NotImplementedError(
+            f"index_topk: the kernel selects up to {index_select.MAX_TOP_K} entries a token; got {top_k}. Run the "
+            'reference: with megamoe.ops.use("reference").'
         )
     entries = torch.empty((num_tokens, top_k), dtype=torch.int32, device=q.device)
     if not num_tokens or not top_k:

@@ -9,11 +9,9 @@ from cutlass.cute.arch import inline_ptx
 from megamoe.kernels.parts.cluster_device import address_in_block, shared_address_of
 from megamoe.kernels.parts.held_row import CLUSTER, THREADS, WARPS
 from megamoe.kernels.parts.logits_device import LEAST, NO_INDEX, order_of
-from megamoe.kernels.parts.memory_device import load_global_if, store_global_long_if
-from megamoe.kernels.parts.ptx_device import from_bits
+from megamoe.kernels.parts.memory_device import copy_16_bytes, store_global_long_if, wait_copies
 
-BATCH = 16
-"""Loads of a thread that are under way together."""
+VECTOR = 4
 
 
 def share_of(num_columns, rank):
@@ -33,6 +31,9 @@ def meet():
 def hold(source: Int64, held: cute.Tensor, first: Int32, count: Int32, thread: Int32):
     """Copy a share to shared memory; return the order of this thread's largest logit and its lowest column.
 
+    All copies are under way together; they are of 16 bytes where the share begins at a multiple of that. A thread's
+    columns are `thread` and every THREADS-th behind it.
+
     Args:
         source: address of the share.
         held: fp32, at least `count`.
@@ -40,17 +41,20 @@ def hold(source: Int64, held: cute.Tensor, first: Int32, count: Int32, thread: I
         count: how many.
         thread: of the block.
     """
+    target, vectors = shared_address_of(held), Int32(0)
+    if source % 16 == 0:
+        vectors = count // VECTOR
+    for vector in cutlass.range(thread, vectors, THREADS, unroll=8):
+        copy_16_bytes(target + vector * 16, source + Int64(vector) * 16, Int32(1))
+    for place in cutlass.range(vectors * VECTOR + thread, count, THREADS, unroll=8):
+        copy_word(target + place * 4, source + Int64(place) * 4)
+    wait_copies()
+    cute.arch.sync_threads()
     order, index = Int32(LEAST), Int32(NO_INDEX)
-    for start in cutlass.range(0, count, BATCH * THREADS, unroll=1):
-        places = [start + number * THREADS + thread for number in range(BATCH)]
-        words = [load_global_if(Int32(place < count), source + Int64(place) * 4) for place in places]
-        for number in cutlass.range_constexpr(BATCH):
-            logit = from_bits(words[number])
-            own = order_of(logit)
-            if places[number] < count:
-                held[places[number]] = logit
-                if (own > order) | (index == NO_INDEX):
-                    order, index = own, first + places[number]
+    for place in cutlass.range(thread, count, THREADS, unroll=8):
+        own = order_of(held[place])
+        if (own > order) | (index == NO_INDEX):
+            order, index = own, first + place
     return order, index
 
 
@@ -90,6 +94,11 @@ def tell(a: Int32, b: Int32, shares: cute.Tensor, number: cutlass.Constexpr, ran
     meet()
     place = (number * CLUSTER + cute.arch.lane_idx() % CLUSTER) * 2
     return shares[place], shares[place + 1]
+
+
+def copy_word(shared_address, global_address):
+    """Start copying 4 bytes to shared memory; wait_copies waits for them."""
+    inline_ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4;", read_only_args=[shared_address, global_address])
 
 
 def store_cluster_pair(address, a, b):

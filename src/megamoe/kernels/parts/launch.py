@@ -7,7 +7,6 @@ No object depends on this file.
 from __future__ import annotations
 
 import functools
-from typing import Protocol
 
 import torch
 
@@ -20,18 +19,6 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_WIDTH = 32768
 MAX_STREAMS = 8
 MAX_HEAD_WIDTH = 1024
-
-
-class RotaryTable(Protocol):
-    """What host halves take of the frequencies of one kind of layer; ops/rope.py has them."""
-
-    @property
-    def inv_freq(self) -> torch.Tensor:
-        """Return fp32 [R/2], radians per position of each pair."""
-
-    @property
-    def rope_dim(self) -> int:
-        """Return R, the number of channels that rotate."""
 
 
 @functools.cache
@@ -105,6 +92,11 @@ def require_fragments(op: str, *weights: NvFp4Tensor) -> None:
                 f"{op}: the kernel takes weights in fragment order; got {weight.code_layout.value} codes. Convert them "
                 "once, when loading: w.fragments()."
             )
+
+
+def is_of(arch: str, device: torch.device) -> bool:
+    """Return whether a device is of an architecture."""
+    return architecture_of(device) == arch
 
 
 def takes_more(op: str, device: torch.device) -> bool:

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.launch import DTYPE_NAMES, RotaryTable, as_heads, as_vector, require_heads
+from megamoe.kernels.parts.launch import DTYPE_NAMES, as_heads, as_vector, require_heads
+from megamoe.kernels.parts.records import RopeTable
 from megamoe.kernels.rows.rotate_queries_config import Config
 from megamoe.kernels.store import kernel
 
@@ -27,7 +28,7 @@ def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     yield Config(dims["H"], dims["C"], dims["R"], "bf16", PASSES)
 
 
-def run(q: torch.Tensor, pos: torch.Tensor, table: RotaryTable, eps: float) -> torch.Tensor:
+def run(q: torch.Tensor, pos: torch.Tensor, table: RopeTable, eps: float) -> torch.Tensor:
     """Compute rotate_queries."""
     num_tokens, num_heads, width = q.shape
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -3,7 +3,7 @@
 
 Meaning    ops/round_index_query.py; this file only makes it fast
 Grid       a warp takes 16 heads of a token after the other, and loads the next ones before it works on these; as many
-           blocks of four warps as fit the device at once. A lane makes the sine and cosine of one pair
+           blocks of warps as fit the device at once. A lane makes the sine and cosine of one pair
 Matrix     the Hadamard rotation is a product with signs on the matrix unit. Channels are dealt to the instruction's
            rows and columns so that a lane ends up with the 32 values of an MXFP4 block, and so that only a quarter of
            the 128 x 128 signs is multiplied: the other factor of four is butterflies in registers
@@ -23,26 +23,28 @@ import torch
 
 from megamoe.formats.cache_rows import RowFormat
 from megamoe.formats.mxfp4 import BLOCK, MxFp4Tensor
-from megamoe.kernels.parts.launch import RotaryTable, as_heads, as_vector, num_multiprocessors
-from megamoe.kernels.rows.round_index_query_config import WIDTH, Config
+from megamoe.kernels.parts.launch import as_heads, as_vector, num_multiprocessors
+from megamoe.kernels.parts.records import RopeTable
+from megamoe.kernels.rows.round_index_query_config import TILE, WIDTH, Config
 from megamoe.kernels.store import kernel
 
 ROPE_DIMS = (32, 64)
-WARPS = 5
-RESIDENT = 3
+FEW_WARPS, MANY_WARPS = 4, 8  # of a block: small ones reach more multiprocessors, large ones work on more at once
+RESIDENT = 2
 """Blocks that a multiprocessor holds at once: each goes on to further heads, which it loads ahead."""
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    yield Config(dims["Hi"], dims["R"], WARPS)
+    for warps in (FEW_WARPS, MANY_WARPS):
+        yield Config(dims["Hi"], dims["R"], warps)
 
 
 def run(
     q: torch.Tensor,
     head_weights: torch.Tensor,
     pos: torch.Tensor,
-    table: RotaryTable,
+    table: RopeTable,
     key_format: RowFormat,
     hadamard: bool,
     head_scale: float,
@@ -65,8 +67,10 @@ def run(
     scales = torch.empty((num_tokens, num_heads, width // BLOCK), dtype=torch.uint8, device=device)
     weights = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=device)
     if num_rows:
-        config = Config(num_heads, table.rope_dim, WARPS)
-        kernel(config, device)(
+        multiprocessors = num_multiprocessors(device)
+        num_units = num_tokens * -(-num_heads // TILE)
+        warps = FEW_WARPS if num_units <= FEW_WARPS * multiprocessors else MANY_WARPS
+        kernel(Config(num_heads, table.rope_dim, warps), device)(
             as_heads(q),
             head_weights if head_weights.stride(-1) == 1 else head_weights.contiguous(),
             pos.contiguous(),
@@ -74,7 +78,7 @@ def run(
             codes.view(torch.int32).view(num_rows, width // 8),
             scales.view(num_rows, width // BLOCK),
             weights,
-            min(-(-num_tokens * config.tiles // WARPS), RESIDENT * num_multiprocessors(device)),
+            min(-(-num_units // warps), RESIDENT * multiprocessors),
             head_scale,
         )
     return MxFp4Tensor(codes, scales.view(torch.float8_e8m0fnu)), weights

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from megamoe.kernels.parts.held_row import as_logits
 from megamoe.kernels.sampling.penalize_config import Config
 from megamoe.kernels.store import kernel
 
@@ -31,7 +32,8 @@ def run(
     frequency: torch.Tensor,
 ) -> None:
     """Compute penalize."""
-    rows = logits if logits.stride(1) == 1 else logits.contiguous()
-    kernel(Config(), logits.device)(rows, row_idx, token_ids, counts, repetition, presence, frequency)
+    rows = as_logits(logits)
+    pairs = (row_idx, token_ids, counts, repetition, presence, frequency)
+    kernel(Config(), logits.device)(rows, *[one.contiguous() for one in pairs])
     if rows is not logits:
         logits.copy_(rows)

@@ -2,7 +2,7 @@
 """Device half of penalize."""
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int64
 
 from megamoe.kernels.parts.logits_device import symbolic_column, symbolic_logits
 from megamoe.kernels.parts.ptx_device import divide, multiply, subtract
@@ -34,8 +34,9 @@ class Penalize:
         overlap_launches()
         pair = block * THREADS + thread
         if pair < row_idx.shape[0]:
-            row, token = Int32(row_idx[pair]), Int32(token_ids[pair])
-            if (row >= 0) & (row < logits.shape[0]) & (token >= 0) & (token < logits.shape[1]):
+            row, token = row_idx[pair], token_ids[pair]
+            is_row = (row >= 0) & (row < Int64(logits.shape[0]))
+            if is_row & (token >= 0) & (token < Int64(logits.shape[1])):
                 value, factor, count = logits[row, token], repetition[row], counts[pair]
                 if value > 0.0:
                     value = divide(value, factor)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.held_row import require_columns
+from megamoe.kernels.parts.held_row import as_logits, require_columns
 from megamoe.kernels.sampling.sample_config import Config
 from megamoe.kernels.store import kernel
 
@@ -38,7 +38,7 @@ def run(
     require_columns("sample", logits.shape[1])
     ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if ids.numel():
-        rows = logits if logits.stride(1) == 1 else logits.contiguous()
-        least = () if min_p is None else (min_p,)
-        kernel(Config(min_p is not None), logits.device)(rows, temperature, top_k, top_p, *least, uniform, ids)
+        launch = kernel(Config(min_p is not None), logits.device)
+        of_rows = [one.contiguous() for one in (temperature, top_k, top_p, min_p, uniform) if one is not None]
+        launch(as_logits(logits), *of_rows, ids)
     return ids

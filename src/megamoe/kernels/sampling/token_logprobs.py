@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.held_row import require_columns
+from megamoe.kernels.parts.held_row import as_logits, require_columns
 from megamoe.kernels.sampling.token_logprobs_config import Config
 from megamoe.kernels.store import kernel
-from megamoe.ops.token_logprobs import Logprobs
 
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
@@ -25,7 +24,7 @@ def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     yield Config()
 
 
-def run(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
+def run(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute token_logprobs."""
     require_columns("token_logprobs", logits.shape[1])
     num_rows, device = logits.shape[0], logits.device
@@ -34,6 +33,5 @@ def run(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs
     top_ids = torch.empty((num_rows, num_top), dtype=torch.int64, device=device)
     top = torch.empty((num_rows, num_top), dtype=torch.float32, device=device)
     if num_rows:
-        rows = logits if logits.stride(1) == 1 else logits.contiguous()
-        kernel(Config(), device)(rows, token_ids, chosen, top_ids, top)
-    return Logprobs(chosen, top_ids, top)
+        kernel(Config(), device)(as_logits(logits), token_ids.contiguous(), chosen, top_ids, top)
+    return chosen, top_ids, top

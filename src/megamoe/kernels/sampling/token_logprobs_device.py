@@ -173,7 +173,7 @@ class TokenLogprobs:
                     better = better + Int32(is_better)
             is_found = (thread < CLUSTER * LIST) & (mine % LIST < wanted) & (index != NO_INDEX) & (better < wanted)
             is_stored = is_found & (rank == 0)
-            value = logits[row, cutlass.min(index, logits.shape[1] - 1)]
+            value = logits[row, index if is_stored else 0]  # places that no block filled hold anything
             store_global_long_if(is_stored, ids_out + Int64(done + better) * 8, Int64(index))
             store_global_float_if(is_stored, top_out + Int64(done + better) * 4, subtract(value, shift))
             if is_found & (better == wanted - 1):

@@ -242,7 +242,7 @@ class DummyWeights(Assembler):
         return w1, w3, w2
 
     def _seeded(self, name: str) -> torch.Generator:
-        return self._generator.manual_seed(zlib.crc32(name.encode()) + (self._seed << 32))
+        return self._generator.manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
 
     def _bytes(self, name: str, *shape: int) -> torch.Tensor:
         """Return random bytes."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile key of the kernel that joins the splits of sparse_attention."""
+"""Compile key of what adds up partial results of attention."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ class Config:
 
     Attributes:
         heads: H.
+        width: C.
         rope: R.
-        entries: "none", "list" or "all", as in sparse_attention_config.py.
+        out: "bf16" or "f32".
     """
 
     heads: int
+    width: int
     rope: int
-    entries: str
+    out: str
+
+    @property
+    def lanes(self) -> int:
+        """Threads of a head, 8 columns each."""
+        return self.width // 8
