@@ -28,7 +28,7 @@ WIDTHS = (128, 512)
 MANY_TOKENS = 512
 """From so many tokens on a block may go through several: the bits are the same."""
 FEW_ROWS = 8
-"""Up to so many tokens an entry, every block has one token: several that complete an entry would wait for each other."""
+"""Up to so many tokens an entry a block has one token: of several that complete one, each would wait for the other."""
 
 
 def tokens_of_block(ratio: int, many: bool) -> int:
