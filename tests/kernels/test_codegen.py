@@ -111,7 +111,6 @@ PTX_WANTED = {
     "attention.attention_combine": ["griddepcontrol.wait", "griddepcontrol.launch_dependents"],
     "cache.plan_slots": ["griddepcontrol.wait", "griddepcontrol.launch_dependents"],
     "cache.write_latent": [
-        "div.rn.f32",
         "cvt.rn.satfinite.e4m3x2.f32",
         "max.NaN.f32",
         "rsqrt.approx.f32",

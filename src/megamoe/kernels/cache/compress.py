@@ -3,7 +3,7 @@
 
 Meaning    ops/compress_kv.py, ops/write_index_keys.py; this file only makes them fast
 Grid       one block a token: it stores the token's raw row and, if the token completes a block of tokens, its entry;
-           from MANY_TOKENS on 4 tokens a block (ratio 4) or 8, which keep more rows on their way
+           from MANY_TOKENS on 8 tokens a block (ratio 128), which keep more rows on their way
 Memory     16-byte loads. Rows of this step are read from the argument and not from where they are being stored, so that
            no block waits for another; older ones from the rings. A thread has four rows' loads in flight
 Order      sums over rows go in the order of rows, in 2 parts of 4 rows (ratio 4) or 4 of 32 (ratio 128) that are joined
@@ -26,14 +26,14 @@ from megamoe.kernels.store import kernel
 
 WIDTHS = (128, 512)
 MANY_TOKENS = 512
-"""From so many tokens on a block goes through several: the bits are the same."""
+"""From so many tokens on a block may go through several: the bits are the same."""
+FEW_ROWS = 8
+"""Up to so many tokens an entry a block has one token: of several that complete one, each would wait for the other."""
 
 
 def tokens_of_block(ratio: int, many: bool) -> int:
     """Return how many tokens a block goes through."""
-    if not many:
-        return 1
-    return 4 if ratio <= 4 else 8
+    return 8 if many and ratio > FEW_ROWS else 1
 
 
 def compress(

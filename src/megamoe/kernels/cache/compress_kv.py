@@ -19,8 +19,7 @@ from megamoe.kernels.parts.records import RopeTable
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
     ratio, overlap = dims["ratio"], dims["coff"] == 2
-    for many in (False, True):
-        tokens = tokens_of_block(ratio, many)
+    for tokens in sorted({tokens_of_block(ratio, many) for many in (False, True)}):
         yield Config(dims["D"], ratio, overlap, 64, "f32", "bf16", True, "fp8_rope_bf16", False, tokens)
 
 

@@ -18,8 +18,7 @@ from megamoe.kernels.parts.records import RopeTable
 
 def configs(dims: Mapping[str, int]) -> Iterator[Config]:
     """Yield what a model needs for one entry of its shape table."""
-    for many in (False, True):
-        tokens = tokens_of_block(dims["ratio"], many)
+    for tokens in sorted({tokens_of_block(dims["ratio"], many) for many in (False, True)}):
         yield Config(dims["D"], dims["ratio"], True, 64, "f32", "bf16", True, "index_fp4", True, tokens)
 
 
