@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megamoe.kernels.parts.held_row import MAX_COLUMNS
+from megamoe.kernels.parts.launch import MAX_COLUMNS
 from megamoe.kernels.sampling import sample as sample_host
 from megamoe.kernels.sampling import token_logprobs as logprobs_host
 from megamoe.ops.penalize import penalize

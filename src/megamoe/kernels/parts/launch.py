@@ -13,10 +13,13 @@ import torch
 from megamoe.formats.fragment_layout import CodeLayout
 from megamoe.formats.nvfp4 import NvFp4Tensor
 from megamoe.kernels import BORDERS
+from megamoe.kernels.parts.held_row import CLUSTER, HELD
 from megamoe.kernels.store import architecture_of
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 MAX_WIDTH = 32768
+MAX_COLUMNS = CLUSTER * HELD
+"""Of a row of logits that a cluster keeps."""
 MAX_STREAMS = 8
 MAX_HEAD_WIDTH = 1024
 
@@ -113,3 +116,17 @@ def require_more(op: str, num_tokens: int, limit: int, device: torch.device) -> 
             f"{', '.join(BORDERS[op].more)}. Pass {limit} at a time, or run the reference: "
             'with megamoe.ops.use("reference").'
         )
+
+
+def require_columns(op: str, num_columns: int) -> None:
+    """Refuse rows that a cluster cannot hold."""
+    if num_columns > MAX_COLUMNS:
+        raise NotImplementedError(
+            f"{op}: the kernel takes up to {MAX_COLUMNS} columns; got {num_columns}. Run the reference: "
+            f'with megamoe.ops.use("reference").'
+        )
+
+
+def as_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Return [T, V] with the values of a row side by side: itself, or a copy where they are not."""
+    return logits if logits.stride(1) == 1 else logits.clone(memory_format=torch.contiguous_format)

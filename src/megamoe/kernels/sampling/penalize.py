@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.held_row import as_logits
+from megamoe.kernels.parts.launch import as_logits
 from megamoe.kernels.sampling.penalize_config import Config
 from megamoe.kernels.store import kernel
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from megamoe.kernels.parts.held_row import as_logits, require_columns
+from megamoe.kernels.parts.launch import as_logits, require_columns
 from megamoe.kernels.sampling.sample_config import Config
 from megamoe.kernels.store import kernel
 
