@@ -133,6 +133,8 @@ WORKSPACES = {
     "nvfp4_weight_only_experts": 7,  # order, passes, their number, hidden values, outputs of the pairs; in tiles also
     # tokens and route weights by expert
     "nvfp4_grouped_linear": 1,
+    "sparse_attention": 1,  # the sums of ranges and what they are worth, where there are few tokens
+    "index_topk": 1,  # scores
     "hyper_connection_head_norm": 2,  # the streams of the rows, and what they collapse to
 }
 """Operations that need scratch memory, and in how many tensors; `run` allocates it in the open."""

@@ -123,8 +123,8 @@ def test_a_clamp_is_seen_where_no_activation_reaches_it(model: Model) -> None:
 
 
 def test_other_numerics_in_decode_are_named_there(model: Model) -> None:
-    """F18: the index query is rounded in another way where one token is decoded; the prefill is right."""
-    op, change = "round_index_query", lambda a: {**a, "hadamard": not a["hadamard"]}
+    """F18: the index query is not rotated where one token is decoded; the prefill is right."""
+    op, change = "round_index_query", lambda a: {**a, "pos": torch.zeros_like(a["pos"])}
     with faulty(op, change, when=lambda a: a["q"].shape[0] == 1):
         found = find(model)
     kinds = model.config.layer_kinds
