@@ -509,10 +509,7 @@ def draw(path: pathlib.Path, seen: StepTime) -> None:
     colors = {op: plt.get_cmap("tab20")(index % 20) for index, op in enumerate(ops)}
     figure, axes = plt.subplots(figsize=(16, 2 + 0.32 * len(layers)))
     for call in timed:
-        row = layers.index(call.layer)
-        first = (
-            min(kernel.start_us for kernel in timed[0].kernels) if call.layer < 0 else _layer_start(timed, call.layer)
-        )
+        row, first = layers.index(call.layer), _row_start(timed, call)
         for kernel in call.kernels:
             left = kernel.start_us - first
             axes.barh(row, kernel.time_us, left=left, color=colors[call.op], edgecolor="white", linewidth=0.3)
@@ -525,6 +522,16 @@ def draw(path: pathlib.Path, seen: StepTime) -> None:
     axes.legend(handles, [op or "between" for op in ops], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
+
+
+def _row_start(calls: Sequence[Call], call: Call) -> float:
+    """Return where the row of a call begins: of what stands outside of the layers, without the time of the layers."""
+    if call.layer >= 0:
+        return _layer_start(calls, call.layer)
+    begin = min(kernel.start_us for one in calls for kernel in one.kernels)
+    inside = [kernel for one in calls if one.layer >= 0 for kernel in one.kernels]
+    start, end = min(one.start_us for one in inside), max(one.start_us + one.time_us for one in inside)
+    return begin if call.kernels[0].start_us < start else begin + end - start
 
 
 def _layer_start(calls: Sequence[Call], layer: int) -> float:
