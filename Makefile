@@ -2,6 +2,7 @@
 # Every target sets up what it needs in .venv and can be run again at any time; a finished step is not repeated.
 #
 #   make demo        install, and let the bundled model write some text
+#   make demo-gpu    the same on a Hopper GPU: the kernel compiler, too
 #   make test        the CPU tests                      make test-slow   the long ones
 #   make test-kernels  compile every kernel without a GPU, read its PTX and SASS
 #   make test-gpu    the tests that need a CUDA device, and megamoe verify all
@@ -33,7 +34,7 @@ PROMPT := def find
 DEMO := $(VENV)/bin/megamoe generate --model tiny --prompt "$(PROMPT)" --max-tokens 96 --temperature 0.6 --seed 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kernels test-gpu lint format serve load-test test-api test-browser verify \
+.PHONY: help demo demo-gpu test test-slow test-kernels test-gpu lint format serve load-test test-api test-browser verify \
         oracle perplexity clean distclean
 
 help:
@@ -76,6 +77,11 @@ $(VENV)/.stamp-kernels: $(VENV)/.stamp-dev
 demo: $(VENV)/.stamp-runtime
 	@echo '==> $(DEMO)'
 	@$(DEMO)
+
+# The first run compiles the kernels that the bundled model needs.
+demo-gpu: $(VENV)/.stamp-kernels
+	@echo '==> $(DEMO) --device cuda'
+	@$(DEMO) --device cuda
 
 test: $(VENV)/.stamp-dev
 	@echo "==> pytest: CPU tests, $(JOBS) processes"

@@ -116,7 +116,7 @@ def generate(
         load_format=load_format,
         num_layers=num_layers,
     )
-    if explain or llm.model.device.type != "cpu":
+    if llm.model.device.type != "cpu":
         _print_phases(llm.ready_seconds)
     if explain:
         print(llm.explain(), file=sys.stderr)
@@ -288,7 +288,8 @@ def serve(model: str, recipe: str, device: str, host: str, port: int, explain: b
         return 0
     for note in loaded.notes:
         print(f"megamoe: note: {note}", file=sys.stderr)
-    _print_phases(seconds)
+    if loaded.device.type != "cpu":
+        _print_phases(seconds)
     if plan is not None:
         print(f"megamoe: device memory\n{plan}", file=sys.stderr)
     return run.run(state, run.Listen(host, port), version=megamoe.__version__, device=str(loaded.device))
