@@ -217,18 +217,18 @@ SASS_WANTED = {
 
 SPILLS_ALLOWED = {
     "experts.expert_stream": 4,
-    "fp8.fp8_stream": 10,
+    "fp8.fp8_stream": 13,
     "hyper_connection.hyper_connection_pre": 36,
-    "attention.attention_tiles": 220,
+    "attention.attention_tiles": 228,
     "attention.attention_tiles_sm90": 34,
-    "cache.compress": 20,  # arguments of the launch, once a token where a block has several
+    "cache.compress": 24,  # arguments of the launch, once a token where a block has several
 }
 """Module → stack accesses in its SASS. 512 threads leave 128 registers; one or two that are needed once a launch, a
 pass or a unit do not fit in some configurations, most of them with a second token tile. In hyper_connection_pre it is a
 few addresses, once a tile of 16 tokens. In fp8_stream it is the second half of K = 12288 and 16384, whose 1,024 threads
-have 64 registers each. In attention_tiles it is addresses of fetching threads, once a tile, and on sm_100a of
-multiplying threads, whose sums take 128 of 184 registers; in attention_tiles_sm90 nearly all of it lies before the
-first tile."""
+have 64 registers each, and the group's place in a launch of several. In attention_tiles it is addresses of fetching
+threads, once a tile, and on sm_100a of multiplying threads, whose sums take 128 of 184 registers. In
+attention_tiles_sm90 nearly all of it lies before the first tile."""
 
 
 def planned(target: str) -> list[Request]:
