@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels over rows of logits share: logits as integers in their order, and the best token of a row."""
+"""What kernels over rows of logits share: logits as integers in their order, and products in fp64."""
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.arch import inline_ptx
@@ -30,39 +29,6 @@ def order_of(logit):
         write_only_types=[Int32],
         read_only_args=[add(logit, Float32(0.0))],
     )
-
-
-@cute.jit
-def block_best(order: Int32, index: Int32, scratch: cute.Tensor, num_warps: cutlass.Constexpr):
-    """Return the largest order of a block and the lowest index that has it; scratch is int32 [2, warps]."""
-    for step in cutlass.range_constexpr(5):
-        other_order = cute.arch.shuffle_sync_bfly(order, offset=16 >> step)
-        other_index = cute.arch.shuffle_sync_bfly(index, offset=16 >> step)
-        if (other_order > order) | ((other_order == order) & (other_index < index)):
-            order, index = other_order, other_index
-    warp = cute.arch.warp_idx()
-    cute.arch.sync_threads()  # the scratch may still be being read
-    if cute.arch.lane_idx() == 0:
-        scratch[0, warp] = order
-        scratch[1, warp] = index
-    cute.arch.sync_threads()
-    order, index = scratch[0, 0], scratch[1, 0]
-    for other in cutlass.range_constexpr(1, num_warps):
-        other_order, other_index = scratch[0, other], scratch[1, other]
-        if (other_order > order) | ((other_order == order) & (other_index < index)):
-            order, index = other_order, other_index
-    return order, index
-
-
-@cute.jit
-def row_best(logits: cute.Tensor, row: Int32, thread: Int32, threads: cutlass.Constexpr, scratch: cute.Tensor):
-    """Return the order of a row's largest logit and the lowest index that has it, to all threads of the block."""
-    order, index = Int32(LEAST), Int32(NO_INDEX)
-    for token in cutlass.range(thread, logits.shape[1], threads, unroll=4):
-        own = order_of(logits[row, token])
-        if (own > order) | (index == NO_INDEX):
-            order, index = own, token
-    return block_best(order, index, scratch, threads // 32)
 
 
 def floor_of_product(a, b):

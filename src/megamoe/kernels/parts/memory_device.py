@@ -85,16 +85,6 @@ def load_global_float(address):
     return inline_ptx("ld.global.f32 {$w0}, [{$r0}];", write_only_types=[Float32], read_only_args=[address])
 
 
-def store_global_float(address, value):
-    """Store a float to global memory."""
-    inline_ptx("st.global.f32 [{$r0}], {$r1};", read_only_args=[address, value])
-
-
-def store_global_bf16(address, value):
-    """Round a float to bf16 and store it to global memory."""
-    inline_ptx("{ .reg .b16 h; cvt.rn.bf16.f32 h, {$r1}; st.global.b16 [{$r0}], h; }", read_only_args=[address, value])
-
-
 def init_barrier(address, count):
     """Initialize an mbarrier for `count` arrivals."""
     inline_ptx("mbarrier.init.shared::cta.b64 [{$r0}], {$r1};", read_only_args=[address, count])

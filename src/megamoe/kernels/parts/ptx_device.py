@@ -5,7 +5,7 @@ The DSL may contract a product and a sum into one FMA and may turn a division by
 bit counts, these are used instead of operators.
 """
 
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Uint32
 from cutlass.cute.arch import inline_ptx
 
 
@@ -40,11 +40,6 @@ def add(a, b):
 def subtract(a, b):
     """Return a - b, rounded to nearest even and never contracted with a product."""
     return inline_ptx("sub.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
-
-
-def to_integer(a):
-    """Return the nearest integer, ties to even, as int32."""
-    return inline_ptx("cvt.rni.s32.f32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[a])
 
 
 def fma(a, b, c):
